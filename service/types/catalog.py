@@ -1,0 +1,102 @@
+"""The version lines as literals: compare two versions by comparing them. A new line is a new literal, never a subclass.
+
+A line fixes what its models are (gates, precision policy, modalities) and the nano and reference shapes they come in; checkpoints fill
+in the rest. It does not know files or tensors. These lines are this project's own models, not releases of any company.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from service.types.model_spec import (
+    DenseMlp,
+    GroupedQueryAttention,
+    LayerSpec,
+    ModelSpec,
+    PrecisionSpec,
+    RopeSpec,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of one model of a line. `head_dim` is dim / heads unless given."""
+
+    vocab_size: int
+    dim: int
+    layers: int
+    heads: int
+    kv_heads: int
+    mlp_hidden: int
+    context_tokens: int
+    rope_theta: float = 10_000.0
+    head_dim: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class VersionLine:
+    """One line: its number, name, what it adds, whether heads are gated, its precision policy and its shapes by name."""
+
+    number: str
+    name: str
+    essence: str
+    gated_heads: bool
+    precision: PrecisionSpec
+    shapes: tuple[tuple[str, Shape], ...]
+
+    @property
+    def label(self) -> str:
+        """The line as clients write it: `v2.3`."""
+        return f"v{self.number}"
+
+    def spec(self, shape: Shape, end_ids: tuple[int, ...] = (), bos_id: int | None = None) -> ModelSpec:
+        """The network of this line in that shape."""
+        head_dim = shape.head_dim or shape.dim // shape.heads
+        attention = GroupedQueryAttention(shape.heads, shape.kv_heads, head_dim, gate=self.gated_heads, qk_norm=True)
+        layer = LayerSpec(attention, DenseMlp(shape.mlp_hidden))
+        return ModelSpec(
+            family="deepseek-line",
+            vocab_size=shape.vocab_size,
+            dim=shape.dim,
+            layers=(layer,) * shape.layers,
+            rope=RopeSpec(theta=shape.rope_theta, rotary_dim=head_dim, original_context=shape.context_tokens),
+            context_tokens=shape.context_tokens,
+            tied_embeddings=True,
+            precision=self.precision,
+            end_ids=end_ids,
+            bos_id=bos_id,
+            line=self.number,
+        )
+
+
+_NANO_TEXT = Shape(vocab_size=4096, dim=256, layers=6, heads=4, kv_heads=2, mlp_hidden=704, context_tokens=2048)
+_ONE_BILLION = Shape(vocab_size=32_000, dim=2048, layers=20, heads=16, kv_heads=8, mlp_hidden=5504, context_tokens=4096)
+
+V1_0 = VersionLine(
+    number="1.0",
+    name="base",
+    essence="dense causal decoder with dynamic attention: a learned gate on each head's output",
+    gated_heads=True,
+    precision=PrecisionSpec(compute="float32", train_compute="float32"),
+    shapes=(("nano", _NANO_TEXT), ("1b", _ONE_BILLION)),
+)
+
+V2_3 = VersionLine(
+    number="2.3",
+    name="performance",
+    essence="v1.0 under a mixed precision policy: 16-bit compute; float32 accumulation, norms, softmax and master weights",
+    gated_heads=True,
+    precision=PrecisionSpec(compute="auto", train_compute="bfloat16", loss_scaling=True),
+    shapes=(("nano", _NANO_TEXT), ("1b", _ONE_BILLION)),
+)
+
+LINES: tuple[VersionLine, ...] = (V1_0, V2_3)
+
+
+def find_line(version: str) -> VersionLine | None:
+    """The line named `v2.3`, `2.3` or by a patch of it (`v2.3.1`), or None."""
+    number = version.removeprefix("v")
+    for line in LINES:
+        if number == line.number or number.startswith(line.number + "."):
+            return line
+    return None

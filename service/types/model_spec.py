@@ -1,0 +1,220 @@
+"""What a network is, as data: shapes, attention of every layer, positions, precision, cache layout and cost.
+
+Every layer has its own spec, so windows, head counts, MLP kinds and caches may differ from layer to layer; a new kind of attention or MLP is a new
+dataclass in the union, not a new model class. It does not know tensors, files or devices.
+Invariant: everything countable (parameters, bytes kept, FLOPs) is computed here from the few stored numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from itertools import groupby
+
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+
+
+class RopeScaling(Enum):
+    """How rotary frequencies are stretched beyond the trained context (names as in Hugging Face configs)."""
+
+    DEFAULT = "default"
+    LINEAR = "linear"
+    DYNAMIC = "dynamic"
+    LLAMA3 = "llama3"
+    YARN = "yarn"
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """Rotary position embedding (Su et al. 2021). `original_context` is the context trained before scaling, in tokens."""
+
+    theta: float
+    rotary_dim: int
+    scaling: RopeScaling = RopeScaling.DEFAULT
+    factor: float = 1.0
+    original_context: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedQueryAttention:
+    """Multi-head attention with shared K/V heads (Ainslie et al. 2023). `window` counts the visible tokens, the query's own included; None is all.
+
+    `gate`: dynamic attention: each head's output is multiplied by sigmoid(x · w_head + b_head), x being the layer's normalised input.
+    `scale` None means head_dim ** −0.5.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: bool = False
+    gate: bool = False
+    scale: float | None = None
+    softcap: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DenseMlp:
+    """SwiGLU feed-forward (Shazeer 2020): down(silu(gate(x)) * up(x))."""
+
+    hidden: int
+    bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One decoder layer. Both fields are open to further kinds (latent attention, mixtures of experts)."""
+
+    attention: GroupedQueryAttention
+    mlp: DenseMlp
+
+
+@dataclass(frozen=True, slots=True)
+class PrecisionSpec:
+    """Which type each kind of arithmetic uses. `compute` is the type of weights and activations when served (`auto`: what the device computes fast).
+
+    `train_compute` is the autocast type in training; `loss_scaling` applies when that is float16. Norms, softmax, log-probs and master weights are float32.
+    """
+
+    compute: str = "auto"
+    train_compute: str = "float32"
+    loss_scaling: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class KvGroup:
+    """Layers whose caches have one shape and one window: they share block tables. Dims are per K/V head."""
+
+    name: str
+    layers: tuple[int, ...]
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    window: int | None = None
+
+    def token_bytes(self, element_bytes: int) -> int:
+        """Bytes kept for one token in all layers of the group."""
+        return len(self.layers) * self.kv_heads * (self.key_dim + self.value_dim) * element_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class KvLayout:
+    """The groups of a model's cache and the block size in tokens; every layer is in exactly one group."""
+
+    groups: tuple[KvGroup, ...]
+    block_tokens: int = 64
+
+    def blocks_for(self, group: KvGroup, context_tokens: int) -> int:
+        """Most blocks of `group` that one sequence of `context_tokens` holds at a step boundary (a window needs its blocks and one more)."""
+        full = -(-context_tokens // self.block_tokens)
+        return full if group.window is None else min(full, -(-group.window // self.block_tokens) + 1)
+
+    def block_bytes(self, group: KvGroup, element_bytes: int) -> int:
+        """Bytes of one block of `group` over all its layers."""
+        return self.block_tokens * group.token_bytes(element_bytes)
+
+    def sequence_bytes(self, context_tokens: int, element_bytes: int) -> int:
+        """Bytes kept for one sequence of `context_tokens`."""
+        return sum(self.blocks_for(group, context_tokens) * self.block_bytes(group, element_bytes) for group in self.groups)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """One decoder. `context_tokens` is the longest sequence it accepts, `end_ids` the tokens that end a text."""
+
+    family: str
+    vocab_size: int
+    dim: int
+    layers: tuple[LayerSpec, ...]
+    rope: RopeSpec
+    context_tokens: int
+    norm_eps: float = 1e-6
+    tied_embeddings: bool = False
+    precision: PrecisionSpec = PrecisionSpec()
+    end_ids: tuple[int, ...] = ()
+    bos_id: int | None = None
+    line: str | None = None
+
+    def kv_layout(self, block_tokens: int = 64) -> KvLayout:
+        """Group the layers by cache shape and window, in order of first appearance."""
+
+        def shape(index: int) -> tuple[int, int, int, int | None]:
+            attention = self.layers[index].attention
+            return attention.kv_heads, attention.head_dim, attention.head_dim, attention.window
+
+        kinds: dict[tuple[int, int, int, int | None], list[int]] = {}
+        for index in range(len(self.layers)):
+            kinds.setdefault(shape(index), []).append(index)
+        groups = []
+        for (kv_heads, key_dim, value_dim, window), members in kinds.items():
+            stem = "full" if window is None else f"window{window}"
+            name = stem if all(group.name != stem for group in groups) else f"{stem}_{len(groups)}"
+            groups.append(KvGroup(name, tuple(members), kv_heads, key_dim, value_dim, window))
+        return KvLayout(tuple(groups), block_tokens)
+
+    @property
+    def parameters(self) -> int:
+        """Stored parameters; tied embeddings count once."""
+        embeddings = self.vocab_size * self.dim * (1 if self.tied_embeddings else 2)
+        return embeddings + self.dim + sum(count * _layer_parameters(layer, self.dim) for layer, count in self._layer_runs())
+
+    @property
+    def matmul_parameters(self) -> int:
+        """Parameters that take part in a matrix product for every token (the input embedding does not, the output head does)."""
+        return self.vocab_size * self.dim + sum(count * _layer_matmul_parameters(layer, self.dim) for layer, count in self._layer_runs())
+
+    def flops(self, tokens: int, context_tokens: float, sampled: int | None = None) -> float:
+        """FLOPs of computing `tokens` positions that see `context_tokens` each on average; the head runs on `sampled` rows (all by default)."""
+        head = self.vocab_size * self.dim
+        rows = tokens if sampled is None else sampled
+        linear = 2.0 * tokens * (self.matmul_parameters - head) + 2.0 * rows * head
+        return linear + 4.0 * tokens * self._attention_width(context_tokens)
+
+    def bytes_read(self, sequences: int, context_tokens: float, weight_bytes: int, kv_bytes: int) -> float:
+        """Bytes a decode step of `sequences` must read at least: the matmul weights once and every visible K/V entry once."""
+        visible = 0.0
+        for layer, count in self._layer_runs():
+            attention = layer.attention
+            seen = context_tokens if attention.window is None else min(context_tokens, attention.window)
+            visible += count * seen * attention.kv_heads * 2 * attention.head_dim
+        return float(self.matmul_parameters * weight_bytes) + sequences * visible * kv_bytes
+
+    def _attention_width(self, context_tokens: float) -> float:
+        total = 0.0
+        for layer, count in self._layer_runs():
+            attention = layer.attention
+            seen = context_tokens if attention.window is None else min(context_tokens, attention.window)
+            total += count * attention.heads * attention.head_dim * seen
+        return total
+
+    def _layer_runs(self) -> list[tuple[LayerSpec, int]]:
+        return [(layer, len(list(run))) for layer, run in groupby(self.layers)]
+
+
+def _layer_matmul_parameters(layer: LayerSpec, dim: int) -> int:
+    attention = layer.attention
+    query, kv = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
+    gate = dim * attention.heads if attention.gate else 0
+    return dim * (query + 2 * kv) + query * dim + gate + 3 * dim * layer.mlp.hidden
+
+
+def _layer_parameters(layer: LayerSpec, dim: int) -> int:
+    attention = layer.attention
+    query, kv = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
+    vectors = 2 * dim
+    vectors += (query + 2 * kv) if attention.qkv_bias else 0
+    vectors += dim if attention.out_bias else 0
+    vectors += 2 * attention.head_dim if attention.qk_norm else 0
+    vectors += attention.heads if attention.gate else 0
+    vectors += (2 * layer.mlp.hidden + dim) if layer.mlp.bias else 0
+    return _layer_matmul_parameters(layer, dim) + vectors

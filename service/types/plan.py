@@ -1,0 +1,181 @@
+"""What the parent asks of a worker for one step, what comes back, and the protocol between them.
+
+A worker keeps, for each `row` of its tables, the sequence's tokens and one block table per KV group; a plan carries only changes.
+A token sampled by step N is already in the worker's table when step N+1 runs, so a plan never waits for its value: that is all that
+running one step ahead needs. Invariant: the worker holds no truth that the parent could not send again with `OpenSequence`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from enum import IntFlag
+from typing import NamedTuple, Protocol
+
+from service.types.model_spec import KvLayout
+from service.types.request import Sampling, Stop, TokenLogprob
+
+
+class Want(IntFlag):
+    """What is wanted of a slice besides its KV entries."""
+
+    NOTHING = 0
+    TOKEN = 1
+    PROMPT_LOGPROBS = 2
+
+
+class Slice(NamedTuple):
+    """Compute positions [start, start + count) of the sequence in `row`. With Want.TOKEN the position start + count is sampled.
+
+    With Want.PROMPT_LOGPROBS the log-probs of the tokens at positions start + 1 .. min(start + count, prompt length − 1) are returned.
+    """
+
+    row: int
+    start: int
+    count: int
+    want: int
+
+
+class BlockAppend(NamedTuple):
+    """Block ids that extend one row's table of one KV group, from table index `first` on."""
+
+    row: int
+    group: int
+    first: int
+    blocks: tuple[int, ...]
+
+
+class BlockRelease(NamedTuple):
+    """Entries of a row's table of one KV group below index `before` lie behind the window and become null."""
+
+    row: int
+    group: int
+    before: int
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSequence:
+    """A sequence enters a row. `tokens` is everything known: the prompt and, after preemption or restart, what was generated."""
+
+    row: int
+    tokens: tuple[int, ...]
+    prompt_tokens: int
+    sampling: Sampling
+    stop: Stop
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """One step. The worker applies close, open, append, release in this order and then computes the slices.
+
+    Slices are ordered and rows are distinct within a plan.
+    """
+
+    step: int
+    slices: tuple[Slice, ...] = ()
+    close: tuple[int, ...] = ()
+    open: tuple[OpenSequence, ...] = ()
+    append: tuple[BlockAppend, ...] = ()
+    release: tuple[BlockRelease, ...] = ()
+
+
+class SampledToken(NamedTuple):
+    """The token sampled for a row; `logprob` when asked for. `failure` is an error code (`numerical_failure`) instead of a token of −1."""
+
+    row: int
+    token: int
+    logprob: TokenLogprob | None = None
+    failure: str | None = None
+
+
+class PromptLogprobs(NamedTuple):
+    """Log-probs of the prompt tokens at positions first, first + 1, … of a row."""
+
+    row: int
+    first: int
+    logprobs: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step gave: tokens in the order of the slices that wanted one; numbers for the metrics. Workers count nothing themselves.
+
+    `execute_s` is the step's time in the worker in seconds; `dispatch` counts (op, implementation) calls since the last result.
+    """
+
+    step: int
+    tokens: tuple[SampledToken, ...] = ()
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+    execute_s: float = 0.0
+    dispatch: tuple[tuple[str, str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BackendInfo:
+    """What a ready worker says of itself.
+
+    `group_blocks` are the usable block ids per KV group: 1 … n (0 is the null block). `memory_bytes` names what was taken
+    (weights, kv:<group>, workspace, runtime). `phases_s` are the start-up phases in order with their seconds.
+    """
+
+    kv_layout: KvLayout
+    group_blocks: tuple[int, ...]
+    max_rows: int
+    max_step_tokens: int
+    context_tokens: int
+    vocab_size: int
+    dtype: str
+    tier: str
+    device: str
+    memory_bytes: tuple[tuple[str, int], ...] = ()
+    phases_s: tuple[tuple[str, float], ...] = ()
+    dispatch: tuple[tuple[str, str], ...] = ()
+    pid: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BackendHealth:
+    """Liveness of a worker: `state` is loading, ready, stalled or down; `silent_s` the seconds since it last made progress or answered."""
+
+    state: str
+    silent_s: float
+    restarts: int
+
+
+class WorkerLost(Exception):
+    """The worker died, stalled beyond its deadline or broke the protocol; every outstanding step is lost. `reason` is a metric label."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"worker lost: {reason}")
+        self.reason = reason
+
+
+class Backend(Protocol):
+    """One version replica as the loop sees it. All methods are called from the event loop's thread."""
+
+    async def start(self) -> BackendInfo:
+        """Start (or, after WorkerLost, start again) and return when ready. Raises StartupError when it cannot ever work."""
+
+    def execute(self, plan: BatchPlan) -> asyncio.Future[StepResult]:
+        """Send a plan now; the future gives its result or WorkerLost. Steps complete in order; at most two are outstanding."""
+
+    def health(self) -> BackendHealth:
+        """The worker's liveness now; never blocks."""
+
+    async def close(self) -> None:
+        """Stop the worker and free everything; idempotent."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRequest:
+    """The first message to a worker: which checkpoint to load and how. `kv_bytes` 0 means: what the machine leaves, bounded."""
+
+    directory: str
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int = 0
+    kv_bytes: int = 0
+    max_rows: int = 64
+    max_step_tokens: int = 512
+    context_tokens: int = 0

@@ -1,0 +1,93 @@
+"""Plain frozen settings for each room, handed in as arguments; `config.py` is the only place that reads flags, environment and files.
+
+It does not know pydantic or where a value came from. Invariant: defaults stand here once; every field is obeyed by the room that takes it
+(tests/house walks them).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+KIB, MIB = 1024, 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class HttpLimits:
+    """Bounds on what a client may send. Times in seconds, sizes in bytes."""
+
+    header_bytes: int = 32 * KIB
+    header_fields: int = 100
+    body_bytes: int = 32 * MIB
+    header_read_s: float = 10.0
+    body_idle_s: float = 30.0
+    stream_write_s: float = 60.0
+    json_depth: int = 64
+    choices: int = 16
+    prompts: int = 64
+    sequences: int = 128
+    stop_strings: int = 16
+    stop_characters: int = 256
+    logit_bias_entries: int = 1024
+    top_logprobs: int = 20
+    prompt_characters_per_token: int = 8
+    template_s: float = 2.0
+    template_bytes: int = 128 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class HttpSettings:
+    """Where the service listens and who may call. Keys are kept as given; only digests are compared. Empty `api_keys`: open."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    insecure: bool = False
+    metrics_key: bool = False
+    allowed_origins: tuple[str, ...] = ()
+    drain_s: float = 30.0
+    access_log: bool = True
+    limits: HttpLimits = HttpLimits()
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerSettings:
+    """Bounds and policy of one version's loop. `queue_tokens` bounds the prompt tokens waiting; `run_ahead` is 0 or 1 steps.
+
+    `stream_events` is how many undelivered events a stream may hold before its client counts as too slow. `step_tokens` is the token budget of a step; `batch_size` the most
+    sequences running at once.
+    """
+
+    batch_size: int = 32
+    step_tokens: int = 512
+    queue_requests: int = 256
+    queue_tokens: int = 1 << 20
+    request_deadline_s: float = 600.0
+    stream_events: int = 1024
+    run_ahead: int = 0
+    prefix_cache: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """How a worker loads and runs a checkpoint. `kv_bytes` 0: what the machine leaves, bounded by what batch_size contexts can use; `threads` 0: all cores.
+
+    `context_tokens` 0: the checkpoint's own.
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    tier: str = "auto"
+    threads: int = 0
+    kv_bytes: int = 0
+    context_tokens: int = 0
+    heartbeat_s: float = 5.0
+    step_deadline_s: float = 60.0
+    load_deadline_s: float = 1800.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """One model to serve: its served `name` and the directory that holds it."""
+
+    name: str
+    directory: str
