@@ -1,6 +1,7 @@
 """What a network is, as data: shapes, attention of every layer, positions, precision, cache layout and cost.
 
-Every layer has its own spec, so windows, head counts, MLP kinds and caches may differ from layer to layer; a new kind of attention or MLP is a new
+Every layer has its own spec, so windows, head counts, MLP kinds and caches may differ from layer to layer; a new kind of attention or
+MLP is a new
 dataclass in the union, not a new model class. It does not know tensors, files or devices.
 Invariant: everything countable (parameters, bytes kept, FLOPs) is computed here from the few stored numbers.
 """
@@ -45,7 +46,8 @@ class RopeSpec:
 
 @dataclass(frozen=True, slots=True)
 class GroupedQueryAttention:
-    """Multi-head attention with shared K/V heads (Ainslie et al. 2023). `window` counts the visible tokens, the query's own included; None is all.
+    """Multi-head attention with shared K/V heads (Ainslie et al. 2023). `window` counts the visible tokens, the query's own included;
+    None is all.
 
     `gate`: dynamic attention: each head's output is multiplied by sigmoid(x · w_head + b_head), x being the layer's normalised input.
     `scale` None means head_dim ** −0.5.
@@ -81,9 +83,11 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True)
 class PrecisionSpec:
-    """Which type each kind of arithmetic uses. `compute` is the type of weights and activations when served (`auto`: what the device computes fast).
+    """Which type each kind of arithmetic uses. `compute` is the type of weights and activations when served (`auto`: what the device
+    computes fast).
 
-    `train_compute` is the autocast type in training; `loss_scaling` applies when that is float16. Norms, softmax, log-probs and master weights are float32.
+    `train_compute` is the autocast type in training; `loss_scaling` applies when that is float16. Norms, softmax, log-probs and master
+    weights are float32.
     """
 
     compute: str = "auto"
@@ -115,7 +119,8 @@ class KvLayout:
     block_tokens: int = 64
 
     def blocks_for(self, group: KvGroup, context_tokens: int) -> int:
-        """Most blocks of `group` that one sequence of `context_tokens` holds at a step boundary (a window needs its blocks and one more)."""
+        """Most blocks of `group` that one sequence of `context_tokens` holds at a step boundary (a window needs its blocks and one
+        more)."""
         full = -(-context_tokens // self.block_tokens)
         return full if group.window is None else min(full, -(-group.window // self.block_tokens) + 1)
 
@@ -155,7 +160,7 @@ class ModelSpec:
         kinds: dict[tuple[int, int, int, int | None], list[int]] = {}
         for index in range(len(self.layers)):
             kinds.setdefault(shape(index), []).append(index)
-        groups = []
+        groups: list[KvGroup] = []
         for (kv_heads, key_dim, value_dim, window), members in kinds.items():
             stem = "full" if window is None else f"window{window}"
             name = stem if all(group.name != stem for group in groups) else f"{stem}_{len(groups)}"
@@ -174,7 +179,8 @@ class ModelSpec:
         return self.vocab_size * self.dim + sum(count * _layer_matmul_parameters(layer, self.dim) for layer, count in self._layer_runs())
 
     def flops(self, tokens: int, context_tokens: float, sampled: int | None = None) -> float:
-        """FLOPs of computing `tokens` positions that see `context_tokens` each on average; the head runs on `sampled` rows (all by default)."""
+        """FLOPs of computing `tokens` positions that see `context_tokens` each on average; the head runs on `sampled` rows (all by
+        default)."""
         head = self.vocab_size * self.dim
         rows = tokens if sampled is None else sampled
         linear = 2.0 * tokens * (self.matmul_parameters - head) + 2.0 * rows * head

@@ -25,14 +25,14 @@ class Want(IntFlag):
 
 
 class Slice(NamedTuple):
-    """Compute positions [start, start + count) of the sequence in `row`. With Want.TOKEN the position start + count is sampled.
+    """Compute positions [start, start + length) of the sequence in `row`. With Want.TOKEN the position start + length is sampled.
 
-    With Want.PROMPT_LOGPROBS the log-probs of the tokens at positions start + 1 .. min(start + count, prompt length − 1) are returned.
+    With Want.PROMPT_LOGPROBS the log-probs of the tokens at positions start + 1 .. min(start + length, prompt length − 1) are returned.
     """
 
     row: int
     start: int
-    count: int
+    length: int
     want: int
 
 

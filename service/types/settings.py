@@ -53,7 +53,8 @@ class HttpSettings:
 class SchedulerSettings:
     """Bounds and policy of one version's loop. `queue_tokens` bounds the prompt tokens waiting; `run_ahead` is 0 or 1 steps.
 
-    `stream_events` is how many undelivered events a stream may hold before its client counts as too slow. `step_tokens` is the token budget of a step; `batch_size` the most
+    `stream_events` is how many undelivered events a stream may hold before its client counts as too slow. `step_tokens` is the token
+    budget of a step; `batch_size` the most
     sequences running at once.
     """
 
@@ -69,7 +70,8 @@ class SchedulerSettings:
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """How a worker loads and runs a checkpoint. `kv_bytes` 0: what the machine leaves, bounded by what batch_size contexts can use; `threads` 0: all cores.
+    """How a worker loads and runs a checkpoint. `kv_bytes` 0: what the machine leaves, bounded by what batch_size contexts can use;
+    `threads` 0: all cores.
 
     `context_tokens` 0: the checkpoint's own.
     """
