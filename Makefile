@@ -1,0 +1,47 @@
+# Every target does its own set-up. PYTHON picks the interpreter (3.11 or 3.12), VENV the virtual environment.
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3,$(shell command -v $(name) >/dev/null 2>&1 && $(name) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $(name))))
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+ARGS ?=
+
+.PHONY: help setup serve test test-all check docs clean
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
+
+$(VENV)/.serve: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or 3.12 is needed; name one with PYTHON=/path/to/python"; exit 2; }
+	@test -x $(BIN)/python || { echo "setup: creating $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
+	@echo "setup: installing what serving needs (the first time takes a minute or two)"
+	@$(INSTALL) --editable '.[torch]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.serve
+	@echo "setup: installing what the tests need"
+	@$(INSTALL) --editable '.[torch,train,dev]'
+	@touch $@
+
+setup: $(VENV)/.test ## create the virtual environment with everything in it
+
+serve: $(VENV)/.serve ## serve the bundled model on http://127.0.0.1:8000 (flags: ARGS="--port 9000")
+	@$(BIN)/deepseek-serve $(ARGS)
+
+test: $(VENV)/.test ## run the tests
+	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.test ## run the tests, the slow ones too
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.test ## lint, types, import contracts, and the measures of the code
+	@$(BIN)/ruff check service tests loadtests
+	@$(BIN)/ruff format --check service tests loadtests
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --config importlinter.ini
+	@$(BIN)/python -m tests.house.measures
+
+docs: $(VENV)/.test ## write docs/cli.md from the commands' own definitions
+	@$(BIN)/python -m service.cli.docs
+
+clean: ## remove the virtual environment and caches
+	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info
