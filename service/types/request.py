@@ -63,7 +63,8 @@ class GenerationRequest:
     `request_id` is the HTTP request's; the choices of one request share it. `version` is the served name asked for.
     `tenant` is the caller (fair share of the queue), `priority` orders the queue (lower runs first), `cache_salt` separates prefix
     caches, `adapter` names a LoRA adapter (None until adapters are served; anything else is refused by name).
-    `deadline_s` is an absolute monotonic time. `prompt_logprobs` like `Sampling.logprobs`, for the prompt's own tokens.
+    `deadline_s` is an absolute monotonic time. `prompt_logprobs` like `Sampling.logprobs`, for the prompt's own tokens. `route` is the
+    HTTP route it came by, a label of the latency metrics.
     """
 
     request_id: str
@@ -77,6 +78,7 @@ class GenerationRequest:
     cache_salt: str = ""
     adapter: str | None = None
     prompt_logprobs: int | None = None
+    route: str = ""
 
 
 class TokenLogprob(NamedTuple):
