@@ -1,0 +1,158 @@
+"""Every setting of `deepseek-serve`, once: name, type, bounds, default and one sentence. Flags, environment, file and docs follow from it.
+
+It does not know where a value comes from or who uses it. A section is a class; a field whose name equals one in `types/settings` is handed
+to that room. Invariant: defaults are those of `types/settings`; none is spelled here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import BaseModel, BeforeValidator, Field
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+from service.config.flags import parse_bytes
+from service.types.settings import EngineSettings, HttpLimits, HttpSettings, SchedulerSettings
+
+ENVIRONMENT_PREFIX = "DEEPSEEK_"
+SHORT_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
+
+_HTTP, _LIMITS, _SCHEDULER, _ENGINE = HttpSettings(), HttpLimits(), SchedulerSettings(), EngineSettings()
+
+
+def _no_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("a switch where a number belongs")
+    return value
+
+
+def to_bytes(value: object) -> object:
+    """A size as a number of bytes; what is no text is left to the type's own check."""
+    return parse_bytes(value) if isinstance(value, str) else _no_bool(value)
+
+
+def _to_list(value: object) -> object:
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+def _to_text(value: object) -> object:
+    return str(value) if isinstance(value, float) else value
+
+
+Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=1 << 40)]
+Whole = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, le=1 << 40)]
+Seconds = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, le=1e7, allow_inf_nan=False)]
+Pause = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1e7, allow_inf_nan=False)]
+Size = Annotated[int, BeforeValidator(to_bytes), Field(ge=0, le=1 << 50)]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Tier = Literal["auto", "gpu", "edge", "cpu"]
+Texts = Annotated[list[str], NoDecode, BeforeValidator(_to_list)]
+
+
+class ModelSection(BaseModel):
+    """Models"""
+
+    model: Texts = Field([], description="directory of a checkpoint, served under its base name, or NAME=DIR; repeatable")
+    version: Annotated[str, BeforeValidator(_to_text)] = Field(
+        "", description="the bundled line to serve, such as v2.3, instead of a directory; the newest that is complete when left out"
+    )
+
+
+class HttpSection(BaseModel):
+    """HTTP"""
+
+    host: str = Field(_HTTP.host, description="address to listen on; a public one needs a key or --insecure")
+    port: Annotated[int, BeforeValidator(_no_bool), Field(ge=0, le=65535)] = Field(
+        _HTTP.port, description="port to listen on; 0 takes a free one"
+    )
+    api_key: Texts = Field(list(_HTTP.api_keys), description="key that clients send as a bearer token; repeatable")
+    insecure: bool = Field(_HTTP.insecure, description="listen on a public address without a key")
+    metrics_key: bool = Field(_HTTP.metrics_key, description="ask for the key on /metrics too")
+    allowed_origins: Texts = Field(list(_HTTP.allowed_origins), description="origin of a web page that may call this service; repeatable")
+    drain_s: Pause = Field(_HTTP.drain_s, description="time that running requests get to end when the service is stopped")
+    access_log: bool = Field(_HTTP.access_log, description="log one line for each request")
+
+
+class LimitSection(BaseModel):
+    """Limits on requests"""
+
+    header_bytes: Annotated[Size, Field(ge=1024)] = Field(_LIMITS.header_bytes, description="most bytes of a request's headers")
+    header_fields: Count = Field(_LIMITS.header_fields, description="most header fields")
+    body_bytes: Annotated[Size, Field(ge=1024)] = Field(_LIMITS.body_bytes, description="most bytes of a request's body")
+    header_read_s: Seconds = Field(_LIMITS.header_read_s, description="time in which the headers must arrive")
+    body_idle_s: Seconds = Field(_LIMITS.body_idle_s, description="longest pause while a body arrives")
+    stream_write_s: Seconds = Field(_LIMITS.stream_write_s, description="longest time that a client may leave written data unread")
+    json_depth: Count = Field(_LIMITS.json_depth, description="deepest nesting of a JSON body")
+    choices: Count = Field(_LIMITS.choices, description="most choices (n) of a request")
+    prompts: Count = Field(_LIMITS.prompts, description="most prompts in a request")
+    sequences: Count = Field(_LIMITS.sequences, description="most prompts times choices in a request")
+    stop_strings: Count = Field(_LIMITS.stop_strings, description="most stop strings")
+    stop_characters: Count = Field(_LIMITS.stop_characters, description="longest stop string, in characters")
+    logit_bias_entries: Count = Field(_LIMITS.logit_bias_entries, description="most entries of logit_bias")
+    top_logprobs: Whole = Field(_LIMITS.top_logprobs, description="most alternatives reported for a token")
+    prompt_characters_per_token: Count = Field(
+        _LIMITS.prompt_characters_per_token, description="prompt characters allowed for each token of context, checked before tokenizing"
+    )
+    template_s: Seconds = Field(_LIMITS.template_s, description="time in which a chat template must render")
+    template_bytes: Annotated[Size, Field(ge=1024)] = Field(
+        _LIMITS.template_bytes, description="memory that rendering a chat template may take"
+    )
+
+
+class SchedulerSection(BaseModel):
+    """Scheduling"""
+
+    batch_size: Annotated[Count, Field(le=4096)] = Field(_SCHEDULER.batch_size, description="most sequences running at once")
+    step_tokens: Annotated[Count, Field(le=1 << 20)] = Field(
+        _SCHEDULER.step_tokens, description="token budget of one step, prompt and generated tokens together"
+    )
+    queue_requests: Count = Field(_SCHEDULER.queue_requests, description="most sequences waiting; more are answered with 429")
+    queue_tokens: Count = Field(_SCHEDULER.queue_tokens, description="most prompt tokens waiting")
+    request_deadline_s: Seconds = Field(_SCHEDULER.request_deadline_s, description="longest time from a request's arrival to its end")
+    stream_events: Count = Field(
+        _SCHEDULER.stream_events, description="most undelivered events of a stream before its client counts as too slow"
+    )
+    run_ahead: Annotated[Whole, Field(le=1)] = Field(
+        _SCHEDULER.run_ahead, description="steps sent to the worker ahead of the one that it executes"
+    )
+    prefix_cache: bool = Field(_SCHEDULER.prefix_cache, description="reuse the KV cache of equal prompt beginnings")
+
+
+class EngineSection(BaseModel):
+    """Engine"""
+
+    dtype: Dtype = Field(
+        cast(Dtype, _ENGINE.dtype), description="type of weights and activations; auto takes what the device computes fast"
+    )
+    fp16: bool = Field(False, description="short for --dtype float16")
+    bf16: bool = Field(False, description="short for --dtype bfloat16")
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(_ENGINE.device, description="auto, cpu, cuda or cuda:N")
+    tier: Tier = Field(cast(Tier, _ENGINE.tier), description="hardware tier that metrics and the model list name")
+    threads: Annotated[Whole, Field(le=4096)] = Field(_ENGINE.threads, description="CPU threads of a worker; 0 takes all cores")
+    kv_bytes: Size = Field(
+        _ENGINE.kv_bytes, description="memory of a version's KV cache, such as 512MiB; 0 takes what the machine leaves, bounded by need"
+    )
+    context_tokens: Whole = Field(
+        _ENGINE.context_tokens, description="longest sequence, prompt and output together; 0 takes the checkpoint's own"
+    )
+    heartbeat_s: Seconds = Field(_ENGINE.heartbeat_s, description="longest silence of a worker before it counts as stalled")
+    step_deadline_s: Seconds = Field(_ENGINE.step_deadline_s, description="longest time of one step before the worker is replaced")
+    load_deadline_s: Seconds = Field(_ENGINE.load_deadline_s, description="longest time that loading a checkpoint may take")
+
+
+SECTIONS: tuple[type[BaseModel], ...] = (ModelSection, HttpSection, LimitSection, SchedulerSection, EngineSection)
+
+
+class Definition(ModelSection, HttpSection, LimitSection, SchedulerSection, EngineSection, BaseSettings):
+    """All sections joined. It takes values only from its arguments: `load` joins the sources."""
+
+    model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, env_ignore_empty=True, extra="forbid", hide_input_in_errors=True)
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **_others: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only the arguments."""
+        return (init_settings,)

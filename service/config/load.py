@@ -1,0 +1,184 @@
+"""Joins flags, environment and configuration file into the settings of every room; the one place that reads the environment.
+
+It does not know what the settings do. Invariants: flags > environment > file > defaults, for the short forms of a setting too; whatever is
+wrong ends in a `SettingsError` that names the flag, variable or key and says what would be right; keys are never shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import ipaddress
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+from pydantic_settings import EnvSettingsSource
+
+import service
+from service.config.bundled import choose_sources
+from service.config.definition import ENVIRONMENT_PREFIX, SECTIONS, SHORT_DTYPES, Definition
+from service.config.describe import default_note, expectation, is_list, metavar
+from service.config.flags import FlagParser
+from service.types.errors import SettingsError
+from service.types.settings import EngineSettings, HttpLimits, HttpSettings, ModelSource, SchedulerSettings
+
+PROGRAM = "deepseek-serve"
+DESCRIPTION = "Serve language models over HTTP. Every flag --name is also the environment variable DEEPSEEK_NAME and a key of --config."
+_SECRET = frozenset({"api_key"})
+_Room = TypeVar("_Room", HttpLimits, SchedulerSettings, EngineSettings)
+
+
+@dataclass(frozen=True, slots=True)
+class ServeSettings:
+    """What `deepseek-serve` was asked for: the models, the default first, and the settings of each room."""
+
+    models: tuple[ModelSource, ...]
+    http: HttpSettings
+    scheduler: SchedulerSettings
+    engine: EngineSettings
+
+
+def serve_parser() -> FlagParser:
+    """The flags of `deepseek-serve`, made from the definition."""
+    parser = FlagParser(PROGRAM, DESCRIPTION, service.__version__)
+    parser.add_argument("--config", metavar="FILE", default=None, help="YAML file with any of these settings")
+    for section in SECTIONS:
+        group = parser.add_argument_group(section.__doc__)
+        for name, field in section.model_fields.items():
+            text = f"{field.description}{default_note(field)}".replace("%", "%%")
+            if field.annotation is bool:
+                group.add_argument(f"--{name}", nargs="?", const="true", metavar=metavar(field), default=None, help=text)
+                group.add_argument(f"--no_{name}", dest=name, action="store_const", const="false", default=None, help=argparse.SUPPRESS)
+            else:
+                action = "append" if is_list(field) else "store"
+                group.add_argument(f"--{name}", action=action, metavar=metavar(field), default=None, help=text)
+    return parser
+
+
+def load_settings(arguments: Sequence[str]) -> ServeSettings:
+    """Read flags, environment and configuration file. Raises SettingsError; prints and exits for --help and --about."""
+    given = {name: value for name, value in serve_parser().read(arguments).items() if value is not None}
+    _refuse_unknown_variables(os.environ)
+    path = given.pop("config", None) or os.environ.get(f"{ENVIRONMENT_PREFIX}CONFIG") or None
+    origins = (
+        _Origin(given, lambda name: f"--{name}"),
+        _Origin(EnvSettingsSource(Definition)(), lambda name: ENVIRONMENT_PREFIX + name.upper()),
+        _Origin(_read_file(Path(str(path))) if path else {}, lambda name: f"{name} in {path}"),
+    )
+    return _convert(_join(origins), origins)
+
+
+class _Origin:
+    """Values of one source by setting name, short forms written out, and how the source spells a name."""
+
+    def __init__(self, values: Mapping[str, Any], spell: Callable[[str], str]) -> None:
+        self.values, self.spell = dict(values), spell
+        for short, dtype in SHORT_DTYPES.items():
+            if str(self.values.get(short, "false")).lower() in ("false", "no", "off", "0"):
+                self.values.pop(short, None)
+                continue
+            if self.values.get("dtype", dtype) != dtype:
+                raise SettingsError(f"{spell(short)} contradicts another choice of dtype ({self.values['dtype']}): give only one of them.")
+            self.values["dtype"] = dtype
+
+
+def _join(origins: Sequence[_Origin]) -> Definition:
+    joined: dict[str, Any] = {}
+    for origin in reversed(origins):
+        joined.update(origin.values)
+    try:
+        return Definition(**joined)
+    except ValidationError as error:
+        name = str(error.errors(include_url=False)[0]["loc"][0])
+    origin = next(origin for origin in origins if name in origin.values)
+    shown = "" if name in _SECRET else f", not {_shown(origin.values[name])}"
+    raise SettingsError(f"{origin.spell(name)} must be {expectation(Definition.model_fields[name])}{shown}.")
+
+
+def _convert(given: Definition, origins: Sequence[_Origin]) -> ServeSettings:
+    def spell(name: str) -> str:
+        return next((origin.spell(name) for origin in origins if name in origin.values), f"--{name}")
+
+    keys = tuple(given.api_key)
+    if any(not key or not key.isascii() or not key.isprintable() or " " in key for key in keys):
+        raise SettingsError(f"{spell('api_key')} must be printable ASCII without spaces, and not empty.")
+    if not (_is_loopback(given.host) or keys or given.insecure):
+        raise SettingsError(
+            f"{spell('host')} {given.host} can be reached from outside and no key is set: set --api_key (or DEEPSEEK_API_KEY), "
+            "or give --insecure."
+        )
+    if given.step_tokens < given.batch_size:
+        raise SettingsError(
+            f"{spell('step_tokens')} ({given.step_tokens}) must be at least batch_size ({given.batch_size}): "
+            "every running sequence takes a token of a step."
+        )
+    http = HttpSettings(
+        host=given.host,
+        port=given.port,
+        api_keys=keys,
+        insecure=given.insecure,
+        metrics_key=given.metrics_key,
+        allowed_origins=tuple(given.allowed_origins),
+        drain_s=given.drain_s,
+        access_log=given.access_log,
+        limits=_room(HttpLimits, given),
+    )
+    return ServeSettings(choose_sources(given.model, given.version), http, _room(SchedulerSettings, given), _room(EngineSettings, given))
+
+
+def _room(room: type[_Room], given: Definition) -> _Room:
+    return room(**{field.name: getattr(given, field.name) for field in fields(room)})
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def _read_file(path: Path) -> dict[str, object]:
+    try:
+        text = path.read_text("utf-8")
+        content, root = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+    except FileNotFoundError:
+        raise SettingsError(f"--config {path} does not exist: name an existing YAML file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--config {path} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1})" if mark else ""
+        raise SettingsError(f"--config {path} is not valid YAML{where}: write one 'name: value' a line.") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not isinstance(root, yaml.MappingNode):
+        raise SettingsError(f"--config {path} must hold one 'name: value' a line.")
+    keys = [str(key.value).replace("-", "_") for key, _ in root.value]
+    for name in keys:
+        if name not in Definition.model_fields:
+            raise SettingsError(f"--config {path} has {_shown(name)}, which is not a setting{_nearest(name, Definition.model_fields)}.")
+        if keys.count(name) > 1:
+            raise SettingsError(f"--config {path} has {_shown(name)} twice: keep one.")
+    return {str(key).replace("-", "_"): value for key, value in content.items() if value is not None}
+
+
+def _refuse_unknown_variables(environment: Iterable[str]) -> None:
+    known = {ENVIRONMENT_PREFIX + name.upper() for name in (*Definition.model_fields, "config")}
+    for name in environment:
+        if name.upper().startswith(ENVIRONMENT_PREFIX) and name.upper() not in known:
+            raise SettingsError(f"the environment has {_shown(name)}, which is not a setting{_nearest(name, known)}: unset it.")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,295 @@
+"""Settings: precedence, spellings, conversion to the rooms' settings, and what every kind of mistake is answered with."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.config.bundled import REQUIRED_FILES, bundled_source, choose_sources, complete_lines
+from service.config.definition import SECTIONS, Definition
+from service.config.describe import settings_tables
+from service.config.flags import FlagParser, canonical, parse_bytes, wants_text
+from service.config.load import ServeSettings, load_settings
+from service.types.errors import SettingsError
+from service.types.settings import EngineSettings, HttpLimits, HttpSettings, ModelSource, SchedulerSettings
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.upper().startswith("DEEPSEEK_"):
+            monkeypatch.delenv(name)
+
+
+def load(*arguments: str) -> ServeSettings:
+    return load_settings(["--model", "m=/models/m", *arguments])
+
+
+def refusal(*arguments: str) -> str:
+    with pytest.raises(SettingsError) as caught:
+        load(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message and message.endswith((".", "?"))
+    return message
+
+
+def test_defaults_are_those_of_the_rooms() -> None:
+    settings = load()
+    assert settings.http == HttpSettings()
+    assert settings.scheduler == SchedulerSettings()
+    assert settings.engine == EngineSettings()
+    assert settings.models == (ModelSource("m", "/models/m"),)
+
+
+@pytest.mark.parametrize("room", [HttpLimits, SchedulerSettings, EngineSettings])
+def test_every_field_of_a_room_is_a_setting(room: type) -> None:
+    assert {field.name for field in fields(room)} <= set(Definition.model_fields)
+
+
+def test_every_field_of_http_is_a_setting() -> None:
+    names = {field.name for field in fields(HttpSettings)} - {"limits", "api_keys"}
+    assert names <= set(Definition.model_fields) and "api_key" in Definition.model_fields
+
+
+def _other_value(name: str) -> tuple[str, object]:
+    field = Definition.model_fields[name]
+    if name == "device":
+        return "cpu", "cpu"
+    if name == "dtype":
+        return "bfloat16", "bfloat16"
+    if name == "tier":
+        return "edge", "edge"
+    if field.annotation is bool:
+        return ("false", False) if field.default else ("true", True)
+    if name == "run_ahead":
+        return "1", 1
+    if field.annotation is float:
+        return "7.5", 7.5
+    return str(field.default + 1), field.default + 1
+
+
+@pytest.mark.parametrize("room", [HttpLimits, SchedulerSettings, EngineSettings])
+def test_every_flag_reaches_its_room(room: type) -> None:
+    for field in fields(room):
+        text, value = _other_value(field.name)
+        settings = load(f"--{field.name}", text)
+        holder = {HttpLimits: settings.http.limits, SchedulerSettings: settings.scheduler, EngineSettings: settings.engine}[room]
+        assert getattr(holder, field.name) == value, field.name
+
+
+def test_http_flags_reach_http() -> None:
+    flags = ["--host", "0.0.0.0", "--port", "0", "--api_key", "one", "--api_key", "two", "--metrics_key", "--drain_s", "0"]
+    http = load(*flags, "--allowed_origins", "https://a.example", "--allowed_origins", "https://b.example", "--no-access-log").http
+    assert (http.host, http.port, http.api_keys) == ("0.0.0.0", 0, ("one", "two"))
+    assert (http.metrics_key, http.drain_s, http.access_log) == (True, 0.0, False)
+    assert http.allowed_origins == ("https://a.example", "https://b.example")
+    assert load("--host", "0.0.0.0", "--insecure").http.insecure
+
+
+def test_precedence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "service.yaml"
+    path.write_text("port: 1001\nbatch-size: 3\nthreads: 5\n")
+    monkeypatch.setenv("DEEPSEEK_PORT", "1002")
+    monkeypatch.setenv("DEEPSEEK_BATCH_SIZE", "4")
+    settings = load("--config", str(path), "--port", "1003")
+    assert (settings.http.port, settings.scheduler.batch_size, settings.engine.threads) == (1003, 4, 5)
+
+
+def test_short_dtype_follows_precedence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DEEPSEEK_FP16", "true")
+    assert load().engine.dtype == "float16"
+    assert load("--dtype", "float32").engine.dtype == "float32"
+    assert load("--bf16").engine.dtype == "bfloat16"
+    path = tmp_path / "service.yaml"
+    path.write_text("dtype: float32\n")
+    assert load("--config", str(path)).engine.dtype == "float16"
+    assert load("--fp16", "--dtype", "float16").engine.dtype == "float16"
+
+
+def test_environment_lists_and_config_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "service.yaml"
+    path.write_text("model: [a=/x, b=/y]\nkv_bytes: 2GB\nversion:\n")
+    monkeypatch.setenv("DEEPSEEK_CONFIG", str(path))
+    monkeypatch.setenv("DEEPSEEK_API_KEY", "k1,k2")
+    settings = load_settings([])
+    assert [source.name for source in settings.models] == ["a", "b"]
+    assert settings.http.api_keys == ("k1", "k2")
+    assert settings.engine.kv_bytes == 2_000_000_000
+
+
+@pytest.mark.parametrize("flag", ["--batch_size", "--batch-size"])
+def test_dash_and_underscore_are_the_same(flag: str) -> None:
+    assert load(flag, "7").scheduler.batch_size == 7
+    assert load(f"{flag}=8").scheduler.batch_size == 8
+
+
+def test_values_keep_their_dashes() -> None:
+    assert canonical("--api-key=a-b") == "--api_key=a-b"
+    assert canonical("a-b") == "a-b"
+    assert load("--api-key=a-b").http.api_keys == ("a-b",)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--port", "abc"], "--port must be a whole number from 0 up to 65535, not 'abc'."),
+        (["--port", "65536"], "not '65536'"),
+        (["--prot", "1"], "did you mean --port?"),
+        (["--bat", "1"], "--bat is not a flag"),
+        (["stray"], "stray does not belong to any flag"),
+        (["--port"], "--port: expected one argument"),
+        (["--fp16", "--bf16"], "contradicts"),
+        (["--fp16", "--dtype", "float32"], "--fp16 contradicts"),
+        (["--dtype", "int4"], "one of auto, float32, bfloat16, float16"),
+        (["--kv_bytes", "lots"], "512MiB"),
+        (["--kv_bytes", "-1"], "--kv_bytes"),
+        (["--drain_s", "nan"], "--drain_s must be a number of seconds"),
+        (["--drain_s", "inf"], "--drain_s"),
+        (["--heartbeat_s", "0"], "above 0"),
+        (["--device", "tpu"], "cuda:N"),
+        (["--insecure=maybe"], "true or false"),
+        (["--host", "0.0.0.0"], "--api_key"),
+        (["--host", "::"], "--insecure"),
+        (["--host", "example.org"], "--insecure"),
+        (["--step_tokens", "8"], "batch_size (32)"),
+        (["--version", "v2.3"], "only one of them"),
+        (["--model", "m=/other"], "'m' twice"),
+        (["--model", "/"], "NAME=DIR"),
+        (["--model", "x="], "no directory"),
+        (["--config", "/does/not/exist"], "does not exist"),
+    ],
+)
+def test_mistakes_get_one_sentence(arguments: list[str], expected: str) -> None:
+    assert expected in refusal(*arguments)
+
+
+@pytest.mark.parametrize("key", ["", "with space", "käse", "a\tb"])
+def test_bad_keys_are_refused_and_never_shown(key: str) -> None:
+    message = refusal("--api_key", key)
+    assert "--api_key" in message and (not key or key not in message)
+
+
+def test_wrong_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPSEEK_PORT", "tcp://10.0.0.1")
+    assert refusal().startswith("DEEPSEEK_PORT must be a whole number")
+    monkeypatch.delenv("DEEPSEEK_PORT")
+    monkeypatch.setenv("DEEPSEEK_PROT", "1")
+    assert "did you mean DEEPSEEK_PORT?" in refusal()
+
+
+def test_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPSEEK_PORT", "")
+    assert load().http.port == HttpSettings().port
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("portt: 1\n", "'portt', which is not a setting (did you mean port?)"),
+        ("port: true\n", "port in "),
+        ("port: [1]\n", "port in "),
+        ("port: 1\nport: 2\n", "twice"),
+        ("batch_size: 1\nbatch-size: 2\n", "twice"),
+        ("- a\n", "name: value"),
+        ("a: [\n", "not valid YAML (line"),
+        ("!!python/object/apply:os.getcwd []\n", "not valid YAML"),
+        ("host: {a: 1}\n", "host in "),
+    ],
+)
+def test_wrong_file_is_named(tmp_path: Path, content: str, expected: str) -> None:
+    path = tmp_path / "service.yaml"
+    path.write_text(content)
+    assert expected in refusal("--config", str(path))
+
+
+def test_unreadable_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "not UTF-8" in refusal("--config", str(tmp_path / "binary.yaml"))
+    assert "cannot be read" in refusal("--config", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("0", 0),
+        ("4096", 4096),
+        ("1k", 1000),
+        ("1KiB", 1024),
+        ("512MiB", 512 << 20),
+        ("2GB", 2 * 10**9),
+        ("1.5 GiB", 3 << 29),
+        ("1T", 10**12),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "1 i", "1ib", "1XB", "1e9", "1..5M", "nan"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a size"):
+        parse_bytes(text)
+
+
+@given(st.lists(st.text(max_size=12), max_size=4))
+def test_any_argument_list_gives_settings_or_one_sentence(arguments: list[str]) -> None:
+    if wants_text([canonical(argument) for argument in arguments]):
+        return
+    try:
+        load(*arguments)
+    except SettingsError as error:
+        assert len(str(error)) < 400
+
+
+def test_directory_names_and_equal_signs() -> None:
+    assert choose_sources(["/models/qwen3"], "") == (ModelSource("qwen3", "/models/qwen3"),)
+    assert choose_sources(["/models/a b=c/q"], "") == (ModelSource("q", "/models/a b=c/q"),)
+    assert choose_sources(["org:m.1=/d=e"], "") == (ModelSource("org:m.1", "/d=e"),)
+
+
+def _bundle(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).mkdir()
+        for file in REQUIRED_FILES:
+            (root / name / file).write_text("x")
+
+
+def test_bundled_line_is_the_newest_complete(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="--model DIR"):
+        bundled_source("", tmp_path)
+    _bundle(tmp_path, "nano-v1.0", "nano-v2.3")
+    assert bundled_source("", tmp_path) == ModelSource("v2.3", str(tmp_path / "nano-v2.3"))
+    assert bundled_source("1.0", tmp_path).name == "v1.0"
+    (tmp_path / "nano-v2.3" / REQUIRED_FILES[0]).unlink()
+    assert bundled_source("", tmp_path).name == "v1.0"
+    assert [line.label for line in complete_lines(tmp_path)] == ["v1.0"]
+    with pytest.raises(SettingsError, match=r"not bundled \(bundled: v1.0\)"):
+        bundled_source("v2.3", tmp_path)
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h", "--about"])
+def test_text_flags_print_and_exit_cleanly(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert wants_text(["--port", "1", flag])
+    with pytest.raises(SystemExit) as caught:
+        load_settings([flag])
+    assert caught.value.code == 0
+    assert "deepseek-serve" in capsys.readouterr().out
+
+
+def test_tables_name_every_setting() -> None:
+    text = settings_tables()
+    assert all(f"| `--{name}` |" in text for name in Definition.model_fields)
+    assert all(f"### {section.__doc__}" in text for section in SECTIONS)
+    assert "| `--template_bytes` | SIZE | 128MiB | `DEEPSEEK_TEMPLATE_BYTES` |" in text
+
+
+def test_a_parser_knows_its_flags() -> None:
+    parser = FlagParser("deepseek-x", "x", "1.2.3")
+    parser.add_argument("--rate")
+    assert {"--rate", "--help", "--about"} <= set(parser.known_flags())
+    assert parser.read(["--rate", "3"]) == {"rate": "3"}
