@@ -1,0 +1,73 @@
+"""The decoder: embedding, layers, final norm and head over flat batches of tokens.
+
+It knows neither caches nor sequences: positions and an `Attend` arrive as arguments, and rotations are looked up once per forward.
+Invariant: parameter names are the names of our own checkpoint format.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from service.models.attention import Attend, GroupedAttention
+from service.models.layers import Embedding, Linear, RmsNorm, SwigluMlp
+from service.models.rope import RopeTable
+from service.types.model_spec import LayerSpec, ModelSpec
+
+
+class DecoderLayer(nn.Module):
+    """One pre-norm layer: attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, spec: LayerSpec, model: ModelSpec, index: int, device: torch.device | str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.attention_norm = RmsNorm(model.dim, model.norm_eps, device, dtype)
+        self.attention = GroupedAttention(spec.attention, model.dim, model.norm_eps, index, device, dtype)
+        self.mlp_norm = RmsNorm(model.dim, model.norm_eps, device, dtype)
+        self.mlp = SwigluMlp(spec.mlp, model.dim, device, dtype)
+
+    def forward(self, update: Tensor, residual: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, Tensor]:
+        """(pending update, residual) -> the same after this layer, all [T, dim]; the stream's value is their sum.
+
+        Adding late lets one op do "add, then norm".
+        """
+        x, residual = self.attention_norm.add(update, residual)
+        x, residual = self.mlp_norm.add(self.attention(x, *rotation, attend), residual)
+        return self.mlp(x), residual
+
+
+class Decoder(nn.Module):
+    """A causal decoder as `spec` describes it. Parameters are left uninitialised: load them or call `init_weights`."""
+
+    def __init__(self, spec: ModelSpec, device: torch.device | str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embed = Embedding(spec.vocab_size, spec.dim, device, dtype)
+        self.layers = nn.ModuleList(DecoderLayer(layer, spec, index, device, dtype) for index, layer in enumerate(spec.layers))
+        self.norm = RmsNorm(spec.dim, spec.norm_eps, device, dtype)
+        self.head = None if spec.tied_embeddings else Linear(spec.dim, spec.vocab_size, False, device, dtype)
+        self.rope = RopeTable(spec.rope, spec.context_tokens)
+
+    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        """Logits [R, vocab] of all T tokens, or only of the given `rows` [R] int64 of them.
+
+        `tokens` [T] int64, `positions` [T] int64 below `context_tokens`; the logits have the compute dtype.
+        """
+        hidden = self.hidden(tokens, positions, attend)
+        return self.logits(hidden if rows is None else hidden.index_select(0, rows))
+
+    def hidden(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Final normalised states [T, dim]."""
+        rotation = self.rope.rows(positions)
+        update = self.embed(tokens)
+        residual = torch.zeros_like(update)
+        for layer in self.layers:
+            update, residual = layer(update, residual, rotation, attend)
+        normed, _ = self.norm.add(update, residual)
+        return normed
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, dim] final states -> [R, vocab]."""
+        if self.head is None:
+            return nn.functional.linear(hidden, self.embed.weight)
+        logits: Tensor = self.head(hidden)
+        return logits
