@@ -1,0 +1,161 @@
+"""What the loop records: counts and times of steps and sequences, and the arithmetic that the steps cost by the model's own formulas.
+
+It adds to children bound once; per token it costs one dictionary update. It does not know how metrics are shown. Invariant: every
+accepted sequence is counted in `requests_total` exactly once, when it ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from service.schedulers.planner import Planner, Step
+from service.schedulers.sequence import Sequence
+from service.telemetry import Distribution, VersionMetrics
+from service.types.errors import DeadlineExceeded
+from service.types.model_spec import ELEMENT_BYTES, ModelSpec
+from service.types.plan import BackendInfo, StepResult
+from service.types.request import FinishEvent, FinishReason
+
+
+class StepCost:
+    """FLOPs and bytes of a step, the same as `ModelSpec.flops` and `.bytes_read`, with the sums over layers taken once."""
+
+    def __init__(self, spec: ModelSpec, element_bytes: int) -> None:
+        head = spec.vocab_size * spec.dim
+        self._flops_a_token = 2.0 * (spec.matmul_parameters - head)
+        self._flops_a_sample = 2.0 * head
+        self._weight_bytes = float(spec.matmul_parameters * element_bytes)
+        widths: dict[int, list[float]] = {}
+        for layer in spec.layers:
+            attention = layer.attention
+            row = widths.setdefault(min(attention.window or spec.context_tokens, spec.context_tokens), [0.0, 0.0])
+            row[0] += 4.0 * attention.heads * attention.head_dim
+            row[1] += 2.0 * attention.kv_heads * attention.head_dim * element_bytes
+        self._widths = [(float(window), flops, size) for window, (flops, size) in widths.items()]
+
+    def of(self, tokens: int, samples: int, sequences: int, context_tokens: float) -> tuple[float, float]:
+        """(FLOPs, bytes read) of a step of `tokens` positions and `sequences` rows that see `context_tokens` each on average."""
+        flops = tokens * self._flops_a_token + samples * self._flops_a_sample
+        size = self._weight_bytes
+        for window, width, kv_bytes in self._widths:
+            seen = min(window, context_tokens)
+            flops += tokens * width * seen
+            size += sequences * kv_bytes * seen
+        return flops, size
+
+
+class _Latencies:
+    """The latency histograms of one route."""
+
+    __slots__ = ("decode", "duration", "first", "gap", "per_token", "prefill", "queue")
+
+    def __init__(self, metrics: VersionMetrics, route: str) -> None:
+        self.first = metrics.distribution("time_to_first_token_seconds", route)
+        self.gap = metrics.distribution("inter_token_latency_seconds", route)
+        self.per_token = metrics.distribution("time_per_output_token_seconds", route)
+        self.duration = metrics.distribution("request_duration_seconds", route)
+        self.queue = metrics.distribution("queue_seconds", route)
+        self.prefill = metrics.distribution("prefill_seconds", route)
+        self.decode = metrics.distribution("decode_seconds", route)
+
+
+class Accounting:
+    """The bound metrics of one version's loop."""
+
+    def __init__(self, metrics: VersionMetrics, spec: ModelSpec, dtype: str) -> None:
+        self._metrics = metrics
+        self._cost = StepCost(spec, ELEMENT_BYTES.get(dtype, 4))
+        self._generated = metrics.value("generation_tokens_total")
+        self._prompt = metrics.value("prompt_tokens_total")
+        self._cached = metrics.value("prompt_tokens_cached_total")
+        self._preemptions = metrics.value("preemptions_total")
+        self._flops = metrics.value("model_flops_total")
+        self._bytes = metrics.value("model_bytes_read_total")
+        self._step_tokens = metrics.distribution("step_tokens")
+        self._kinds: dict[str, Distribution] = {}
+        self._routes: dict[str, _Latencies] = {}
+
+    def ready(self, info: BackendInfo, program: str, planner: Planner) -> None:
+        """The worker is ready: bind what is read when somebody looks."""
+        metrics, memory = self._metrics, dict(info.memory_bytes)
+        metrics.value("model_loaded").set(1)
+        metrics.value("build_info", program, info.dtype).set(1)
+        for phase, seconds in info.phases_s:
+            metrics.value("startup_seconds", phase).set(seconds)
+        metrics.watch("requests_running", lambda: len(planner.running))
+        metrics.watch("requests_waiting", lambda: len(planner.waiting))
+        metrics.watch("prefix_cache_tokens", lambda: planner.cache.cached_tokens)
+        element_bytes = ELEMENT_BYTES.get(info.dtype, 4)
+        for index, (group, blocks) in enumerate(zip(info.kv_layout.groups, info.group_blocks, strict=True)):
+            size = memory.get(f"kv:{group.name}", blocks * info.kv_layout.block_bytes(group, element_bytes))
+            metrics.value("kv_cache_bytes", group.name).set(size)
+            metrics.watch("kv_cache_usage_ratio", lambda index=index: planner.space.pools[index].used_ratio, group.name)  # type: ignore[misc]
+
+    def lost(self, reason: str) -> None:
+        """The worker was lost."""
+        self._metrics.value("model_loaded").set(0)
+        self._metrics.value("worker_restarts_total", reason).add()
+
+    def rejected(self, reason: str, sequences: int) -> None:
+        """Sequences were refused at the door."""
+        self._metrics.value("admission_rejections_total", reason).add(sequences)
+
+    def stepped(self, step: Step, result: StepResult, preemptions: int) -> None:
+        """A step was executed, after `preemptions` since the last."""
+        rows = len(step.entries)
+        flops, size = self._cost.of(step.tokens, len(result.tokens), rows, step.context_tokens / rows)
+        self._flops.value += flops
+        self._bytes.value += size
+        self._preemptions.value += preemptions
+        self._step_tokens.observe(step.tokens)
+        kind = "decode" if step.tokens == rows == len(result.tokens) else "mixed" if step.decodes else "prefill"
+        seconds = self._kinds.get(kind)
+        if seconds is None:
+            seconds = self._kinds[kind] = self._metrics.distribution("step_seconds", kind)
+        seconds.observe(result.execute_s)
+        for op, implementation, calls in result.dispatch:
+            self._metrics.value("kernel_dispatch_total", op, implementation).add(calls)
+
+    def generated(self, tokens: int, gaps: Mapping[tuple[str, float], int], now: float) -> None:
+        """`tokens` were published; `gaps` counts, by route and time of the sequence's token before, those that were not the first."""
+        self._generated.value += tokens
+        for (route, before), times in gaps.items():
+            self._route(route).gap.observe(now - before, times)
+
+    def opened(self, sequence: Sequence, now: float) -> None:
+        """The sequence got a row for the first time."""
+        sequence.opened_s = now
+        self._route(sequence.request.route).queue.observe(now - sequence.arrived_s)
+
+    def prompt_read(self, sequence: Sequence, now: float) -> None:
+        """The prompt is computed and the first token (if one was wanted) is known."""
+        self._prompt.value += sequence.prompt_tokens
+        self._cached.value += sequence.cached_tokens or 0
+        sequence.first_token_s = now
+        latencies = self._route(sequence.request.route)
+        latencies.first.observe(now - sequence.arrived_s)
+        latencies.prefill.observe(now - sequence.opened_s)
+
+    def ended(self, sequence: Sequence, ending: FinishEvent, now: float) -> None:
+        """The sequence ended."""
+        self._metrics.value("requests_total", _outcome(ending)).add()
+        latencies = self._route(sequence.request.route)
+        latencies.duration.observe(now - sequence.arrived_s)
+        if sequence.first_token_s:
+            latencies.decode.observe(now - sequence.first_token_s)
+            if sequence.generated > 1:
+                latencies.per_token.observe((sequence.last_token_s - sequence.first_token_s) / (sequence.generated - 1))
+        self._metrics.distribution("prompt_tokens").observe(sequence.prompt_tokens)
+        self._metrics.distribution("generation_tokens").observe(sequence.generated)
+
+    def _route(self, route: str) -> _Latencies:
+        latencies = self._routes.get(route)
+        if latencies is None:
+            latencies = self._routes[route] = _Latencies(self._metrics, route)
+        return latencies
+
+
+def _outcome(ending: FinishEvent) -> str:
+    if isinstance(ending.error, DeadlineExceeded):
+        return "deadline"
+    return ending.reason.value if ending.reason is not FinishReason.ERROR else "error"

@@ -1,0 +1,286 @@
+"""Spend a step's token budget: sequences and free blocks in, a BatchPlan out. No clock, no I/O, no randomness.
+
+There are no phases: every sequence has a gap of positions to compute. Decode rows (a gap of one) come first, then running prefills by
+order, then waiting sequences while rows, budget and blocks last. When blocks are lacking the youngest sequence of the lowest priority
+loses its place and is recomputed later. It does not know streams, deadlines or time.
+Invariants: the first sequence in order always moves (admission saw that it fits alone), so there is no livelock; a plan carries changes
+only; rows are distinct within a plan.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from service.schedulers.blocks import BlockSpace
+from service.schedulers.prefix_cache import PrefixCache
+from service.schedulers.sequence import Sequence, State
+from service.schedulers.waiting import WaitingQueue
+from service.types.plan import BatchPlan, BlockAppend, BlockRelease, OpenSequence, Slice, Want
+
+
+class Entry(NamedTuple):
+    """One slice of a sent plan: whose it is, in which epoch, and the position behind it."""
+
+    sequence: Sequence
+    epoch: int
+    end: int
+    slice: Slice
+
+
+@dataclass(slots=True)
+class Step:
+    """A plan and what the loop needs to apply its result. `context_tokens` sums, over slices, the positions that their last query sees."""
+
+    plan: BatchPlan
+    entries: list[Entry]
+    tokens: int
+    context_tokens: int
+    decodes: int
+    opened: list[Sequence]
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A plan being made."""
+
+    budget: int
+    entries: dict[int, Entry] = field(default_factory=dict)
+    opened: list[Sequence] = field(default_factory=list)
+    appends: list[BlockAppend] = field(default_factory=list)
+    releases: list[BlockRelease] = field(default_factory=list)
+    context_tokens: int = 0
+    decodes: int = 0
+    preempted: bool = False
+
+
+class Planner:
+    """The sequences of one worker: who waits, who runs in which row, and the next plan."""
+
+    def __init__(self, space: BlockSpace, cache: PrefixCache, rows: int, step_tokens: int) -> None:
+        self.space = space
+        self.cache = cache
+        self.waiting = WaitingQueue()
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+        self._step_tokens = step_tokens
+        self._free_rows = list(range(min(rows, step_tokens) - 1, -1, -1))
+        self._closing: list[int] = []
+        self._leaders: dict[bytes, Sequence] = {}
+        self._suspects: list[Sequence] = []
+        self._step = 0
+
+    # Sequences come and go.
+
+    def leave(self, sequence: Sequence, to: State) -> None:
+        """The sequence ends, or loses its place and waits again; its blocks are free at once (plans execute in order)."""
+        if sequence.state is State.RUNNING:
+            self.running.remove(sequence)
+            self._closing.append(sequence.row)
+            self._free_rows.append(sequence.row)
+            self.space.free(sequence)
+            self.stop_leading(sequence)
+        elif sequence.state is State.WAITING:
+            self.waiting.remove(sequence)
+        if to is State.FINISHED and sequence in self._suspects:
+            self._suspects.remove(sequence)
+        sequence.withdraw(to)
+        if to is State.WAITING:
+            self.waiting.add(sequence)
+
+    def suspect(self, sequence: Sequence, until: int) -> None:
+        """Run the sequence alone until position `until` is computed: the worker died more than once while executing it."""
+        sequence.suspect_until = until
+        if sequence not in self._suspects:
+            self._suspects.append(sequence)
+
+    def clear_suspect(self, sequence: Sequence) -> None:
+        """The worker survived the sequence alone: it may run with the others again."""
+        sequence.suspect_until = 0
+        self._suspects.remove(sequence)
+
+    def restart(self, space: BlockSpace, cache: PrefixCache, rows: int, step_tokens: int) -> None:
+        """The worker and all that it held are gone: every sequence waits, and a new worker of this size takes over."""
+        for sequence in list(self.running):
+            self.leave(sequence, State.WAITING)
+        self.space, self.cache = space, cache
+        self._step_tokens = step_tokens
+        self._free_rows = list(range(min(rows, step_tokens) - 1, -1, -1))
+        self._closing = []
+
+    def sequences(self) -> list[Sequence]:
+        """Every live sequence."""
+        return [*self.running, *self.waiting]
+
+    def stop_leading(self, sequence: Sequence) -> None:
+        """Sequences with the same prompt need not wait for this one any more."""
+        if sequence.leads is not None:
+            if self._leaders.get(sequence.leads) is sequence:
+                del self._leaders[sequence.leads]
+            sequence.leads = None
+
+    # The plan.
+
+    def plan(self) -> Step | None:
+        """The next step, or None when nothing can be computed now."""
+        draft = _Draft(self._step_tokens)
+        if self._suspects:
+            self._plan_alone(self._suspects[0], draft)
+        else:
+            self._plan_decodes(draft)
+            draft.decodes = len(draft.entries)
+            self._plan_prefills(draft)
+            if self.waiting and self._free_rows and not draft.preempted:
+                self._plan_waiting(draft)
+        return self._finish_plan(draft) if draft.entries else None
+
+    def _plan_decodes(self, draft: _Draft) -> None:
+        running, index = self.running, 0
+        while index < len(running):
+            sequence = running[index]
+            start = sequence.scheduled
+            if sequence.wanted - start == 1 and (start < sequence.next_change or self._make_room(sequence, start + 1, draft)):
+                self._add(sequence, 1, draft)
+            index += 1
+
+    def _plan_prefills(self, draft: _Draft) -> None:
+        running, index = self.running, 0
+        while index < len(running) and draft.budget > 0:
+            sequence = running[index]
+            if sequence.wanted - sequence.scheduled > 1 and sequence.row not in draft.entries:
+                self._add_prefill(sequence, draft)
+            index += 1
+
+    def _add_prefill(self, sequence: Sequence, draft: _Draft) -> None:
+        start = sequence.scheduled
+        self.space.release_behind(sequence, start, draft.releases)
+        length = min(sequence.gap, draft.budget, max(self.space.reach(sequence) - start, 1))
+        if self._make_room(sequence, start + length, draft):
+            self._add(sequence, length, draft)
+
+    def _make_room(self, sequence: Sequence, end: int, draft: _Draft) -> bool:
+        """Cover positions below `end`, preempting from the end of the order; False when the sequence itself had to go."""
+        self.space.release_behind(sequence, sequence.scheduled, draft.releases)
+        while not self.space.extend(sequence, end, draft.appends):
+            victim = self.running[-1]
+            self._preempt(victim, draft)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, victim: Sequence, draft: _Draft) -> None:
+        row = victim.row
+        entry = draft.entries.pop(row, None)
+        if entry is not None:
+            draft.budget += entry.slice.length
+            draft.context_tokens -= entry.end
+        draft.appends = [change for change in draft.appends if change.row != row]
+        draft.releases = [change for change in draft.releases if change.row != row]
+        draft.preempted = True
+        self.preemptions += 1
+        victim.preemptions += 1
+        self.leave(victim, State.WAITING)
+
+    def _plan_waiting(self, draft: _Draft) -> None:
+        reserve = self._reserve()
+        for sequence in self.waiting.in_order():
+            if draft.budget <= 0 or not self._free_rows:
+                return
+            if self._follows(sequence):
+                continue
+            if not self._open(sequence, reserve, draft):
+                return
+
+    def _plan_alone(self, sequence: Sequence, draft: _Draft) -> None:
+        if sequence.state is State.WAITING:
+            self._open(sequence, [0] * len(self.space.pools), draft)
+        elif sequence.gap > 0:
+            self._add_prefill(sequence, draft)
+
+    def _reserve(self) -> list[int]:
+        """Blocks of each group spoken for: what running prefills still need, and one for each running sequence to grow into."""
+        reserve = [len(self.running)] * len(self.space.pools)
+        for sequence in self.running:
+            if sequence.gap > 1:
+                reserve = [have + need for have, need in zip(reserve, self.space.shortfall(sequence), strict=True)]
+        return reserve
+
+    def _follows(self, sequence: Sequence) -> bool:
+        """Is another sequence computing just this prompt's blocks? Then wait and share them instead of computing them again."""
+        blocks = self.cache.reusable_blocks(sequence)
+        return blocks > 0 and self.cache.keys(sequence, blocks)[blocks - 1] in self._leaders
+
+    def _open(self, sequence: Sequence, reserve: list[int], draft: _Draft) -> bool:
+        """Give a waiting sequence a row and its first slice; False, and nothing changed, when blocks are lacking."""
+        space = self.space
+        space.open(sequence)
+        hit = self.cache.match(sequence)
+        if hit:
+            self.cache.adopt(sequence, hit)
+        lacking = [need + kept - len(pool.free) for need, kept, pool in zip(space.shortfall(sequence), reserve, space.pools, strict=True)]
+        if max(lacking) > 0 and self.running:
+            space.free(sequence)
+            sequence.scheduled = sequence.computed = sequence.hit_blocks = sequence.proven_blocks = 0
+            return False
+        self.waiting.remove(sequence)
+        sequence.move(State.RUNNING)
+        sequence.row = self._free_rows.pop()
+        insort(self.running, sequence, key=lambda other: other.order)
+        for group, table in enumerate(sequence.tables):
+            first = sequence.released[group]
+            if len(table) > first:
+                draft.appends.append(BlockAppend(sequence.row, group, first, tuple(table[first:])))
+        start = sequence.scheduled
+        length = min(sequence.gap, draft.budget, space.reach(sequence) - start)
+        space.extend(sequence, start + length, draft.appends)
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = start
+        draft.opened.append(sequence)
+        for kept, need in enumerate(space.shortfall(sequence)):
+            reserve[kept] += need + 1
+        blocks = self.cache.reusable_blocks(sequence)
+        if blocks > hit:
+            sequence.leads = sequence.keys[blocks - 1]
+            self._leaders[sequence.leads] = sequence
+        self._add(sequence, length, draft)
+        return True
+
+    def _add(self, sequence: Sequence, length: int, draft: _Draft) -> None:
+        start = sequence.scheduled
+        end = start + length
+        samples = end == len(sequence.tokens) + sequence.in_flight and sequence.max_tokens > 0
+        want = int(Want.TOKEN) if samples else 0
+        if not sequence.scored and start < sequence.prompt_tokens - 1:
+            want |= int(Want.PROMPT_LOGPROBS)
+        draft.entries[sequence.row] = Entry(sequence, sequence.epoch, end, Slice(sequence.row, start, length, want))
+        draft.budget -= length
+        draft.context_tokens += end
+        sequence.share.served += length
+        sequence.dispatch(length, samples)
+
+    def _finish_plan(self, draft: _Draft) -> Step:
+        entries = list(draft.entries.values())
+        self._step += 1
+        plan = BatchPlan(
+            step=self._step,
+            slices=tuple([entry.slice for entry in entries]),
+            close=tuple(self._closing),
+            open=tuple([_opening(sequence) for sequence in draft.opened]),
+            append=tuple(draft.appends),
+            release=tuple(draft.releases),
+        )
+        self._closing = []
+        return Step(plan, entries, self._step_tokens - draft.budget, draft.context_tokens, draft.decodes, draft.opened)
+
+
+def _opening(sequence: Sequence) -> OpenSequence:
+    request = sequence.request
+    return OpenSequence(
+        row=sequence.row,
+        tokens=tuple(sequence.tokens),
+        prompt_tokens=sequence.prompt_tokens,
+        sampling=request.sampling,
+        stop=request.stop,
+        prompt_logprobs=request.prompt_logprobs,
+    )

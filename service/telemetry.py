@@ -1,0 +1,210 @@
+"""Every metric, its labels and help in one table, the values behind them, and the one function that writes a log line.
+
+It does not know sequences, workers or HTTP: rooms get bound children from `Telemetry.version` once and add numbers to them, which costs
+well under a microsecond; the exposition format is produced only when asked for. Invariants: every metric is in `METRICS`; every series
+carries `version`, `tier` and `device`; a metric that nothing fills is not declared.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import msgspec
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST as OPENMETRICS_CONTENT_TYPE
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+from prometheus_client.registry import Collector
+
+NAMESPACE = "deepseek_"
+_openmetrics_text: Callable[[CollectorRegistry], bytes] = generate_openmetrics
+VERSION_LABELS = ("version", "tier", "device")
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0)
+_SHORT_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0)
+_TOKENS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 65536.0, 131072.0)
+
+
+class Metric(NamedTuple):
+    """One row of the table. `labels` come after version, tier and device; `buckets` are the upper bounds of a histogram."""
+
+    name: str
+    kind: str
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric("requests_running", "gauge", "Sequences that hold a row of the worker."),
+    Metric("requests_waiting", "gauge", "Sequences accepted and waiting for a row, preempted ones included."),
+    Metric("kv_cache_usage_ratio", "gauge", "Share of a KV group's blocks that live sequences hold, 0 to 1.", ("group",)),
+    Metric("kv_cache_bytes", "gauge", "Bytes of a KV group's blocks, held or free.", ("group",)),
+    Metric("prefix_cache_tokens", "gauge", "Tokens whose blocks can be found by a later prompt."),
+    Metric("model_loaded", "gauge", "1 while the version's worker is ready, else 0."),
+    Metric("build_info", "gauge", "1; the labels name the program's version and the model's compute type.", ("program", "dtype")),
+    Metric("startup_seconds", "gauge", "Seconds that each phase of the worker's last start took.", ("phase",)),
+    Metric("prompt_tokens_total", "counter", "Prompt tokens of requests whose prompt was read."),
+    Metric("prompt_tokens_cached_total", "counter", "Of those, tokens found in the prefix cache."),
+    Metric("generation_tokens_total", "counter", "Tokens generated and billed."),
+    Metric("requests_total", "counter", "Accepted sequences that ended, by outcome; the sum is what was accepted.", ("outcome",)),
+    Metric("preemptions_total", "counter", "Times a running sequence lost its blocks and was put back to be recomputed."),
+    Metric("admission_rejections_total", "counter", "Sequences refused before they were queued, by reason.", ("reason",)),
+    Metric("worker_restarts_total", "counter", "Times a lost worker was started again, by the reason of the loss.", ("reason",)),
+    Metric("kernel_dispatch_total", "counter", "Calls of each implementation of an operation in the worker.", ("op", "implementation")),
+    Metric("model_flops_total", "counter", "Floating-point operations of the steps, from the model's own cost."),
+    Metric("model_bytes_read_total", "counter", "Bytes that the steps had to read at least, from the model's own cost."),
+    Metric("time_to_first_token_seconds", "histogram", "From acceptance to the first token.", ("route",), _SECONDS),
+    Metric("inter_token_latency_seconds", "histogram", "Between two tokens of a sequence.", ("route",), _SHORT_SECONDS),
+    Metric("time_per_output_token_seconds", "histogram", "Mean of a finished sequence after its first token.", ("route",), _SHORT_SECONDS),
+    Metric("request_duration_seconds", "histogram", "From acceptance to the end.", ("route",), _SECONDS),
+    Metric("queue_seconds", "histogram", "From acceptance to the first row.", ("route",), _SECONDS),
+    Metric("prefill_seconds", "histogram", "From the first row to the first token.", ("route",), _SECONDS),
+    Metric("decode_seconds", "histogram", "From the first token to the end.", ("route",), _SECONDS),
+    Metric("step_seconds", "histogram", "A step in the worker, by kind: decode, prefill or mixed.", ("kind",), _SHORT_SECONDS),
+    Metric("step_tokens", "histogram", "Positions computed in a step.", (), _TOKENS),
+    Metric("prompt_tokens", "histogram", "Prompt length of a finished sequence.", (), _TOKENS),
+    Metric("generation_tokens", "histogram", "Tokens generated by a finished sequence.", (), _TOKENS),
+)
+
+
+class Value:
+    """One series of a counter or gauge; with `read` it is asked when the metrics are rendered."""
+
+    __slots__ = ("read", "value")
+
+    def __init__(self) -> None:
+        self.value = 0.0
+        self.read: Callable[[], float] | None = None
+
+    def add(self, amount: float = 1.0) -> None:
+        """Count."""
+        self.value += amount
+
+    def set(self, value: float) -> None:
+        """Set a gauge."""
+        self.value = value
+
+
+class Distribution:
+    """One series of a histogram."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        """Record `value`, `times` times."""
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.total += value * times
+
+    def cumulative(self) -> list[tuple[str, float]]:
+        """(upper bound, observations at or below it) as the exposition format wants them."""
+        rows, running = [], 0
+        for bound, count in zip((*self.bounds, float("inf")), self.counts, strict=True):
+            running += count
+            rows.append(("+Inf" if bound == float("inf") else repr(bound), float(running)))
+        return rows
+
+
+_Labels = tuple[str, ...]
+
+
+class _Series:
+    """All series of one metric, by label values."""
+
+    __slots__ = ("distributions", "metric", "values")
+
+    def __init__(self, metric: Metric) -> None:
+        self.metric = metric
+        self.values: dict[_Labels, Value] = {}
+        self.distributions: dict[_Labels, Distribution] = {}
+
+    def family(self) -> CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily:
+        metric, names = self.metric, (*VERSION_LABELS, *self.metric.labels)
+        if metric.kind == "histogram":
+            histogram = HistogramMetricFamily(NAMESPACE + metric.name, metric.help, labels=names)
+            for labels, distribution in self.distributions.items():
+                histogram.add_metric(labels, distribution.cumulative(), distribution.total)
+            return histogram
+        kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+        family = kind(NAMESPACE + metric.name, metric.help, labels=names)
+        for labels, value in self.values.items():
+            family.add_metric(labels, value.value if value.read is None else value.read())
+        return family
+
+
+class VersionMetrics:
+    """The metrics of one version on one device: look a child up once, then add to it."""
+
+    def __init__(self, series: dict[str, _Series], labels: _Labels) -> None:
+        self._series = series
+        self._labels = labels
+
+    def value(self, name: str, *labels: str) -> Value:
+        """The series of counter or gauge `name` with these values of its own labels."""
+        return self._series[name].values.setdefault(self._key(name, labels), Value())
+
+    def watch(self, name: str, read: Callable[[], float], *labels: str) -> None:
+        """Let gauge `name` be read from `read` whenever the metrics are rendered."""
+        self.value(name, *labels).read = read
+
+    def distribution(self, name: str, *labels: str) -> Distribution:
+        """The series of histogram `name` with these values of its own labels."""
+        series = self._series[name]
+        return series.distributions.setdefault(self._key(name, labels), Distribution(series.metric.buckets))
+
+    def drop(self) -> None:
+        """Forget the series of this version, tier and device that hold no observation (gauges, and counters at 0)."""
+        for series in self._series.values():
+            mine = [key for key in series.values if key[: len(self._labels)] == self._labels]
+            for key in mine:
+                if series.metric.kind == "gauge" or not series.values[key].value:
+                    del series.values[key]
+
+    def _key(self, name: str, labels: tuple[str, ...]) -> _Labels:
+        wanted = self._series[name].metric.labels
+        if len(labels) != len(wanted):
+            raise ValueError(f"metric {name} has the labels {wanted}")
+        return (*self._labels, *labels)
+
+
+class Telemetry(Collector):
+    """Every metric of the process."""
+
+    def __init__(self) -> None:
+        self._series = {metric.name: _Series(metric) for metric in METRICS}
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(self)
+
+    def version(self, version: str, tier: str, device: str) -> VersionMetrics:
+        """The children bound to one version (`v2.3@<12 hex>`, or `none` before a choice is made), tier and device."""
+        return VersionMetrics(self._series, (version, tier, device))
+
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily]:
+        """The families that have a series, in the order of the table."""
+        for series in self._series.values():
+            if series.values or series.distributions:
+                yield series.family()
+
+    def render(self, openmetrics: bool = False) -> tuple[bytes, str]:
+        """The exposition text and its content type."""
+        if openmetrics:
+            return _openmetrics_text(self._registry), OPENMETRICS_CONTENT_TYPE
+        return generate_latest(self._registry), CONTENT_TYPE_LATEST
+
+
+def log_event(event: str, **fields: object) -> None:
+    """One JSON line on stderr: the time (UTC, ISO 8601), the event's name and its fields; `request_id` where there is a request."""
+    seconds, fraction = divmod(time.time(), 1.0)
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{int(fraction * 1000):03d}Z"
+    line = msgspec.json.encode({"time": stamp, "event": event, **fields}, enc_hook=str)
+    sys.stderr.write(line.decode() + "\n")
