@@ -1,0 +1,133 @@
+"""From a LoadRequest to a TorchBackend: device and dtype, the memory plan, weights, blocks, a first step; with times and progress.
+
+Only the worker imports this. Invariant: what is reported is what was taken: bytes, phases and the dtype in use.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from service.checkpoints.load import load
+from service.checkpoints.manifest import read_manifest
+from service.engine.batch import Tables
+from service.engine.kv_pool import KvPool
+from service.engine.memory import MemoryPlan, Usage, available_bytes, plan_memory, resident_bytes
+from service.engine.sampler import Sampler
+from service.engine.torch_backend import TorchBackend
+from service.kernels.dispatch import chosen
+from service.models.decoder import Decoder
+from service.types.errors import CapacityError
+from service.types.model_spec import ELEMENT_BYTES, KvLayout, ModelSpec
+from service.types.plan import BackendInfo, LoadRequest
+
+WARM_UP_TOKENS = 16
+ProgressCallback = Callable[[str, float], None]
+
+
+class Loaded(NamedTuple):
+    """A backend that can execute plans, what it says of itself, and the cost model's coefficients (see `messages.Ready`)."""
+
+    backend: TorchBackend
+    info: BackendInfo
+    token_flops: float
+    context_flops: float
+
+
+class _Phases:
+    """Times of consecutive phases in seconds."""
+
+    def __init__(self, import_s: float) -> None:
+        self.seconds: list[tuple[str, float]] = [("import", import_s)]
+        self._began_s = time.perf_counter()
+
+    def end(self, name: str) -> None:
+        """The phase that ran until now was `name`."""
+        now = time.perf_counter()
+        self.seconds.append((name, now - self._began_s))
+        self._began_s = now
+
+
+def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallback) -> Loaded:
+    """Load it all. Raises CheckpointError or CapacityError."""
+    phases = _Phases(import_s)
+    torch.set_num_threads(request.threads or len(os.sched_getaffinity(0)))
+    manifest = read_manifest(Path(request.directory))
+    spec = manifest.spec
+    device = choose_device(request.device)
+    dtype = choose_dtype(request.dtype, spec, device)
+    element_bytes = ELEMENT_BYTES[dtype]
+    layout = spec.kv_layout()
+    usage = Usage(spec.parameters * element_bytes, resident_bytes(), _free_bytes(device))
+    memory = plan_memory(spec, layout, element_bytes, request, usage)
+    phases.end("plan")
+    decoder = load(manifest, device, getattr(torch, dtype), lambda done, total: progress("weights", done / max(total, 1)))
+    phases.end("weights")
+    backend = _assemble(decoder, layout, memory, request)
+    phases.end("kv")
+    backend.warm_up(min(WARM_UP_TOKENS, memory.context_tokens))
+    phases.end("warm_up")
+    info = BackendInfo(
+        kv_layout=layout,
+        group_blocks=memory.group_blocks,
+        max_rows=request.max_rows,
+        max_step_tokens=request.max_step_tokens,
+        context_tokens=memory.context_tokens,
+        vocab_size=spec.vocab_size,
+        dtype=dtype,
+        tier="gpu" if device.type == "cuda" else "cpu",
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        memory_bytes=memory.lines,
+        phases_s=tuple(phases.seconds),
+        dispatch=tuple(chosen().items()),
+        pid=os.getpid(),
+    )
+    token_flops = spec.flops(1, 0.0)
+    return Loaded(backend, info, token_flops, spec.flops(1, 1.0) - token_flops)
+
+
+def _assemble(decoder: Decoder, layout: KvLayout, memory: MemoryPlan, request: LoadRequest) -> TorchBackend:
+    spec = decoder.spec
+    weight = decoder.embed.weight
+    pool = KvPool(layout, memory.group_blocks, weight.dtype, weight.device)
+    pool.populate()
+    tables = Tables(layout, memory.group_blocks, request.max_rows, memory.context_tokens, spec.vocab_size)
+    return TorchBackend(decoder, pool, tables, Sampler(request.max_rows, spec.vocab_size))
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises CapacityError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise CapacityError("No CUDA device is usable here: choose the device cpu or auto.")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, spec: ModelSpec, device: torch.device) -> str:
+    """An explicit type, else the line's own, else what the device computes fast."""
+    for wanted in (name, spec.precision.compute):
+        if wanted != "auto":
+            return wanted
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    return "bfloat16" if _cpu_computes_bfloat16() else "float32"
+
+
+def _cpu_computes_bfloat16() -> bool:
+    """Whether this CPU has matrix units or dot products for bfloat16; without them it is emulated and slower than float32."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    flags = next((line.split() for line in text.splitlines() if line.startswith("flags")), [])
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _free_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()

@@ -1,0 +1,189 @@
+"""Plans in, results out, with torch: tables, blocks, the decoder and the sampler of one checkpoint.
+
+It does not know processes or messages. CPU and CUDA share this path; on a CUDA device logits come to the host to be sampled.
+Invariant: a step that runs out of memory is computed in halves, and nothing that is not finite becomes a token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from service.engine.batch import Batch, Tables
+from service.engine.distribution import log_probs
+from service.engine.kv_pool import KvPool
+from service.engine.memory import SCORED_ROWS
+from service.engine.sampler import Sampler
+from service.kernels.dispatch import take_counts
+from service.kernels.kv_store import write_kv
+from service.kernels.paged_attention import AttentionPlan, paged_attention, plan_attention
+from service.models.decoder import Decoder
+from service.types.model_spec import ModelSpec
+from service.types.plan import BatchPlan, PromptLogprobs, SampledToken, Slice, StepResult, Want
+from service.types.request import TokenLogprob
+
+NUMERICAL_FAILURE = "numerical_failure"
+
+
+class PagedAttend:
+    """Attention of one step over the pool's blocks: stores the step's keys and values, then reads over the block tables."""
+
+    def __init__(self, spec: ModelSpec, pool: KvPool, batch: Batch, device: torch.device, on_layer: Callable[[], None]) -> None:
+        self._layers = spec.layers
+        self._pool = pool
+        self._on_layer = on_layer
+        self._tables = [torch.from_numpy(table).to(device) for table in batch.block_tables]
+        self._block_ids = [torch.from_numpy(ids).to(device) for ids in batch.block_ids]
+        self._offsets = torch.from_numpy(batch.offsets).to(device)
+        self._query_starts = torch.from_numpy(batch.query_starts).to(device)
+        self._context_lengths = torch.from_numpy(batch.context_lengths).to(device)
+        self._plans: list[AttentionPlan | None] = [None] * len(self._tables)
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query [T, Hq, D], key [T, Hkv, D], value [T, Hkv, Dv] -> [T, Hq, Dv]."""
+        self._on_layer()
+        group = self._pool.group_of(layer)
+        keys, values = self._pool.blocks_of(layer)
+        write_kv(key, value, keys, values, self._block_ids[group], self._offsets)
+        spec = self._layers[layer].attention
+        tables, starts, lengths = self._tables[group], self._query_starts, self._context_lengths
+        plan = self._plans[group]
+        if plan is None:
+            plan = plan_attention(tables, starts, lengths, block_tokens=keys.shape[2], window=spec.window)
+            self._plans[group] = plan
+        scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
+        return paged_attention(
+            query, keys, values, tables, starts, lengths, scale=scale, window=spec.window, softcap=spec.softcap, plan=plan
+        )
+
+
+class TorchBackend:
+    """A loaded checkpoint with its blocks and tables. `layers_done` counts layers since the start: it grows while a step gets on."""
+
+    def __init__(self, decoder: Decoder, pool: KvPool, tables: Tables, sampler: Sampler) -> None:
+        self._decoder = decoder
+        self._pool = pool
+        self._tables = tables
+        self._sampler = sampler
+        self._device = decoder.embed.weight.device
+        self.layers_done = 0
+
+    @torch.inference_mode()
+    def execute(self, plan: BatchPlan) -> StepResult:
+        """Run one step. Raises PlanError for a contradictory plan, MemoryError when not even one token fits."""
+        began_s = time.perf_counter()
+        self._tables.apply(plan)
+        for sequence in plan.open:
+            self._sampler.open(sequence.row, sequence.sampling, sequence.stop, sequence.prompt_tokens)
+        tokens: list[SampledToken] = []
+        scores: list[PromptLogprobs] = []
+        if plan.slices:
+            self._compute(plan.slices, tokens, scores)
+        counts = tuple((op, name, count) for (op, name), count in take_counts().items())
+        return StepResult(plan.step, tuple(tokens), tuple(scores), time.perf_counter() - began_s, counts)
+
+    @torch.inference_mode()
+    def warm_up(self, tokens: int) -> None:
+        """Compute a few tokens through block 1, which nobody owns yet, so that no request pays for the first use of the libraries."""
+        width = self._pool.layout.block_tokens
+        blocks = [min(1 + at // width, 1) for at in range(tokens)]
+        ids = np.array(blocks, np.int64)
+        positions = np.arange(tokens)
+        table = np.ones((1, -(-tokens // width)), np.int32)
+        groups = len(self._pool.layout.groups)
+        batch = Batch(
+            rows=np.zeros(1, np.int64),
+            starts=np.zeros(1, np.int64),
+            lengths=np.full(1, tokens),
+            tokens=np.zeros(tokens, np.int64),
+            positions=positions,
+            query_starts=np.array([0, tokens], np.int32),
+            context_lengths=np.array([tokens], np.int32),
+            block_tables=(table,) * groups,
+            block_ids=(ids,) * groups,
+            offsets=positions % width,
+            sampled=np.zeros(1, np.int64),
+            scored=np.zeros(0, np.int64),
+        )
+        self._decoder.logits(self._hidden(batch)[-1:])
+
+    def _compute(self, slices: Sequence[Slice], tokens: list[SampledToken], scores: list[PromptLogprobs]) -> None:
+        try:
+            found = self._forward(self._tables.batch(slices))
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            found = None
+        if found is not None:
+            tokens += found[0]
+            scores += found[1]
+            return
+        # Computing a slice twice is harmless: it writes the same keys and values again, and samples only at its end.
+        for half in _halves(slices):
+            self._compute(half, tokens, scores)
+
+    def _forward(self, batch: Batch) -> tuple[list[SampledToken], list[PromptLogprobs]]:
+        hidden = self._hidden(batch)
+        scores = [self._score(batch, index, hidden) for index in batch.scored.tolist()]
+        tokens: list[SampledToken] = []
+        if len(batch.sampled):
+            last = torch.from_numpy(batch.query_starts[1:][batch.sampled].astype(np.int64) - 1).to(self._device)
+            logits = self._decoder.logits(hidden.index_select(0, last)).float().cpu().numpy()
+            rows = batch.rows[batch.sampled]
+            positions = batch.starts[batch.sampled] + batch.lengths[batch.sampled]
+            samples = self._sampler.sample(logits, rows, positions, self._tables.tokens)
+            self._tables.record(rows, positions, samples.tokens)
+            entries = zip(rows.tolist(), samples.tokens.tolist(), strict=True)
+            tokens = [SampledToken(row, token, None, None if token >= 0 else NUMERICAL_FAILURE) for row, token in entries]
+            for index, entry in samples.logprobs.items():
+                tokens[index] = tokens[index]._replace(logprob=entry)
+        return tokens, scores
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        attend = PagedAttend(self._decoder.spec, self._pool, batch, self._device, self._count_layer)
+        tokens = torch.from_numpy(batch.tokens).to(self._device)
+        return self._decoder.hidden(tokens, torch.from_numpy(batch.positions).to(self._device), attend)
+
+    def _count_layer(self) -> None:
+        self.layers_done += 1
+
+    def _score(self, batch: Batch, index: int, hidden: Tensor) -> PromptLogprobs:
+        """Log-probs of the prompt tokens that follow the positions of one slice, a bounded number of logits rows at a time."""
+        row, start = int(batch.rows[index]), int(batch.starts[index])
+        sequence = self._tables.opened[row]
+        if sequence is None or sequence.prompt_logprobs is None:
+            return PromptLogprobs(row, start + 1, ())
+        first = int(batch.query_starts[index])
+        count = min(int(batch.lengths[index]), sequence.prompt_tokens - 1 - start)
+        found: list[TokenLogprob] = []
+        for at in range(0, count, SCORED_ROWS):
+            end = min(at + SCORED_ROWS, count)
+            logits = self._decoder.logits(hidden[first + at : first + end]).float().cpu().numpy()
+            targets = self._tables.tokens[row, start + at + 1 : start + end + 1].astype(np.int64)
+            found += log_probs(logits, targets, np.full(end - at, sequence.prompt_logprobs))
+        return PromptLogprobs(row, start + 1, tuple(found))
+
+
+def _halves(slices: Sequence[Slice]) -> tuple[Sequence[Slice], Sequence[Slice]]:
+    """Half the slices each; of a single slice half its tokens each, the second half carrying what is sampled."""
+    if len(slices) > 1:
+        middle = len(slices) // 2
+        return slices[:middle], slices[middle:]
+    only = slices[0]
+    if only.length == 1:
+        raise MemoryError("one token does not fit into memory")
+    half = only.length // 2
+    return [only._replace(length=half, want=only.want & ~Want.TOKEN)], [only._replace(start=only.start + half, length=only.length - half)]
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch reports a failed CPU allocation as a plain RuntimeError."""
+    return (
+        isinstance(error, MemoryError | torch.OutOfMemoryError)
+        or "can't allocate memory" in str(error)
+        or "not enough memory" in str(error)
+    )
