@@ -1,0 +1,43 @@
+"""POST /v1/chat/completions: messages through the version's chat template; streaming and not.
+
+It does not know templates' language or how answers are sent. Invariant: nothing is submitted before everything about the body was checked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import Request, Response
+
+from service.api.completions import usage_in_stream
+from service.api.context import Deferred, Services
+from service.api.delivery import Answer
+from service.api.fields import UNSUPPORTED, drop_neutral, prepare_messages, validate
+from service.api.outputs import ChatShape, Frame
+from service.api.prompts import PromptReader
+from service.api.schemas import ChatBody
+from service.api.translate import Translator
+
+ROUTE = "/v1/chat/completions"
+FIELDS = frozenset(ChatBody.model_fields)
+
+
+def parse(data: dict[str, Any]) -> ChatBody:
+    """The checked body. Raises the 400 failures that need no model."""
+    fields = drop_neutral(data, UNSUPPORTED, FIELDS)
+    if "messages" in fields:
+        fields["messages"] = prepare_messages(fields["messages"])
+    return validate(ChatBody, fields)
+
+
+async def chat(services: Services, request: Request) -> Response:
+    """The endpoint."""
+    body = parse(await services.read(request))
+    call, served = services.resolve(request, body.model)
+    limits = services.settings.limits
+    prompt = await PromptReader(served, services.renderer, limits).chat(body.messages, body.chat_template_kwargs)
+    requests = Translator(served, call, limits).chat(body, prompt)
+    frame = Frame(call.request_id, served.name, served.codec, usage_in_stream(body.stream, body.stream_options))
+    shape = ChatShape(frame, len(requests), bool(body.logprobs))
+    answer = Answer(call, services.router.submit(requests), shape, body.n or 1, frame.usage_in_stream)
+    return Deferred(answer.send_stream if body.stream else answer.send_whole)

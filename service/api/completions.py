@@ -1,0 +1,56 @@
+"""POST /v1/completions: prompts as text, texts, ids or lists of ids; streaming and not.
+
+It does not know how limits are checked (translate.py) or answers are sent (delivery.py).
+Invariant: nothing is submitted before everything about the body was checked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import Request, Response
+
+from service.api.context import Deferred, Services
+from service.api.delivery import Answer
+from service.api.fields import UNSUPPORTED, drop_neutral, validate
+from service.api.outputs import CompletionShape, Echo, Frame
+from service.api.prompts import PromptReader
+from service.api.schemas import CompletionBody
+from service.api.translate import Translator
+from service.inputs.tokens import TokenCodec
+
+ROUTE = "/v1/completions"
+FIELDS = frozenset(CompletionBody.model_fields)
+
+
+def parse(data: dict[str, Any]) -> CompletionBody:
+    """The checked body. Raises the 400 failures that need no model."""
+    return validate(CompletionBody, drop_neutral(data, UNSUPPORTED, FIELDS))
+
+
+async def complete(services: Services, request: Request) -> Response:
+    """The endpoint."""
+    body = parse(await services.read(request))
+    call, served = services.resolve(request, body.model)
+    limits = services.settings.limits
+    prompts = await PromptReader(served, services.renderer, limits).prompts(body.prompt)
+    requests = Translator(served, call, limits).completion(body, prompts)
+    frame = Frame(call.request_id, served.name, served.codec, usage_in_stream(body.stream, body.stream_options))
+    echoes = _echoes(body, prompts, served.codec) if body.echo else None
+    shape = CompletionShape(frame, len(requests), body.logprobs, echoes)
+    answer = Answer(call, services.router.submit(requests), shape, body.n or 1, frame.usage_in_stream)
+    return Deferred(answer.send_stream if body.stream else answer.send_whole)
+
+
+def usage_in_stream(stream: bool | None, options: Any) -> bool:
+    """Whether a stream ends with its usage."""
+    return bool(stream and options is not None and options.include_usage)
+
+
+def _echoes(body: CompletionBody, prompts: list[list[int]], codec: TokenCodec) -> list[Echo]:
+    given = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    echoes: list[Echo] = []
+    for index, ids in enumerate(prompts):
+        text = given[index] if isinstance(given[index], str) else codec.decode(ids, skip_special=False)
+        echoes.extend([Echo(str(text), tuple(ids))] * (body.n or 1))
+    return echoes

@@ -1,0 +1,51 @@
+"""What operators ask: /health, /live, /ready, /metrics, and the index of routes.
+
+It does not know what the states come from. Invariant: none of these waits for anything.
+"""
+
+from __future__ import annotations
+
+from fastapi import Request, Response
+
+from service import __version__
+from service.api.context import JsonAnswer, Services
+
+OPENMETRICS = "application/openmetrics-text"
+
+
+async def health(services: Services, request: Request) -> Response:
+    """200 while every version's worker is sound; 503 names the state of each."""
+    del request
+    versions = services.router.health()
+    sound = all(version.state == "ready" for version in versions)
+    states = [
+        {"version": one.artifact, "state": one.state, "silent_s": round(one.silent_s, 3), "restarts": one.restarts} for one in versions
+    ]
+    return JsonAnswer({"status": "ok" if sound else "unhealthy", "versions": states}, status_code=200 if sound else 503)
+
+
+async def live(services: Services, request: Request) -> Response:
+    """200 while this process answers."""
+    del services, request
+    return JsonAnswer({"status": "ok"})
+
+
+async def ready(services: Services, request: Request) -> Response:
+    """200 when traffic may come."""
+    del request
+    if services.draining:
+        return JsonAnswer({"status": "draining"}, status_code=503)
+    if not services.router.ready():
+        return JsonAnswer({"status": "loading"}, status_code=503)
+    return JsonAnswer({"status": "ok"})
+
+
+async def metrics(services: Services, request: Request) -> Response:
+    """Prometheus text, or OpenMetrics when asked for."""
+    body, content_type = services.telemetry.render(OPENMETRICS in request.headers.get("accept", ""))
+    return Response(body, headers={"content-type": content_type})
+
+
+def index_of(routes: list[str]) -> dict[str, object]:
+    """The answer of GET /."""
+    return {"service": "deepseek-service", "program_version": __version__, "routes": routes}

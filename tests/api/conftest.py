@@ -1,0 +1,149 @@
+"""A byte-level vocabulary, a running server on a loopback socket over the fake worker, and a raw client."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import httpx
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from service.api.app import Application, build_app
+from service.api.server import bind, build_server
+from service.inputs.tokens import TokenCodec
+from service.schedulers.router import Router
+from service.telemetry import Telemetry
+from service.types.settings import HttpLimits, HttpSettings, SchedulerSettings
+from tests.fakes import FakeBackend, FakeBehaviour, FakeManifest, fake_router, fake_spec
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}<end>\n{% endfor %}assistant:"
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Token ids 0 … 255 are the bytes, 256 is the special token <end>."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in set(printable)]
+    names = {byte: chr(byte) for byte in printable} | {byte: chr(256 + at) for at, byte in enumerate(hidden)}
+    assert set(names.values()) == set(alphabet)
+    tokenizer = Tokenizer(models.BPE(vocab={name: byte for byte, name in names.items()}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<end>", special=True, normalized=False)])
+    return tokenizer
+
+
+BYTE_CODEC = TokenCodec(byte_tokenizer().to_str().encode(), {"eos_token": "<end>"})
+
+
+@dataclass
+class Service:
+    """A running server and what is behind it."""
+
+    app: Application
+    router: Router
+    backend: FakeBackend
+    telemetry: Telemetry
+    port: int
+    client: httpx.AsyncClient
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def complete(self, **body: Any) -> dict[str, Any]:
+        response = await self.client.post("/v1/completions", json=body)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    async def raw(self, data: bytes, *, read: bool = True) -> bytes:
+        """Send bytes on a new connection and read until the server closes it."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        with contextlib.suppress(ConnectionError):
+            writer.write(data)
+            await writer.drain()
+        answer = await reader.read() if read else b""
+        writer.close()
+        return answer
+
+    def rows(self) -> int:
+        return len(self.backend.rows)
+
+
+@dataclass
+class Options:
+    limits: HttpLimits = field(default_factory=HttpLimits)
+    http: dict[str, Any] = field(default_factory=dict)
+    scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
+    behaviour: FakeBehaviour = field(default_factory=lambda: FakeBehaviour(step_s=0.001, start_s=0.0))
+    template: str | None = TEMPLATE
+    context_tokens: int = 2048
+    start: bool = True
+
+
+@contextlib.asynccontextmanager
+async def running(options: Options | None = None) -> AsyncIterator[Service]:
+    options = options or Options()
+    telemetry = Telemetry()
+    backend = FakeBackend(behaviour=options.behaviour, context_tokens=options.context_tokens)
+    manifest = FakeManifest(fake_spec(options.context_tokens), chat_template=options.template)
+    router = fake_router(backend, options.scheduler, telemetry, codec=BYTE_CODEC, manifest=manifest)
+    settings = replace(HttpSettings(port=0, limits=options.limits), **options.http)
+    app = build_app(router, telemetry, settings)
+    if options.start:
+        await router.start()
+    listener = bind(settings)
+    port = listener.getsockname()[1]
+    server = build_server(app)
+    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+    await server.accepting.wait()
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+        try:
+            yield Service(app, router, backend, telemetry, port, client)
+        finally:
+            await client.aclose()
+            server.should_exit = True
+            await serving
+            await router.close()
+    assert backend.violation is None
+
+
+@pytest.fixture
+async def service() -> AsyncIterator[Service]:
+    async with running() as one:
+        yield one
+
+
+def head(method: str, path: str, *fields: tuple[str, str], close: bool = True) -> bytes:
+    lines = [f"{method} {path} HTTP/1.1", "host: test", *(f"{name}: {value}" for name, value in fields)]
+    if close:
+        lines.append("connection: close")
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+def post(path: str, body: bytes, *fields: tuple[str, str], close: bool = True) -> bytes:
+    typed = (("content-type", "application/json"), ("content-length", str(len(body))), *fields)
+    return head("POST", path, *typed, close=close) + body
+
+
+def parse(answer: bytes) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of one raw response."""
+    start, _, body = answer.partition(b"\r\n\r\n")
+    first, *rest = start.decode("latin-1").split("\r\n")
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in rest)}
+    return int(first.split()[1]), headers, body
+
+
+def failure(answer: bytes) -> tuple[int, dict[str, Any]]:
+    """Status and error object of a raw response, checking its shape."""
+    status, headers, body = parse(answer)
+    assert headers["content-type"] == "application/json"
+    assert headers["x-request-id"].startswith("req-")
+    error = json.loads(body)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return status, error
