@@ -20,7 +20,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     inverse = length.square().div_(size).add_(eps).rsqrt_()
-    return (wide * inverse).mul_(weight).to(x.dtype)
+    normed: Tensor = wide * inverse
+    return normed.mul_(weight).to(x.dtype)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -34,7 +35,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     tokens, heads, size = x.shape
     half = cos.shape[-1]
     rotary = x if size == 2 * half else x[..., : 2 * half]
-    pairs = rotary.unflatten(2, (2, half))
+    pairs = rotary.reshape(tokens, heads, 2, half)
     cosines, sines = cos[:, None, None, :], sin[:, None, None, :]
     signed = torch.cat((-sines, sines), dim=2)
     turned = (pairs * cosines).addcmul_(pairs.flip(2), signed).view(tokens, heads, 2 * half).to(x.dtype)

@@ -21,6 +21,15 @@ TILE_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
+class Scoring:
+    """How scores become weights: the window, the cap on scores or None, learned sink logits [Hkv, G] float32 or None."""
+
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillTile:
     """Consecutive query rows of one sequence and the keys they see.
 
@@ -116,24 +125,23 @@ def paged_attention(
     """
     if plan is None:
         plan = plan_attention(block_tables, query_starts, context_lengths, block_tokens=key_blocks.shape[2], window=window)
-    kv_heads = key_blocks.shape[1]
-    sinks = None if sink_logits is None else sink_logits.float().view(kv_heads, -1)
-    out = query.new_zeros(query.shape[0], query.shape[1], value_blocks.shape[3])
+    heads, size, kv_heads = query.shape[1], query.shape[2], key_blocks.shape[1]
+    group = heads // kv_heads
+    scoring = Scoring(window, softcap, None if sink_logits is None else sink_logits.float().view(kv_heads, group))
+    out = query.new_zeros(query.shape[0], heads, value_blocks.shape[3])
     if len(plan.rows):
-        packed = (query[plan.rows].float() * scale).unflatten(1, (kv_heads, -1))
-        result = _decode(packed, key_blocks, value_blocks, plan, softcap, sinks, clean=False)
+        packed = (query.index_select(0, plan.rows).float() * scale).view(-1, kv_heads, group, size)
+        result = _decode(packed, key_blocks, value_blocks, plan, scoring, clean=False)
         if not bool(torch.isfinite(result).all()):
-            result = _decode(packed, key_blocks, value_blocks, plan, softcap, sinks, clean=True)
-        out[plan.rows] = result.to(query.dtype)
+            result = _decode(packed, key_blocks, value_blocks, plan, scoring, clean=True)
+        out.index_copy_(0, plan.rows, result.to(query.dtype))
     for tile in plan.tiles:
-        rows = (query[tile.first_row : tile.last_row].float() * scale).unflatten(1, (kv_heads, -1))
-        out[tile.first_row : tile.last_row] = _prefill(rows, key_blocks, value_blocks, tile, window, softcap, sinks)
+        rows = (query[tile.first_row : tile.last_row].float() * scale).view(-1, kv_heads, group, size)
+        out[tile.first_row : tile.last_row] = _prefill(rows, key_blocks, value_blocks, tile, scoring)
     return out
 
 
-def _decode(
-    query: Tensor, key_blocks: Tensor, value_blocks: Tensor, plan: AttentionPlan, softcap: float | None, sinks: Tensor | None, clean: bool
-) -> Tensor:
+def _decode(query: Tensor, key_blocks: Tensor, value_blocks: Tensor, plan: AttentionPlan, scoring: Scoring, *, clean: bool) -> Tensor:
     """Scaled query rows [S, Hkv, G, D], one a sequence, over the plan's pairs: [S, Hq, Dv] float32.
 
     Unused slots get weight 0, so only NaN or infinity there can disturb the result; the caller then asks again with `clean`, which
@@ -148,16 +156,7 @@ def _decode(
         keys = key_blocks.index_select(0, plan.ids[start : start + step]).float().view(-1, tokens, size)
         span = slice(start * kv_heads, (start + step) * kv_heads)
         torch.bmm(packed[span], keys.transpose(1, 2), out=scores[span])
-    if softcap is not None:
-        scores.div_(softcap).tanh_().mul_(softcap)
-    weights = scores.view(pairs, kv_heads, group, tokens).masked_fill_(plan.hidden[:, None, None, :], float("-inf"))
-    highest = torch.segment_reduce(weights.amax(dim=-1).view(pairs, -1), "max", offsets=plan.offsets).view(count, kv_heads, group)
-    if sinks is not None:
-        highest = torch.maximum(highest, sinks)
-    weights.sub_(highest.index_select(0, plan.sequences).unsqueeze(-1)).exp_()
-    sums = torch.segment_reduce(weights.sum(dim=-1).view(pairs, -1), "sum", offsets=plan.offsets).view(count, kv_heads, group)
-    if sinks is not None:
-        sums = sums + torch.exp(sinks - highest)
+    sums = _weigh(scores.view(pairs, kv_heads, group, tokens), plan, scoring)
     partial = query.new_empty(pairs * kv_heads, group, value_size)
     for start in range(0, pairs, step):
         values = value_blocks.index_select(0, plan.ids[start : start + step]).float()
@@ -165,9 +164,22 @@ def _decode(
             values.masked_fill_(plan.hidden[start : start + step, None, :, None], 0.0)
         span = slice(start * kv_heads, (start + step) * kv_heads)
         torch.bmm(scores[span], values.view(-1, tokens, value_size), out=partial[span])
-    order = torch.arange(pairs)
-    total = torch.embedding_bag(partial.view(pairs, -1), order, plan.offsets[:-1], False, 0)[0]
+    total = torch.embedding_bag(partial.view(pairs, -1), torch.arange(pairs), plan.offsets[:-1], False, 0)[0]
     return total.view(count, kv_heads, group, value_size).div_(sums.unsqueeze(-1)).view(count, kv_heads * group, value_size)
+
+
+def _weigh(scores: Tensor, plan: AttentionPlan, scoring: Scoring) -> Tensor:
+    """Turn scores [P, Hkv, G, B] into unnormalised softmax weights in place; the sums to divide by are [S, Hkv, G]."""
+    pairs, kv_heads, group = scores.shape[:3]
+    if scoring.softcap is not None:
+        scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
+    scores.masked_fill_(plan.hidden[:, None, None, :], float("-inf"))
+    highest = torch.segment_reduce(scores.amax(dim=-1).view(pairs, -1), "max", offsets=plan.offsets).view(-1, kv_heads, group)
+    if scoring.sinks is not None:
+        highest = torch.maximum(highest, scoring.sinks)
+    scores.sub_(highest.index_select(0, plan.sequences).unsqueeze(-1)).exp_()
+    sums = torch.segment_reduce(scores.sum(dim=-1).view(pairs, -1), "sum", offsets=plan.offsets).view(-1, kv_heads, group)
+    return sums if scoring.sinks is None else sums + torch.exp(scoring.sinks - highest)
 
 
 def _gather(blocks: Tensor, tile: PrefillTile) -> Tensor:
@@ -177,26 +189,24 @@ def _gather(blocks: Tensor, tile: PrefillTile) -> Tensor:
     return picked[:, tile.key_start - tile.block_start : tile.key_end - tile.block_start].float()
 
 
-def _prefill(
-    rows: Tensor, key_blocks: Tensor, value_blocks: Tensor, tile: PrefillTile, window: int | None, softcap: float | None, sinks: Tensor | None
-) -> Tensor:
+def _prefill(rows: Tensor, key_blocks: Tensor, value_blocks: Tensor, tile: PrefillTile, scoring: Scoring) -> Tensor:
     """Scaled query rows [n, Hkv, G, D] of one tile: [n, Hq, Dv] float32."""
     count, kv_heads, group, size = rows.shape
     keys, values = _gather(key_blocks, tile), _gather(value_blocks, tile)
     query_at = torch.arange(tile.first_position, tile.first_position + count)[:, None]
     key_at = torch.arange(tile.key_start, tile.key_end)
     seen = key_at <= query_at
-    if window is not None:
-        seen &= key_at > query_at - window
-    if softcap is None and sinks is None and value_blocks.shape[3] == size:
+    if scoring.window is not None:
+        seen &= key_at > query_at - scoring.window
+    if scoring.softcap is None and scoring.sinks is None and value_blocks.shape[3] == size:
         query = rows.permute(1, 2, 0, 3).reshape(1, kv_heads * group, count, size)
         mixed = scaled_dot_product_attention(query, keys[None], values[None], attn_mask=seen, scale=1.0, enable_gqa=True)
         return mixed[0].transpose(0, 1)
     scores = torch.matmul(rows.permute(1, 2, 0, 3), keys.unsqueeze(1).transpose(-1, -2))
-    if softcap is not None:
-        scores.div_(softcap).tanh_().mul_(softcap)
+    if scoring.softcap is not None:
+        scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
     scores.masked_fill_(~seen, float("-inf"))
-    if sinks is not None:
-        scores = torch.cat((scores, sinks[:, :, None, None].expand(-1, -1, count, 1)), dim=-1)
+    if scoring.sinks is not None:
+        scores = torch.cat((scores, scoring.sinks[:, :, None, None].expand(-1, -1, count, 1)), dim=-1)
     weights = torch.softmax(scores, dim=-1)[..., : keys.shape[1]]
     return torch.matmul(weights, values.unsqueeze(1)).permute(2, 0, 1, 3).reshape(count, kv_heads * group, -1)

@@ -81,14 +81,17 @@ def paged_attention(
     window: int | None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    plan: object = None,
 ) -> Tensor:
     """Causal attention of query [T, Hq, D] over block tables: [T, Hq, Dv].
 
     Sequence s owns the query rows query_starts[s] … query_starts[s + 1] − 1, which are the last rows of its context_lengths[s] tokens. The
     query at position p sees the positions max(0, p − window + 1) … p. Table entry i holds the block of positions i·B … i·B + B − 1;
     entries wholly behind every window or past the end are not read. `softcap` c bounds the scores: c·tanh(score / c). `sink_logits` [Hq]
-    is a learned logit for each head that takes part in the softmax and has no value. Rows that see nothing give 0.
+    is a learned logit for each head that takes part in the softmax and has no value. Rows that see nothing give 0. A `plan` may only say
+    again what the tables say, so the reference reads the tables.
     """
+    del plan
     heads, kv_heads, value_dim = query.shape[1], key_blocks.shape[1], value_blocks.shape[3]
     out = query.new_zeros(query.shape[0], heads, value_dim)
     for sequence in range(context_lengths.shape[0]):
