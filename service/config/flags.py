@@ -67,6 +67,15 @@ class FlagParser(argparse.ArgumentParser):
         """Every flag in its documented spelling."""
         return [option for action in self._actions for option in action.option_strings if option.startswith("--")]
 
+    def table(self) -> str:
+        """The flags as a Markdown table, in the order of their definition."""
+        rows = ["| flag | value | default | meaning |", "|---|---|---|---|"]
+        for action in self._actions:
+            flags = [option for option in action.option_strings if option.startswith("--")]
+            if flags and action.help is not argparse.SUPPRESS and flags[0] not in ("--help", "--about"):
+                rows.append(_row(flags[0], action))
+        return "\n".join(rows)
+
     def parse_args(self, args: Sequence[str] | None = None, namespace: object = None) -> argparse.Namespace:  # type: ignore[override]
         """Like argparse's, but an unknown flag is answered with the nearest known one."""
         parsed, rest = self.parse_known_args(args, None)
@@ -85,6 +94,13 @@ class FlagParser(argparse.ArgumentParser):
         near = difflib.get_close_matches(name, self.known_flags(), n=1)
         advice = f"did you mean {near[0]}?" if near else f"see {self.prog} --help."
         raise SettingsError(f"{_shown(name)} is not a flag of {self.prog}; {advice}")
+
+
+def _row(flag: str, action: argparse.Action) -> str:
+    value = "\\|".join(map(str, action.choices)) if action.choices else str(action.metavar or "")
+    default = "" if action.default in (None, "", False) or action.nargs == 0 else str(action.default)
+    meaning = re.sub(r" \(default [^)]*\)", "", action.help or "").replace("%%", "%").replace("|", "\\|")
+    return f"| `{flag}` | {value} | {default} | {meaning} |"
 
 
 def _shown(text: str) -> str:

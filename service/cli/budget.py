@@ -1,0 +1,42 @@
+"""KV memory of several versions on one machine, planned before anything is loaded.
+
+It does not know workers. Invariants: one version plans for itself (0); several together never plan more than half of what their weights and
+workspaces leave; a budget that the user names is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from service.engine.memory import AUTO_SHARE, workspace_bytes
+from service.types.errors import CapacityError
+from service.types.model_spec import ELEMENT_BYTES
+from service.types.settings import EngineSettings, SchedulerSettings
+
+if TYPE_CHECKING:
+    from service.checkpoints.manifest import Manifest
+
+RUNTIME_BYTES = 300 << 20
+_MIB = 1 << 20
+
+
+def share_kv(manifests: Sequence[Manifest], engine: EngineSettings, scheduler: SchedulerSettings, available_bytes: int) -> list[int]:
+    """Bytes of KV blocks for each version. Raises CapacityError with the numbers when the versions do not fit together."""
+    if len(manifests) < 2 or engine.kv_bytes:
+        return [engine.kv_bytes] * len(manifests)
+    element = ELEMENT_BYTES.get(engine.dtype, 4)
+    taken, needs = 0, []
+    for manifest in manifests:
+        spec = manifest.spec
+        context = min(engine.context_tokens or spec.context_tokens, spec.context_tokens)
+        needs.append(scheduler.batch_size * spec.kv_layout().sequence_bytes(context, element))
+        taken += spec.parameters * element + workspace_bytes(spec, scheduler.step_tokens, scheduler.batch_size, element) + RUNTIME_BYTES
+    left = int((available_bytes - taken) * AUTO_SHARE)
+    if left <= 0:
+        raise CapacityError(
+            f"{len(manifests)} versions need {taken / _MIB:.0f} MiB before any KV cache and {available_bytes / _MIB:.0f} MiB are free: "
+            "serve fewer or smaller models."
+        )
+    share = min(1.0, left / sum(needs))
+    return [int(need * share) for need in needs]

@@ -1,0 +1,73 @@
+"""`deepseek-serve`: the first seconds. A blank worker is spawned before anything heavy is imported; then settings, then the rest.
+
+It knows only the order of things: `wiring` joins the rooms. Invariants: a wrong flag costs no load and leaves no child; whatever can be
+said in one sentence ends with exit code 2 and no traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Coroutine, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from service.cli.report import StartTimes
+
+PROGRAM = "deepseek-serve"
+
+
+def main() -> int:
+    """Run the command; returns its exit code."""
+    began_s = time.perf_counter()
+    try:
+        from service.cli.ending import run_command
+    except KeyboardInterrupt:
+        return 130
+    return run_command(PROGRAM, lambda arguments: _serve(arguments, began_s), sys.argv[1:])
+
+
+def _serve(arguments: Sequence[str], began_s: float) -> int:
+    from service.config.flags import wants_text
+
+    if wants_text(arguments):
+        from service.config.load import load_settings
+
+        load_settings(arguments)
+        return 0
+    from service.cli.report import StartTimes
+
+    return _run(_start(arguments, StartTimes(began_s)))
+
+
+async def _start(arguments: Sequence[str], times: StartTimes) -> int:
+    """Spawn, read the settings and hand over. The worker imports its libraries meanwhile, on another core."""
+    from service.engine.supervisor import spawn_worker
+
+    child = await spawn_worker()
+    times.mark("spawn")
+    try:
+        from service.config.load import load_settings
+
+        settings = load_settings(arguments)
+        times.mark("parse")
+        from service.cli.wiring import serve
+
+        times.mark("import")
+        return await serve(settings, child, times)
+    finally:
+        child.kill("closed")
+        await child.wait_lost()
+
+
+def _run(program: Coroutine[Any, Any, int]) -> int:
+    import asyncio
+
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(program)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""Joins the rooms for `deepseek-serve`: address, checkpoints, workers, router and HTTP application, from settings to the last signal.
+
+The only file that knows both the schedulers and the engine. Invariants: the address is bound before anything is loaded; whatever ends the
+command, every worker is stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from service.api.app import build_app
+from service.api.server import bind
+from service.api.server import serve as serve_http
+from service.checkpoints.manifest import Manifest, read_manifest
+from service.cli.budget import share_kv
+from service.cli.report import LoadProgress, StartTimes, base_url, example_request, memory_table, parent_memory_line
+from service.config.load import ServeSettings
+from service.engine.memory import available_bytes
+from service.engine.supervisor import WorkerBackend
+from service.inputs.tokens import TokenCodec
+from service.processes import ChildProcess
+from service.schedulers.router import Model, Router
+from service.telemetry import Telemetry
+from service.types.errors import StartupError, Unavailable
+from service.types.plan import LoadRequest
+
+INTERRUPTED = 130
+
+
+async def serve(settings: ServeSettings, child: ChildProcess, times: StartTimes) -> int:
+    """Serve until a signal; returns the exit code. `child` is a blank worker for the first model. Raises StartupError."""
+    listener = bind(settings.http)
+    try:
+        progress = LoadProgress()
+        try:
+            models = build_models(settings, child, progress)
+            times.mark("models")
+            telemetry = Telemetry()
+            router = Router(models, settings.scheduler, telemetry)
+            return await _serve(settings, router, telemetry, listener, (times, progress))
+        finally:
+            progress.close()
+    finally:
+        listener.close()
+
+
+def build_models(settings: ServeSettings, child: ChildProcess | None, progress: LoadProgress) -> list[Model]:
+    """Read every model directory (not its weights) and give each a backend. Raises StartupError."""
+    manifests = [read_manifest(Path(source.directory)) for source in settings.models]
+    shares = share_kv(manifests, settings.engine, settings.scheduler, available_bytes())
+    models = []
+    for index, (source, manifest, kv_bytes) in enumerate(zip(settings.models, manifests, shares, strict=True)):
+        request = load_request(settings, manifest, kv_bytes)
+
+        def moved(phase: str, fraction: float, name: str = source.name) -> None:
+            progress.update(name, phase, fraction)
+
+        backend = WorkerBackend(request, settings.engine, child=child if index == 0 else None, on_progress=moved)
+        models.append(Model(source.name, manifest, TokenCodec.load(manifest.directory), backend))
+    return models
+
+
+def load_request(settings: ServeSettings, manifest: Manifest, kv_bytes: int) -> LoadRequest:
+    """What a worker is told to load."""
+    engine, scheduler = settings.engine, settings.scheduler
+    return LoadRequest(
+        directory=str(manifest.directory.absolute()),
+        dtype=engine.dtype,
+        device=engine.device,
+        threads=engine.threads,
+        kv_bytes=kv_bytes,
+        max_rows=scheduler.batch_size,
+        max_step_tokens=scheduler.step_tokens,
+        context_tokens=engine.context_tokens,
+    )
+
+
+async def _serve(
+    settings: ServeSettings, router: Router, telemetry: Telemetry, listener: socket.socket, display: tuple[StartTimes, LoadProgress]
+) -> int:
+    times, progress = display
+    loading = asyncio.create_task(router.start(), name="loading")
+    application = build_app(router, telemetry, settings.http)
+    serving = asyncio.create_task(serve_http(application, listener), name="serving")
+    try:
+        await asyncio.wait({loading, serving}, return_when=asyncio.FIRST_COMPLETED)
+        if not loading.done():
+            return INTERRUPTED
+        _raise_of(loading)
+        times.mark("load")
+        progress.close()
+        _announce(settings, router, telemetry, times, listener.getsockname()[1])
+        await serving
+        return 0
+    finally:
+        await _end([loading, serving])
+        await router.close()
+
+
+def _raise_of(loading: asyncio.Task[None]) -> None:
+    try:
+        loading.result()
+    except Unavailable as failure:
+        raise StartupError(f"the worker died twice while it loaded ({failure.message.rstrip('.')}); its log above says why.") from None
+
+
+async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _announce(settings: ServeSettings, router: Router, telemetry: Telemetry, times: StartTimes, port: int) -> None:
+    """Phases, budget, address and a request to paste; the phases into the metrics too."""
+    total_s = times.total_s
+    for version in router.versions():
+        info = version.info
+        if info is None:
+            continue
+        metrics = telemetry.version(version.artifact, info.tier, info.device)
+        for phase, seconds in (*times.phases_s, ("ready", total_s)):
+            metrics.value("startup_seconds", f"command_{phase}").set(seconds)
+        print(memory_table(version.artifact, info))
+    print(parent_memory_line())
+    first = router.versions()[0]
+    print(times.line(first.info.phases_s if first.info else ()))
+    url = base_url(settings.http, port)
+    print(f"serving {', '.join(version.name for version in router.versions())} on {url}")
+    print("try: " + example_request(url, first.name, bool(settings.http.api_keys)), flush=True)
