@@ -142,12 +142,36 @@ class _Series:
         return family
 
 
+class Latencies:
+    """The latency histograms of one route. `lockstep` counts tokens of this step whose sequence had one in the step before as well."""
+
+    __slots__ = ("decode", "duration", "first", "gap", "lockstep", "per_token", "prefill", "queue")
+
+    def __init__(self, metrics: VersionMetrics, route: str) -> None:
+        self.lockstep = 0
+        self.first = metrics.distribution("time_to_first_token_seconds", route)
+        self.gap = metrics.distribution("inter_token_latency_seconds", route)
+        self.per_token = metrics.distribution("time_per_output_token_seconds", route)
+        self.duration = metrics.distribution("request_duration_seconds", route)
+        self.queue = metrics.distribution("queue_seconds", route)
+        self.prefill = metrics.distribution("prefill_seconds", route)
+        self.decode = metrics.distribution("decode_seconds", route)
+
+
 class VersionMetrics:
-    """The metrics of one version on one device: look a child up once, then add to it."""
+    """The metrics of one version on one device: look a child up once, then add to it. `routes` are those that had a sequence."""
 
     def __init__(self, series: dict[str, _Series], labels: _Labels) -> None:
+        self.routes: dict[str, Latencies] = {}
         self._series = series
         self._labels = labels
+
+    def latencies(self, route: str) -> Latencies:
+        """The latency histograms of a route."""
+        bound = self.routes.get(route)
+        if bound is None:
+            bound = self.routes[route] = Latencies(self, route)
+        return bound
 
     def value(self, name: str, *labels: str) -> Value:
         """The series of counter or gauge `name` with these values of its own labels."""
@@ -182,12 +206,14 @@ class Telemetry(Collector):
 
     def __init__(self) -> None:
         self._series = {metric.name: _Series(metric) for metric in METRICS}
+        self._versions: dict[_Labels, VersionMetrics] = {}
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
     def version(self, version: str, tier: str, device: str) -> VersionMetrics:
         """The children bound to one version (`v2.3@<12 hex>`, or `none` before a choice is made), tier and device."""
-        return VersionMetrics(self._series, (version, tier, device))
+        labels = (version, tier, device)
+        return self._versions.setdefault(labels, VersionMetrics(self._series, labels))
 
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily]:
         """The families that have a series, in the order of the table."""

@@ -6,8 +6,6 @@ accepted sequence is counted in `requests_total` exactly once, when it ends.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from service.schedulers.planner import Planner, Step
 from service.schedulers.sequence import Sequence
 from service.telemetry import Distribution, VersionMetrics
@@ -44,21 +42,6 @@ class StepCost:
         return flops, size
 
 
-class _Latencies:
-    """The latency histograms of one route."""
-
-    __slots__ = ("decode", "duration", "first", "gap", "per_token", "prefill", "queue")
-
-    def __init__(self, metrics: VersionMetrics, route: str) -> None:
-        self.first = metrics.distribution("time_to_first_token_seconds", route)
-        self.gap = metrics.distribution("inter_token_latency_seconds", route)
-        self.per_token = metrics.distribution("time_per_output_token_seconds", route)
-        self.duration = metrics.distribution("request_duration_seconds", route)
-        self.queue = metrics.distribution("queue_seconds", route)
-        self.prefill = metrics.distribution("prefill_seconds", route)
-        self.decode = metrics.distribution("decode_seconds", route)
-
-
 class Accounting:
     """The bound metrics of one version's loop."""
 
@@ -73,7 +56,6 @@ class Accounting:
         self._bytes = metrics.value("model_bytes_read_total")
         self._step_tokens = metrics.distribution("step_tokens")
         self._kinds: dict[str, Distribution] = {}
-        self._routes: dict[str, _Latencies] = {}
 
     def ready(self, info: BackendInfo, program: str, planner: Planner) -> None:
         """The worker is ready: bind what is read when somebody looks."""
@@ -108,7 +90,7 @@ class Accounting:
         self._bytes.value += size
         self._preemptions.value += preemptions
         self._step_tokens.observe(step.tokens)
-        kind = "decode" if step.tokens == rows == len(result.tokens) else "mixed" if step.decodes else "prefill"
+        kind = "decode" if step.decodes == rows else "mixed" if step.decodes else "prefill"
         seconds = self._kinds.get(kind)
         if seconds is None:
             seconds = self._kinds[kind] = self._metrics.distribution("step_seconds", kind)
@@ -116,30 +98,32 @@ class Accounting:
         for op, implementation, calls in result.dispatch:
             self._metrics.value("kernel_dispatch_total", op, implementation).add(calls)
 
-    def generated(self, tokens: int, gaps: Mapping[tuple[str, float], int], now: float) -> None:
-        """`tokens` were published; `gaps` counts, by route and time of the sequence's token before, those that were not the first."""
+    def generated(self, tokens: int, last_s: float, now: float) -> None:
+        """`tokens` were published now; of them, those counted as `lockstep` follow a token of their sequence at `last_s`."""
         self._generated.value += tokens
-        for (route, before), times in gaps.items():
-            self._route(route).gap.observe(now - before, times)
+        for latencies in self._metrics.routes.values():
+            if latencies.lockstep:
+                latencies.gap.observe(now - last_s, latencies.lockstep)
+                latencies.lockstep = 0
 
     def opened(self, sequence: Sequence, now: float) -> None:
         """The sequence got a row for the first time."""
         sequence.opened_s = now
-        self._route(sequence.request.route).queue.observe(now - sequence.arrived_s)
+        sequence.latencies.queue.observe(now - sequence.arrived_s)
 
     def prompt_read(self, sequence: Sequence, now: float) -> None:
         """The prompt is computed and the first token (if one was wanted) is known."""
         self._prompt.value += sequence.prompt_tokens
         self._cached.value += sequence.cached_tokens or 0
         sequence.first_token_s = now
-        latencies = self._route(sequence.request.route)
+        latencies = sequence.latencies
         latencies.first.observe(now - sequence.arrived_s)
         latencies.prefill.observe(now - sequence.opened_s)
 
     def ended(self, sequence: Sequence, ending: FinishEvent, now: float) -> None:
         """The sequence ended."""
         self._metrics.value("requests_total", _outcome(ending)).add()
-        latencies = self._route(sequence.request.route)
+        latencies = sequence.latencies
         latencies.duration.observe(now - sequence.arrived_s)
         if sequence.first_token_s:
             latencies.decode.observe(now - sequence.first_token_s)
@@ -147,12 +131,6 @@ class Accounting:
                 latencies.per_token.observe((sequence.last_token_s - sequence.first_token_s) / (sequence.generated - 1))
         self._metrics.distribution("prompt_tokens").observe(sequence.prompt_tokens)
         self._metrics.distribution("generation_tokens").observe(sequence.generated)
-
-    def _route(self, route: str) -> _Latencies:
-        latencies = self._routes.get(route)
-        if latencies is None:
-            latencies = self._routes[route] = _Latencies(self._metrics, route)
-        return latencies
 
 
 def _outcome(ending: FinishEvent) -> str:

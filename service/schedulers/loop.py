@@ -110,7 +110,8 @@ class Loop:
         decoder = self._identity.codec.decoder()
         stream = Stream(request.request_id, decoder, request.stop.strings, self._settings.stream_events)
         self._arrivals += 1
-        sequence = Sequence(request, self._arrivals, self._planner.waiting.enrol(request.tenant), stream)
+        share, latencies = self._planner.waiting.enrol(request.tenant), self._metrics.latencies(request.route)
+        sequence = Sequence(request, self._arrivals, share, stream, latencies)
         sequence.arrived_s = now
         sequence.deadline_s = min(request.deadline_s, now + self._settings.request_deadline_s)
         self._next_deadline_s = min(self._next_deadline_s, sequence.deadline_s)
@@ -167,8 +168,10 @@ class Loop:
         cache = PrefixCache(space, identity.digest, settings.prefix_cache)
         self._planner.restart(space, cache, min(settings.batch_size, info.max_rows), min(settings.step_tokens, info.max_step_tokens))
         self._admission.context_tokens = min(info.context_tokens, identity.spec.context_tokens)
-        self._metrics.drop()
-        self._metrics = self._telemetry.version(identity.artifact, info.tier, info.device)
+        metrics = self._telemetry.version(identity.artifact, info.tier, info.device)
+        if metrics is not self._metrics:
+            self._metrics.drop()
+        self._metrics = metrics
         self._accounting = Accounting(self._metrics, identity.spec, info.dtype)
         self._accounting.ready(info, __version__, self._planner)
         self._application = Application(self._planner, self._accounting, self._end)

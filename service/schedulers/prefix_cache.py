@@ -86,6 +86,7 @@ class PrefixCache:
     def prove(self, sequence: Sequence) -> None:
         """Finite logits came from everything computed so far: name its full blocks."""
         full = sequence.computed // self._space.block_tokens
+        sequence.next_proof = (full + 1) * self._space.block_tokens
         if full <= sequence.proven_blocks:
             return
         if self.enabled:

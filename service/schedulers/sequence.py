@@ -10,6 +10,7 @@ from __future__ import annotations
 from enum import Enum
 
 from service.schedulers.streams import Stream
+from service.telemetry import Latencies
 from service.types.request import GenerationRequest, TokenLogprob, Usage
 
 
@@ -48,7 +49,9 @@ class Sequence:
 
     `epoch` counts the times it lost its place, so that results of steps sent before are recognised and dropped. `tables[g]` holds block
     ids of KV group g by table index, 0 where released; entries below `released[g]` are null. `next_change` is the first position whose
-    computation needs a change of a table. Times are the loop's clock in seconds, 0 before they happened.
+    computation needs a change of a table, `next_proof` the number of computed positions that fills the next block to name. `limit` is
+    the number of positions ever computed (the last token allowed is never read); `decoding` is True from the first token known since it
+    entered its row. Times are the loop's clock in seconds, 0 before they happened.
     """
 
     __slots__ = (
@@ -58,6 +61,7 @@ class Sequence:
         "computed",
         "deadline_s",
         "deaths",
+        "decoding",
         "died_at",
         "end_ids",
         "epoch",
@@ -66,10 +70,14 @@ class Sequence:
         "in_flight",
         "keys",
         "last_token_s",
+        "latencies",
         "leads",
+        "limit",
+        "max_length",
         "max_tokens",
-        "min_tokens",
+        "min_length",
         "next_change",
+        "next_proof",
         "opened_s",
         "order",
         "preemptions",
@@ -91,17 +99,20 @@ class Sequence:
         "wanted",
     )
 
-    def __init__(self, request: GenerationRequest, arrival: int, share: Share, stream: Stream) -> None:
+    def __init__(self, request: GenerationRequest, arrival: int, share: Share, stream: Stream, latencies: Latencies) -> None:
         self.request = request
         self.arrival = arrival
         self.share = share
         self.stream = stream
+        self.latencies = latencies
         self.order = (request.priority, arrival)
         self.state = State.WAITING
         self.tokens = list(request.prompt)
         self.prompt_tokens = len(request.prompt)
         self.max_tokens = request.stop.max_tokens
-        self.min_tokens = request.stop.min_tokens
+        self.min_length = self.prompt_tokens + request.stop.min_tokens
+        self.max_length = self.prompt_tokens + self.max_tokens
+        self.limit = self.prompt_tokens + max(self.max_tokens - 1, 0)
         self.end_ids = request.stop.effective_ids
         self.epoch = 0
         self.preemptions = 0
@@ -116,17 +127,14 @@ class Sequence:
 
     def _leave_place(self) -> None:
         self.row = -1
+        self.decoding = False
         self.scheduled = self.computed = self.in_flight = 0
-        self.hit_blocks = self.proven_blocks = self.next_change = 0
-        self.wanted = self._want(len(self.tokens))
+        self.hit_blocks = self.proven_blocks = self.next_change = self.next_proof = 0
+        self.wanted = min(len(self.tokens), self.limit)
         self.tables: list[list[int]] = []
         self.released: list[int] = []
         self.unproven: list[tuple[int, int, int, int]] = []
         self.prompt_scores: list[TokenLogprob] = []
-
-    def _want(self, length: int) -> int:
-        """Of a text of `length` tokens, the positions to compute: the last token allowed is never read."""
-        return min(length, self.prompt_tokens + max(self.max_tokens - 1, 0))
 
     @property
     def length(self) -> int:
@@ -159,7 +167,7 @@ class Sequence:
         self.scheduled += length
         if samples:
             self.in_flight += 1
-            self.wanted = self._want(len(self.tokens) + self.in_flight)
+            self.wanted = min(len(self.tokens) + self.in_flight, self.limit)
 
     def withdraw(self, to: State) -> None:
         """Lose the row: outstanding results are dropped, everything known stays. Blocks must have been given back before."""

@@ -15,6 +15,8 @@ from typing import Protocol
 from service.schedulers.stops import StopStrings
 from service.types.request import Event, FinishEvent, FinishReason, PromptEvent, TokenEvent, TokenLogprob
 
+_new = tuple.__new__
+
 
 class IncrementalDecoder(Protocol):
     """Turns tokens into text as they come; bytes of an incomplete character are kept back."""
@@ -103,7 +105,12 @@ class Stream:
         text = self._decoder.push(token)
         stops = self._stops
         if stops is None and not self._tokens:
-            self._add(TokenEvent(text, (token,), () if logprob is None else (logprob,)))
+            events = self._events
+            events.append(_new(TokenEvent, (text, (token,), () if logprob is None else (logprob,))))
+            if len(events) > self._bound:
+                self.slow = True
+            if self._waiter is not None:
+                self._wake()
             return None
         self._tokens.append(token)
         if logprob is not None:
@@ -150,6 +157,10 @@ class Stream:
         events.append(event)
         if len(events) > self._bound:
             self.slow = True
-        waiter = self._waiter
+        if self._waiter is not None:
+            self._wake()
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
