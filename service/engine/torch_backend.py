@@ -18,9 +18,8 @@ from service.engine.distribution import log_probs
 from service.engine.kv_pool import KvPool
 from service.engine.memory import SCORED_ROWS
 from service.engine.sampler import Sampler
-from service.kernels.dispatch import take_counts
-from service.kernels.kv_store import write_kv
-from service.kernels.paged_attention import AttentionPlan, paged_attention, plan_attention
+from service.kernels.dispatch import resolve, take_counts
+from service.kernels.paged_attention import AttentionPlan, plan_attention
 from service.models.decoder import Decoder
 from service.types.model_spec import ModelSpec
 from service.types.plan import BatchPlan, PromptLogprobs, SampledToken, Slice, StepResult, Want
@@ -41,24 +40,29 @@ class PagedAttend:
         self._offsets = torch.from_numpy(batch.offsets).to(device)
         self._query_starts = torch.from_numpy(batch.query_starts).to(device)
         self._context_lengths = torch.from_numpy(batch.context_lengths).to(device)
+        dtype = pool.blocks_of(0)[0].dtype
+        self._write = resolve("write_kv", device, dtype)
+        self._attention = resolve("paged_attention", device, dtype)
         self._plans: list[AttentionPlan | None] = [None] * len(self._tables)
+        self._planned = device.type == "cpu"
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [T, Hq, D], key [T, Hkv, D], value [T, Hkv, Dv] -> [T, Hq, Dv]."""
         self._on_layer()
         group = self._pool.group_of(layer)
         keys, values = self._pool.blocks_of(layer)
-        write_kv(key, value, keys, values, self._block_ids[group], self._offsets)
+        self._write(key, value, keys, values, self._block_ids[group], self._offsets)
         spec = self._layers[layer].attention
         tables, starts, lengths = self._tables[group], self._query_starts, self._context_lengths
         plan = self._plans[group]
-        if plan is None:
+        if plan is None and self._planned:
             plan = plan_attention(tables, starts, lengths, block_tokens=keys.shape[2], window=spec.window)
             self._plans[group] = plan
         scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
-        return paged_attention(
+        seen: Tensor = self._attention(
             query, keys, values, tables, starts, lengths, scale=scale, window=spec.window, softcap=spec.softcap, plan=plan
         )
+        return seen
 
 
 class TorchBackend:
@@ -110,6 +114,7 @@ class TorchBackend:
             scored=np.zeros(0, np.int64),
         )
         self._decoder.logits(self._hidden(batch)[-1:])
+        take_counts()
 
     def _compute(self, slices: Sequence[Slice], tokens: list[SampledToken], scores: list[PromptLogprobs]) -> None:
         try:
