@@ -10,9 +10,9 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from service.models.layers import Linear, RmsNorm, apply_rope
+from service.models.layers import Computed, Linear, RmsNorm
 from service.types.model_spec import GroupedQueryAttention, LayerSpec
 
 
@@ -23,7 +23,7 @@ class Attend(Protocol):
         """query [T, Hq, D], key [T, Hkv, D], value [T, Hkv, Dv] of this step's tokens -> [T, Hq, Dv]."""
 
 
-class GroupedAttention(nn.Module):
+class GroupedAttention(Computed):
     """The attention sublayer of layer `index`: qkv, optional q/k norm, RoPE, attend, optional head gate, out.
 
     `qkv` holds the query heads, then the key heads, then the value heads, [(heads + 2 · kv_heads) · head_dim, dim].
@@ -45,13 +45,15 @@ class GroupedAttention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """Normalised layer input [T, dim] -> [T, dim]; `cos`, `sin` [T, rotary_dim / 2]."""
         spec, tokens = self.spec, x.shape[0]
-        heads = self.qkv(x).view(tokens, spec.heads + 2 * spec.kv_heads, spec.head_dim)
-        query, key, value = heads.split((spec.heads, spec.kv_heads, spec.kv_heads), dim=1)
+        turning_heads = spec.heads + spec.kv_heads
+        heads: Tensor = self.qkv(x).view(tokens, turning_heads + spec.kv_heads, spec.head_dim)
+        turning, value = heads[:, :turning_heads], heads[:, turning_heads:]
         if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        seen = attend(self.index, apply_rope(query, cos, sin), apply_rope(key, cos, sin), value)
+            turning = torch.cat((self.query_norm(heads[:, : spec.heads]), self.key_norm(heads[:, spec.heads : turning_heads])), dim=1)
+        turned = self.kernels.rotate(turning, cos, sin)
+        seen = attend(self.index, turned[:, : spec.heads], turned[:, spec.heads :], value)
         if self.gate is not None:
-            seen = seen * torch.sigmoid(self.gate(x).float()).to(seen.dtype)[:, :, None]
+            seen = self.kernels.head_gate(seen, self.gate(x))
         update: Tensor = self.out(seen.reshape(tokens, spec.heads * spec.head_dim))
         return update
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from service.models.attention import Attend, GroupedAttention
-from service.models.layers import Embedding, Linear, RmsNorm, SwigluMlp
+from service.models.layers import Computed, Embedding, Kernels, Linear, RmsNorm, SwigluMlp
 from service.models.rope import RopeTable
 from service.types.model_spec import LayerSpec, ModelSpec
 
@@ -35,7 +35,7 @@ class DecoderLayer(nn.Module):
         return self.mlp(x), residual
 
 
-class Decoder(nn.Module):
+class Decoder(Computed):
     """A causal decoder as `spec` describes it. Parameters are left uninitialised: load them or call `init_weights`."""
 
     def __init__(self, spec: ModelSpec, device: torch.device | str, dtype: torch.dtype) -> None:
@@ -66,8 +66,18 @@ class Decoder(nn.Module):
         return normed
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[R, dim] final states -> [R, vocab]."""
-        if self.head is None:
-            return nn.functional.linear(hidden, self.embed.weight)
-        logits: Tensor = self.head(hidden)
+        """[R, dim] final states -> [R, vocab]. A tied head multiplies with the embedding as it is, so that no second copy is kept."""
+        logits: Tensor = self.kernels.linear(hidden, self.embed.weight) if self.head is None else self.head(hidden)
         return logits
+
+    def use(self, kernels: Kernels) -> None:
+        """Compute with these kernels from now on."""
+        for module in self.modules():
+            if isinstance(module, Computed):
+                module.kernels = kernels
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that the weights take, packed ones included."""
+        packed = sum(module.packed.bytes for module in self.modules() if isinstance(module, Linear) and module.packed is not None)
+        return packed + sum(parameter.nbytes for parameter in self.parameters())

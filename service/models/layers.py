@@ -1,25 +1,71 @@
-"""The small layers of a decoder: linear, embedding, RMSNorm and the SwiGLU feed-forward, with the pointwise ops they share.
+"""The small layers of a decoder: linear, embedding, RMSNorm and the SwiGLU feed-forward, over the kernels they are given.
 
 Activations are flat, [tokens, features]; there is no batch dimension. The file does not know attention, caches or files.
-Invariant: weights and activations keep the compute dtype; norms, rotations and gates are computed in float32 and rounded once.
+Invariant: a module computes with plain differentiable torch until `Decoder.use` hands it the kernels chosen for serving.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from service.kernels import elementwise, linear
+from service.kernels.dispatch import Kernel, resolve
+from service.kernels.linear import PackedLinear, PlainLinear
 from service.types.model_spec import DenseMlp
 
 
-class Linear(nn.Module):
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """The functions that a decoder calls, with the signatures of `service.kernels`."""
+
+    rms_norm: Kernel
+    add_rms_norm: Kernel
+    rotate: Kernel
+    swiglu: Kernel
+    head_gate: Kernel
+    linear: Kernel
+
+    @classmethod
+    def resolve(cls, device: torch.device | str, dtype: torch.dtype) -> Self:
+        """What the dispatch table chooses for serving there; not necessarily differentiable."""
+        names = ("rms_norm", "add_rms_norm", "rotate", "swiglu", "head_gate", "linear")
+        return cls(*(resolve(name, device, dtype) for name in names))
+
+
+DIFFERENTIABLE = Kernels(
+    rms_norm=elementwise.rms_norm,
+    add_rms_norm=elementwise.add_rms_norm,
+    rotate=elementwise.rotate,
+    swiglu=elementwise.swiglu,
+    head_gate=elementwise.head_gate,
+    linear=linear.torch_linear,
+)
+
+
+class Computed(nn.Module):
+    """A module that computes with `kernels`; differentiable ones until others are set."""
+
+    kernels: Kernels
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = DIFFERENTIABLE
+
+
+class Linear(Computed):
     """y = x · weightᵀ + bias; `weight` [out, in], `bias` [out] or absent. Parameters are left uninitialised."""
 
+    weight: nn.Parameter | None
     bias: nn.Parameter | None
 
     def __init__(self, inputs: int, outputs: int, bias: bool, device: torch.device | str, dtype: torch.dtype) -> None:
         super().__init__()
+        self.packed: PackedLinear | PlainLinear | None = None
         self.weight = nn.Parameter(torch.empty(outputs, inputs, device=device, dtype=dtype))
         if bias:
             self.bias = nn.Parameter(torch.empty(outputs, device=device, dtype=dtype))
@@ -28,7 +74,16 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[tokens, in] -> [tokens, out]."""
-        return F.linear(x, self.weight, self.bias)
+        if self.packed is not None:
+            return self.packed.apply(x, self.bias)
+        y: Tensor = self.kernels.linear(x, self.weight, self.bias)
+        return y
+
+    def pack(self) -> None:
+        """Turn the weight into the device's packed form, for serving only: `weight` is None afterwards, and there are no gradients."""
+        if self.weight is not None:
+            self.packed = resolve("pack_linear", self.weight.device, self.weight.dtype)(self.weight)
+            self.weight = None
 
 
 class Embedding(nn.Module):
@@ -43,7 +98,7 @@ class Embedding(nn.Module):
         return F.embedding(tokens, self.weight)
 
 
-class RmsNorm(nn.Module):
+class RmsNorm(Computed):
     """Root mean square norm (Zhang and Sennrich 2019) over the last dimension, with `weight` [dim]."""
 
     def __init__(self, dim: int, eps: float, device: torch.device | str, dtype: torch.dtype) -> None:
@@ -53,15 +108,16 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim] in the dtype of `x`."""
-        return rms_norm(x, self.weight, self.eps)
+        y: Tensor = self.kernels.rms_norm(x, self.weight, self.eps)
+        return y
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(norm(x + residual), x + residual): the step between two sublayers."""
-        total = residual + x
-        return rms_norm(total, self.weight, self.eps), total
+        pair: tuple[Tensor, Tensor] = self.kernels.add_rms_norm(x, residual, self.weight, self.eps)
+        return pair
 
 
-class SwigluMlp(nn.Module):
+class SwigluMlp(Computed):
     """down(silu(gate(x)) * up(x)) with gate and up in one matrix `gate_up` [2 · hidden, dim], gate first."""
 
     def __init__(self, spec: DenseMlp, dim: int, device: torch.device | str, dtype: torch.dtype) -> None:
@@ -71,30 +127,5 @@ class SwigluMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[tokens, dim] -> [tokens, dim]."""
-        update: Tensor = self.down(swiglu(self.gate_up(x)))
-        return update
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in float32, rounded to the dtype of `x`."""
-    wide = x.float()
-    scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()
-    return scaled.to(x.dtype)
-
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(first half) · second half of the last dimension."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first 2 · half features of every head of `x` [tokens, heads, dim]; `cos`, `sin` [tokens, half] float32.
-
-    Feature i is paired with feature i + half, as in GPT-NeoX. The other features pass unchanged.
-    """
-    half = cos.shape[-1]
-    cos, sin = cos[:, None], sin[:, None]
-    first, second, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+        y: Tensor = self.down(self.kernels.swiglu(self.gate_up(x)))
+        return y
