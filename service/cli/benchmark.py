@@ -92,8 +92,7 @@ def _benchmark(arguments: Sequence[str]) -> int:
 
 
 def _check(given: Namespace) -> None:
-    parts = urlsplit(given.url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+    if not _is_server(given.url):
         raise SettingsError("--url must look like http://127.0.0.1:8000, without a user name or a query.")
     if given.rate and given.concurrency:
         raise SettingsError("--rate is an open loop and --concurrency a closed one: give only one of them.")
@@ -101,6 +100,15 @@ def _check(given: Namespace) -> None:
         raise SettingsError("--shared_prefix_tokens must not exceed --prompt_tokens.")
     if given.out and not Path(given.out).absolute().parent.is_dir():
         raise SettingsError(f"--out {given.out} lies in a directory that does not exist: make it first.")
+
+
+def _is_server(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        valid_port = parts.port is None or parts.port > 0
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and valid_port and not (parts.username or parts.query)
 
 
 async def _measure(given: Namespace) -> dict[str, Any]:
@@ -264,3 +272,7 @@ def _count(text: str) -> int:
 
 def _whole(text: str) -> int:
     return int(_number(text, int, 0, 1e9, "a whole number from 0 up"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -82,6 +82,8 @@ async def _serve(
     settings: ServeSettings, router: Router, telemetry: Telemetry, listener: socket.socket, display: tuple[StartTimes, LoadProgress]
 ) -> int:
     times, progress = display
+    url = base_url(settings.http, listener.getsockname()[1])
+    print(f"loading {', '.join(version.name for version in router.versions())} for {url}", flush=True)
     loading = asyncio.create_task(router.start(), name="loading")
     application = build_app(router, telemetry, settings.http)
     serving = asyncio.create_task(serve_http(application, listener), name="serving")
@@ -92,7 +94,8 @@ async def _serve(
         _raise_of(loading)
         times.mark("load")
         progress.close()
-        _announce(settings, router, telemetry, times, listener.getsockname()[1])
+        _announce(router, telemetry, times)
+        _invite(router, url, keyed=bool(settings.http.api_keys))
         await serving
         return 0
     finally:
@@ -113,8 +116,8 @@ async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _announce(settings: ServeSettings, router: Router, telemetry: Telemetry, times: StartTimes, port: int) -> None:
-    """Phases, budget, address and a request to paste; the phases into the metrics too."""
+def _announce(router: Router, telemetry: Telemetry, times: StartTimes) -> None:
+    """Phases and budget; the phases into the metrics too."""
     total_s = times.total_s
     for version in router.versions():
         info = version.info
@@ -127,6 +130,10 @@ def _announce(settings: ServeSettings, router: Router, telemetry: Telemetry, tim
     print(parent_memory_line())
     first = router.versions()[0]
     print(times.line(first.info.phases_s if first.info else ()))
-    url = base_url(settings.http, port)
-    print(f"serving {', '.join(version.name for version in router.versions())} on {url}")
-    print("try: " + example_request(url, first.name, bool(settings.http.api_keys)), flush=True)
+
+
+def _invite(router: Router, url: str, *, keyed: bool) -> None:
+    """The address and a request to paste."""
+    names = [version.name for version in router.versions()]
+    print(f"serving {', '.join(names)} on {url}")
+    print("try: " + example_request(url, names[0], keyed), flush=True)

@@ -99,7 +99,7 @@ class FlagParser(argparse.ArgumentParser):
 def _row(flag: str, action: argparse.Action) -> str:
     value = "\\|".join(map(str, action.choices)) if action.choices else str(action.metavar or "")
     default = "" if action.default in (None, "", False) or action.nargs == 0 else str(action.default)
-    meaning = re.sub(r" \(default [^)]*\)", "", action.help or "").replace("%%", "%").replace("|", "\\|")
+    meaning = re.sub(r" \(default (%\(default\)s|[^)]*)\)", "", action.help or "").replace("%%", "%").replace("|", "\\|")
     return f"| `{flag}` | {value} | {default} | {meaning} |"
 
 

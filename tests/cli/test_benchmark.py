@@ -1,0 +1,110 @@
+"""`deepseek-benchmark` as a process against a null server: the table, the last line, the file, and its failures."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from service.cli import benchmark
+from tests.cli.conftest import Command, Start
+from tests.house.source import ROOT
+
+BENCHMARK = "service.cli.benchmark"
+
+
+@pytest.fixture(scope="module")
+def null_url() -> Iterator[str]:
+    server = subprocess.Popen(
+        [sys.executable, str(ROOT / "loadtests" / "null_server.py"), "--port", "0", "--tokens", "5"], stdout=subprocess.PIPE, text=True
+    )
+    assert server.stdout is not None
+    yield "http://127.0.0.1:" + server.stdout.readline().removeprefix("ready on ").strip()
+    server.kill()
+    server.communicate()
+
+
+def row_of(command: Command) -> dict[str, object]:
+    code, out, error = command.end()
+    assert code == 0, error
+    return json.loads(out.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("client", ["raw", "httpx"])
+def test_closed_loop(null_url: str, start: Start, tmp_path: Path, client: str) -> None:
+    out = tmp_path / "rows.jsonl"
+    command = start(
+        BENCHMARK, "--url", null_url, "--requests", "30", "--concurrency", "4", "--client", client, "--out", str(out), "--label", "x"
+    )
+    row = row_of(command)
+    assert (row["mode"], row["concurrency"], row["rate"], row["completed"], row["errors"]) == ("closed", 4, None, 30, {})
+    assert (row["model"], row["output_tokens"], row["token_counts"], row["client"]) == ("null", 150, "usage", client)
+    assert json.loads(out.read_text()) == row
+
+
+def test_open_loop_with_goodput_and_a_table(null_url: str, start: Start) -> None:
+    command = start(BENCHMARK, "--url", null_url, "--requests", "40", "--rate", "400", "--slo-ttft-ms", "60000", "--slo_tpot_ms", "60000")
+    code, out, error = command.end()
+    row = json.loads(out.splitlines()[-1])
+    assert code == 0, error
+    assert (row["mode"], row["rate"], row["goodput_share"], row["completed"]) == ("open", 400.0, 1.0, 40)
+    assert row["sender"]["lateness_ms"]["p50"] >= 0 and row["sender"]["cpu_share"] > 0
+    for words in ("time to first token", "time per output token", "between tokens", "p99", "goodput", "of a core"):
+        assert words in out
+
+
+def test_rows_are_appended(null_url: str, start: Start, tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    for seed in ("1", "2"):
+        row_of(start(BENCHMARK, "--url", null_url, "--requests", "2", "--seed", seed, "--out", str(out)))
+    assert [json.loads(line)["seed"] for line in out.read_text().splitlines()] == [1, 2]
+
+
+def failure(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    monkeypatch.setattr(sys, "argv", ["deepseek-benchmark", *arguments])
+    assert benchmark.main() == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("deepseek-benchmark: ") and said.err.count("\n") == 1
+    return said.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--rate", "1", "--concurrency", "2"], "only one of them"),
+        (["--rate", "fast"], "--rate: 'fast' is not a number above 0"),
+        (["--requests", "0"], "--requests"),
+        (["--abort_share", "1.5"], "share from 0 to 1"),
+        (["--url", "ftp://x"], "--url must look like"),
+        (["--url", "http://user@x"], "--url must look like"),
+        (["--url", "http://127.0.0.1:99999"], "--url must look like"),
+        (["--shared_prefix_tokens", "999"], "must not exceed"),
+        (["--out", "/does/not/exist/rows.jsonl"], "does not exist"),
+        (["--reqests", "3"], "did you mean --requests?"),
+        (["--client", "curl"], "--client"),
+    ],
+)
+def test_mistakes_get_one_sentence(
+    arguments: list[str], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert expected in failure(arguments, monkeypatch, capsys)
+
+
+def test_nobody_listens(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    assert "no server answers" in failure(["--url", f"http://127.0.0.1:{port}"], monkeypatch, capsys)
+
+
+def test_a_load_that_wholly_fails_says_so(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    command = start(BENCHMARK, "--url", f"http://127.0.0.1:{port}", "--model", "m", "--requests", "3")
+    code, out, _ = command.end()
+    row = json.loads(out.splitlines()[-1])
+    assert code == 1 and row["errors"] == {"connect": 3} and row["ttft_ms"] is None
