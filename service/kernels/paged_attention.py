@@ -14,10 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from service.kernels.workspace import Workspace
+
 # K and V gathered at once, so that both fit the second and third level caches.
 GATHER_BYTES = 4 << 20
 # Query rows of a prefill slice computed at once: bounds the scores of a tile and what a windowed slice reads beyond its window.
 TILE_ROWS = 256
+
+_WORKSPACE = Workspace()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,8 @@ class AttentionPlan:
     """What one step reads, the same for all layers of a KV group: made once by `plan_attention`, used by each layer.
 
     rows [S]: the query rows of decoding sequences that see something. For pair p of the P (sequence, block) pairs they see: sequences [P]
-    (index into rows), ids [P] the physical block, hidden [P, B] the slots not seen. offsets [S + 1] delimit each sequence's pairs.
+    (index into rows), ids [P] the physical block, hidden [P, B] the slots not seen. offsets [S + 1] delimit each sequence's pairs. `run` is
+    the first id where all ids follow each other, so that nothing needs gathering.
     """
 
     rows: Tensor
@@ -59,6 +64,7 @@ class AttentionPlan:
     ids: Tensor
     hidden: Tensor
     offsets: Tensor
+    run: int | None
     tiles: tuple[PrefillTile, ...]
 
 
@@ -85,7 +91,9 @@ def plan_attention(
     for sequence in (counts > 1).nonzero().squeeze(1).tolist():
         first, last, context = int(starts[sequence]), int(starts[sequence + 1]), int(contexts[sequence])
         tiles.extend(_tiles(block_tables[sequence], first, last, context, block_tokens, window))
-    return AttentionPlan(starts[:-1][decoding], sequences, ids, hidden, offsets, tuple(tiles))
+    consecutive = len(ids) > 0 and bool((ids[1:] - ids[:-1] == 1).all())
+    run = int(ids[0]) if consecutive else None
+    return AttentionPlan(starts[:-1][decoding], sequences, ids, hidden, offsets, run, tuple(tiles))
 
 
 def _tiles(table: Tensor, first: int, last: int, context: int, block_tokens: int, window: int | None) -> list[PrefillTile]:
@@ -149,23 +157,34 @@ def _decode(query: Tensor, key_blocks: Tensor, value_blocks: Tensor, plan: Atten
     """
     count, kv_heads, group, size = query.shape
     pairs, tokens, value_size = len(plan.ids), key_blocks.shape[2], value_blocks.shape[3]
-    step = max(1, GATHER_BYTES // (kv_heads * tokens * max(size, value_size) * 4))
+    step = max(1, min(pairs, GATHER_BYTES // (kv_heads * tokens * max(size, value_size) * 4)))
     packed = query.index_select(0, plan.sequences).view(pairs * kv_heads, group, size)
-    scores = query.new_empty(pairs * kv_heads, group, tokens)
+    scores = _WORKSPACE.take("scores", pairs * kv_heads, group, tokens)
     for start in range(0, pairs, step):
-        keys = key_blocks.index_select(0, plan.ids[start : start + step]).float().view(-1, tokens, size)
+        keys = _pick(key_blocks, plan, start, start + step)
         span = slice(start * kv_heads, (start + step) * kv_heads)
-        torch.bmm(packed[span], keys.transpose(1, 2), out=scores[span])
+        torch.bmm(packed[span], keys.view(-1, tokens, size).transpose(1, 2), out=scores[span])
     sums = _weigh(scores.view(pairs, kv_heads, group, tokens), plan, scoring)
-    partial = query.new_empty(pairs * kv_heads, group, value_size)
+    partial = _WORKSPACE.take("partial", pairs * kv_heads, group, value_size)
     for start in range(0, pairs, step):
-        values = value_blocks.index_select(0, plan.ids[start : start + step]).float()
+        values = _pick(value_blocks, plan, start, start + step)
         if clean:
-            values.masked_fill_(plan.hidden[start : start + step, None, :, None], 0.0)
+            values = values.masked_fill(plan.hidden[start : start + step, None, :, None], 0.0)
         span = slice(start * kv_heads, (start + step) * kv_heads)
         torch.bmm(scores[span], values.view(-1, tokens, value_size), out=partial[span])
     total = torch.embedding_bag(partial.view(pairs, -1), torch.arange(pairs), plan.offsets[:-1], False, 0)[0]
     return total.view(count, kv_heads, group, value_size).div_(sums.unsqueeze(-1)).view(count, kv_heads * group, value_size)
+
+
+def _pick(blocks: Tensor, plan: AttentionPlan, start: int, end: int) -> Tensor:
+    """The blocks of pairs start … end − 1 in float32, [n, Hkv, B, D]: a view where they lie one after the other, else in the workspace."""
+    ids = plan.ids[start:end]
+    if plan.run is not None:
+        return blocks[plan.run + start : plan.run + start + len(ids)].float()
+    picked = _WORKSPACE.take("blocks", len(ids), *blocks.shape[1:])
+    if blocks.dtype == torch.float32:
+        return torch.index_select(blocks, 0, ids, out=picked)
+    return picked.copy_(blocks.index_select(0, ids))
 
 
 def _weigh(scores: Tensor, plan: AttentionPlan, scoring: Scoring) -> Tensor:
