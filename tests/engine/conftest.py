@@ -1,0 +1,95 @@
+"""Tiny models, workers and the dense forward that every paged result is compared with."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from service.checkpoints.load import load
+from service.checkpoints.manifest import read_manifest
+from service.engine.batch import Tables
+from service.engine.kv_pool import KvPool
+from service.engine.sampler import Sampler
+from service.engine.torch_backend import TorchBackend
+from service.models.attention import DenseAttend
+from tests.tiny_models import build_tiny
+
+WINDOW = 70
+# Threads cost more than they give at these sizes.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def full_model(tmp_path_factory):
+    """A directory with a qwen3 of full attention, context 256."""
+    return build_tiny(tmp_path_factory.mktemp("full") / "model", "qwen3")
+
+
+@pytest.fixture(scope="session")
+def mixed_model(tmp_path_factory):
+    """A directory with a qwen2 whose first layers are full and whose others see a window of 70 tokens: two KV groups."""
+    return build_tiny(
+        tmp_path_factory.mktemp("mixed") / "model",
+        "qwen2",
+        num_hidden_layers=4,
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        max_window_layers=2,
+        max_position_embeddings=512,
+    )
+
+
+class Dense:
+    """The same model without a cache: one forward over whole sequences."""
+
+    def __init__(self, directory) -> None:
+        self.manifest = read_manifest(directory)
+        self.decoder = load(self.manifest, "cpu", torch.float32)
+
+    @torch.inference_mode()
+    def logits(self, tokens) -> np.ndarray:
+        """[T, vocab] logits after every position."""
+        attend = DenseAttend(1, len(tokens), self.decoder.spec.layers)
+        return self.decoder(torch.tensor(tokens), torch.arange(len(tokens)), attend).numpy()
+
+    def log_probs(self, tokens) -> np.ndarray:
+        """[T, vocab] log-probs of the next token after every position."""
+        logits = self.logits(tokens).astype(np.float64)
+        logits -= logits.max(axis=1, keepdims=True)
+        return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+    def greedy(self, prompt, count) -> list[int]:
+        """The greedy continuation, each token from a fresh forward."""
+        tokens = list(prompt)
+        for _ in range(count):
+            tokens.append(int(self.logits(tokens)[-1].argmax()))
+        return tokens[len(prompt) :]
+
+
+@pytest.fixture(scope="session")
+def full_dense(full_model):
+    return Dense(full_model)
+
+
+@pytest.fixture(scope="session")
+def mixed_dense(mixed_model):
+    return Dense(mixed_model)
+
+
+@pytest.fixture
+def backend_of():
+    """A function that makes a backend in this process over a dense model's weights: (backend, pool, tables)."""
+
+    def make(dense: Dense, blocks: int = 40, max_rows: int = 8):
+        decoder, spec = dense.decoder, dense.manifest.spec
+        layout = spec.kv_layout()
+        counts = (blocks,) * len(layout.groups)
+        pool = KvPool(layout, counts, torch.float32, torch.device("cpu"))
+        for layer in range(len(spec.layers)):
+            for tensor in pool.blocks_of(layer):
+                tensor.fill_(float("nan"))
+        tables = Tables(layout, counts, max_rows, spec.context_tokens, spec.vocab_size)
+        return TorchBackend(decoder, pool, tables, Sampler(max_rows, spec.vocab_size)), pool, tables
+
+    return make
