@@ -68,11 +68,10 @@ class JsonAnswer(Response):
 class Deferred(Response):
     """An answer that writes itself when the framework calls it, with the connection in its hands."""
 
-    def __init__(self, write: Callable[[Receive, Send], Awaitable[None]]) -> None:
+    def __init__(self, write: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
         super().__init__()
         self._write = write
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Write the answer."""
-        del scope
-        await self._write(receive, send)
+        await self._write(scope, receive, send)

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from service.api.calls import Call
 from service.api.errors import error_event, public
-from service.api.exchange import Receive, Send
+from service.api.exchange import WRITE_EXTENSION, Receive, Scope, Send
 from service.api.outputs import DONE, ChoiceResult, Shape, usage_object
 from service.types.errors import RequestCancelled, ServiceError, Unavailable
 from service.types.request import Event, FinishEvent, FinishReason, PromptEvent, TokenEvent, Usage
 
 if TYPE_CHECKING:
     from service.schedulers.streams import Stream
+
+Write = Callable[[bytes], Awaitable[None]]
 
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -40,8 +42,9 @@ class Answer:
     n: int = 1
     include_usage: bool = False
 
-    async def send_whole(self, receive: Receive, send: Send) -> None:
+    async def send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Collect every choice, then answer. Raises the failure of the first choice that fails; RequestCancelled when the client left."""
+        del scope
         results = [ChoiceResult() for _ in self.streams]
         usages: list[Usage] = []
         async with self._watched(receive):
@@ -52,8 +55,9 @@ class Answer:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    async def send_stream(self, receive: Receive, send: Send) -> None:
+    async def send_stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Server-sent events. A failure before the first event is raised, so that it becomes a plain error response."""
+        write = writer_of(scope, send)
         async with self._watched(receive):
             first = await anext(self.streams[0])
             if isinstance(first, FinishEvent):
@@ -62,9 +66,9 @@ class Answer:
             usages: list[Usage | None] = [None] * len(self.streams)
             try:
                 if len(self.streams) == 1:
-                    usages[0] = await self._pump(0, send, first)
+                    usages[0] = await self._pump(0, write, first)
                 else:
-                    await self._pump_all(send, first, usages)
+                    await self._pump_all(write, first, usages)
             except ServiceError as failure:
                 self.call.outcome = failure.code
                 await send({"type": "http.response.body", "body": error_event(failure)})
@@ -74,9 +78,9 @@ class Answer:
             tail = self.shape.usage(total) if self.include_usage else b""
             await send({"type": "http.response.body", "body": tail + DONE})
 
-    async def _pump_all(self, send: Send, first: Event, usages: list[Usage | None]) -> None:
+    async def _pump_all(self, write: Write, first: Event, usages: list[Usage | None]) -> None:
         async def pump(index: int) -> None:
-            usages[index] = await self._pump(index, send, first if index == 0 else None)
+            usages[index] = await self._pump(index, write, first if index == 0 else None)
 
         tasks = [asyncio.ensure_future(pump(index)) for index in range(len(self.streams))]
         try:
@@ -86,7 +90,7 @@ class Answer:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _pump(self, index: int, send: Send, first: Event | None) -> Usage:
+    async def _pump(self, index: int, write: Write, first: Event | None) -> Usage:
         """Forward one stream to its end. Raises its failure."""
         stream, shape = self.streams[index], self.shape
         event: Event = first if first is not None else await anext(stream)
@@ -101,10 +105,10 @@ class Answer:
             if type(event) is FinishEvent:
                 raise_failure(event)
                 data += shape.closing(index, ChoiceResult(reason=event.reason, matched=event.matched_stop))
-                await send({"type": "http.response.body", "body": data, "more_body": True})
+                await write(data)
                 return event.usage
             if data:
-                await send({"type": "http.response.body", "body": data, "more_body": True})
+                await write(data)
                 data = b""
             event = await anext(stream)
 
@@ -146,6 +150,16 @@ class Answer:
     def _cancel(self) -> None:
         for stream in self.streams:
             stream.cancel()
+
+
+def writer_of(scope: Scope, send: Send) -> Write:
+    """The shortest way to send a piece of a body that has started."""
+
+    async def write(data: bytes) -> None:
+        await send({"type": "http.response.body", "body": data, "more_body": True})
+
+    direct: Write | None = scope.get("extensions", {}).get(WRITE_EXTENSION)
+    return direct or write
 
 
 def raise_failure(ending: FinishEvent) -> None:

@@ -23,6 +23,9 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+# A scope's extension: `await write(data)` sends a piece of a started body past the layers between app and connection.
+WRITE_EXTENSION = "service.write"
+
 STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in http.HTTPStatus}
 STATUS_LINES[499] = b"HTTP/1.1 499 Client Closed Request\r\n"
 
@@ -123,6 +126,13 @@ class Exchange:
             self._write_body(message.get("body", b""), message.get("more_body", False))
         else:
             self._write_start(message["status"], list(message.get("headers", ())))
+
+    async def write(self, data: bytes) -> None:
+        """One more piece of a body that has started: what `send` does with it, without the layers between."""
+        if self.flow.write_paused:
+            await self._drain()
+        if not self.disconnected:
+            self._write_body(data, True)
 
     async def _drain(self) -> None:
         try:

@@ -19,7 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from service.api.errors import error_response
-from service.api.exchange import Exchange
+from service.api.exchange import WRITE_EXTENSION, Exchange
 from service.types.errors import HeadersTooLarge, InvalidRequest, RequestTimeout, ServiceError
 from service.types.settings import HttpLimits
 
@@ -129,6 +129,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse(InvalidRequest("The request's target is not a valid path."))
             return
         exchange = self.exchange = Exchange(self, scope, self.limits.stream_write_s)
+        scope["extensions"] = {WRITE_EXTENSION: exchange.write}
         fields = dict(self.headers)
         chunked = b"transfer-encoding" in fields
         self._left = None if chunked else int(fields.get(b"content-length", b"0"))
