@@ -1,0 +1,102 @@
+"""The table of implementations: choice, fallback, force, record and counts."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+from service.kernels import dispatch, reference
+from service.kernels.dispatch import TABLE, Dispatch, DispatchError, Implementation, Place
+
+
+def only_cpu(place: Place) -> str | None:
+    return None if place.device == "cpu" else "it runs on a CPU only"
+
+
+SMALL = {"twice": (Implementation("fast", lambda x: x + x, only_cpu), Implementation("plain", lambda x: 2 * x, lambda place: None))}
+
+
+def test_the_first_that_can_is_chosen_and_recorded() -> None:
+    choices = Dispatch(SMALL)
+    assert choices.resolve("twice", "cpu", torch.float32)(3) == 6
+    choices.resolve("twice", torch.device("cuda", 1), torch.float16)
+    assert choices.chosen() == {"twice[cpu,float32]": "fast", "twice[cuda,float16]": "plain"}
+
+
+def test_the_choice_is_made_once() -> None:
+    choices = Dispatch(SMALL)
+    assert choices.resolve("twice", "cpu", torch.float32) is choices.resolve("twice", "cpu", torch.float32)
+
+
+def test_counts_are_taken_once() -> None:
+    choices = Dispatch(SMALL)
+    fast, plain = choices.resolve("twice", "cpu", torch.float32), choices.resolve("twice", "cuda", torch.float32)
+    assert choices.take_counts() == {}
+    fast(1), fast(2), plain(3)
+    assert choices.take_counts() == {("twice", "fast"): 2, ("twice", "plain"): 1}
+    assert choices.take_counts() == {}
+
+
+def test_a_forced_choice_holds_until_it_is_lifted() -> None:
+    choices = Dispatch(SMALL)
+    choices.force("twice", "plain")
+    choices.resolve("twice", "cpu", torch.float32)
+    assert choices.chosen() == {"twice[cpu,float32]": "plain"}
+    choices.force("twice", None)
+    choices.resolve("twice", "cpu", torch.float32)
+    assert choices.chosen() == {"twice[cpu,float32]": "fast"}
+
+
+def test_a_forced_choice_that_cannot_hold_raises() -> None:
+    choices = Dispatch(SMALL)
+    choices.force("twice", "fast")
+    with pytest.raises(DispatchError, match="twice: fast was asked for, but it runs on a CPU only"):
+        choices.resolve("twice", "cuda", torch.float32)
+
+
+def test_unknown_names_list_what_there_is() -> None:
+    choices = Dispatch(SMALL)
+    with pytest.raises(DispatchError, match="fast, plain"):
+        choices.force("twice", "faster")
+    with pytest.raises(DispatchError, match="twice"):
+        choices.resolve("thrice", "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("operation", TABLE)
+def test_everything_resolves_on_a_cpu_in_every_type(operation: str) -> None:
+    choices = Dispatch(TABLE)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert callable(choices.resolve(operation, "cpu", dtype))
+
+
+@pytest.mark.parametrize("operation", [name for name in TABLE if hasattr(reference, name)])
+def test_implementations_take_the_arguments_of_the_reference(operation: str) -> None:
+    expected = list(inspect.signature(getattr(reference, operation)).parameters)
+    for implementation in TABLE[operation]:
+        assert list(inspect.signature(implementation.kernel).parameters) == expected
+
+
+def test_sixteen_bits_never_reach_the_float32_product() -> None:
+    choices = Dispatch(TABLE)
+    choices.force("linear", "onednn")
+    with pytest.raises(DispatchError, match="float32 only"):
+        choices.resolve("linear", "cpu", torch.bfloat16)
+
+
+def test_without_onednn_the_next_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_onednn", lambda: False)
+    choices = Dispatch(TABLE)
+    packed = choices.resolve("pack_linear", "cpu", torch.float32)(torch.eye(3))
+    choices.resolve("linear", "cpu", torch.float32)
+    assert choices.chosen() == {"linear[cpu,float32]": "torch", "pack_linear[cpu,float32]": "plain"}
+    assert torch.equal(packed.apply(torch.ones(1, 3)), torch.ones(1, 3))
+
+
+def test_the_process_has_one_set_of_choices() -> None:
+    function = dispatch.resolve("swiglu", "cpu", torch.float32)
+    dispatch.take_counts()
+    function(torch.zeros(1, 4))
+    assert dispatch.take_counts() == {("swiglu", "torch"): 1}
+    assert dispatch.chosen()["swiglu[cpu,float32]"] == "torch"
