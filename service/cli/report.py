@@ -96,7 +96,7 @@ def parent_memory_line() -> str:
     return f"{'memory of the front end':<26}{resident_bytes() / _MIB:>10.1f} MiB"
 
 
-def base_url(settings: HttpSettings, port: int) -> str:
+def client_url(settings: HttpSettings, port: int) -> str:
     """Where a client on this machine reaches the service."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104 - shown, not bound
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -16,7 +16,7 @@ from service.api.server import bind
 from service.api.server import serve as serve_http
 from service.checkpoints.manifest import Manifest, read_manifest
 from service.cli.budget import share_kv
-from service.cli.report import LoadProgress, StartTimes, base_url, example_request, memory_table, parent_memory_line
+from service.cli.report import LoadProgress, StartTimes, client_url, example_request, memory_table, parent_memory_line
 from service.config.load import ServeSettings
 from service.engine.memory import available_bytes
 from service.engine.supervisor import WorkerBackend
@@ -82,7 +82,7 @@ async def _serve(
     settings: ServeSettings, router: Router, telemetry: Telemetry, listener: socket.socket, display: tuple[StartTimes, LoadProgress]
 ) -> int:
     times, progress = display
-    url = base_url(settings.http, listener.getsockname()[1])
+    url = client_url(settings.http, listener.getsockname()[1])
     print(f"loading {', '.join(version.name for version in router.versions())} for {url}", flush=True)
     loading = asyncio.create_task(router.start(), name="loading")
     application = build_app(router, telemetry, settings.http)
@@ -90,6 +90,7 @@ async def _serve(
     try:
         await asyncio.wait({loading, serving}, return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
+            serving.result()
             return INTERRUPTED
         _raise_of(loading)
         times.mark("load")

@@ -41,11 +41,19 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "matplotlib": ("service/train/", "service/cli/train.py"),
 }
 # Worker, loop and HTTP boundary; and the one call into a library that raises bare Exception (tokenizers).
-BROAD_EXCEPT = ("service/engine/worker.py", "service/schedulers/loop.py", "service/api/app.py", "service/inputs/tokens.py")
+BROAD_EXCEPT = ("service/engine/worker.py", "service/schedulers/loop.py", "service/api/front.py", "service/inputs/tokens.py")
 # Settings are read in config; processes hands the environment on to children without looking for anything in it.
 ENVIRONMENT = ("service/config/", "service/processes.py")
+SCHEMAS = "service/api/schemas.py"
 BANNED_NAME_WORDS = {"manager", "handler", "helper", "helpers", "util", "utils", "misc", "base", "wrapper"}
 BANNED_CONCEPTS = {"page", "pages", "slot", "slots", "chunk", "chunks", "req", "reqs"}
+# Where such a word names something that is no KV block: the protocol's events, pieces of a file, pages of the operating system.
+OTHER_CONCEPTS = {
+    "service/api/": {"chunk", "chunks"},
+    "service/checkpoints/": {"chunk", "chunks"},
+    "service/engine/memory.py": {"page", "pages"},
+    "service/engine/kv_pool.py": {"page"},
+}
 FORBIDDEN_TEXT = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b|/home/|/root/|/Users/|/work/|/tmp/[a-z]", re.IGNORECASE)
 
 
@@ -108,7 +116,9 @@ def sizes(tree: SourceTree) -> list[str]:
         if lines > FILE_LINES:
             found.append(f"{file.path} has {lines} lines")
         found += [
-            f"{file.path}:{node.lineno} class {node.name} has {_lines(node)} lines" for node in _classes(file) if _lines(node) > CLASS_LINES
+            f"{file.path}:{node.lineno} class {node.name} has {lines_of(node)} lines"
+            for node in _classes(file)
+            if lines_of(node) > CLASS_LINES
         ]
         for node in file.functions():
             found += [f"{file.path}:{node.lineno} {node.name} {problem}" for problem in _function_problems(file, node)]
@@ -116,10 +126,10 @@ def sizes(tree: SourceTree) -> list[str]:
 
 
 def _function_problems(file: SourceFile, node: FunctionNode) -> Iterator[str]:
-    if _lines(node) > FUNCTION_LINES:
-        yield f"has {_lines(node)} lines"
-    if len(_parameters(node)) > PARAMETERS and not file.path.startswith("service/kernels/"):
-        yield f"has {len(_parameters(node))} parameters"
+    if lines_of(node) > FUNCTION_LINES:
+        yield f"has {lines_of(node)} lines"
+    if len(parameters_of(node)) > PARAMETERS and not file.path.startswith("service/kernels/"):
+        yield f"has {len(parameters_of(node))} parameters"
     if (branches := complexity(node)) > COMPLEXITY:
         yield f"has a complexity of {branches}"
 
@@ -155,17 +165,14 @@ def documentation(tree: SourceTree) -> list[str]:
 
 
 def names(tree: SourceTree) -> list[str]:
-    """Defined names that say nothing (Manager, Helper …) or give a concept a second word (page for block …).
-
-    In api a chunk is what the protocol calls so: one event of a streamed completion.
-    """
+    """Defined names that say nothing (Manager, Helper …) or give a concept a second word (page for block …)."""
     found = []
     for file in tree.files:
+        other = set().union(*(words for place, words in OTHER_CONCEPTS.items() if file.path.startswith(place)))
         for name, line in _defined(file):
             words = set(re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", name))
             lowered = {word.lower() for word in words}
-            protocol_word = {"chunk", "chunks"} if file.path.startswith("service/api/") else set()
-            if lowered & (BANNED_CONCEPTS - protocol_word) or (lowered & BANNED_NAME_WORDS and _is_definition(file, name)):
+            if lowered & (BANNED_CONCEPTS - other) or (lowered & BANNED_NAME_WORDS and _is_definition(file, name)):
                 found.append(f"{file.path}:{line} {name}")
     return sorted(set(found))
 
@@ -181,13 +188,14 @@ def no_assert(tree: SourceTree) -> list[str]:
 
 
 def broad_except(tree: SourceTree) -> list[str]:
-    """`except Exception`, `except BaseException` and bare `except` outside the three places."""
+    """`except Exception`, `except BaseException` and bare `except` outside the three places, unless it ends in `raise`."""
     found = []
     for file in tree.files:
         for node in file.nodes(ast.ExceptHandler):
             kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]  # type: ignore[attr-defined]
             broad = any(kind is None or (isinstance(kind, ast.Name) and kind.id in ("Exception", "BaseException")) for kind in kinds)
-            if broad and file.path not in BROAD_EXCEPT:
+            passed_on = isinstance(last := node.body[-1], ast.Raise) and last.exc is None  # type: ignore[attr-defined]
+            if broad and not passed_on and file.path not in BROAD_EXCEPT:
                 found.append(f"{file.path}:{node.lineno}")  # type: ignore[attr-defined]
     return found
 
@@ -217,21 +225,23 @@ def forbidden_text(tree: SourceTree) -> list[str]:
 
 
 def fields_obeyed(tree: SourceTree) -> list[str]:
-    """Fields of settings and requests that no code outside types and config reads."""
+    """Fields of settings, requests and HTTP bodies that no code beyond their definition reads."""
     read: set[str] = set()
     for file in tree.files:
-        if not file.path.startswith(("service/types/", "service/config/")):
+        if not file.path.startswith(("service/types/", "service/config/", SCHEMAS)):
             read |= {node.attr for node in file.nodes(ast.Attribute) if isinstance(node.ctx, ast.Load)}  # type: ignore[attr-defined]
     found = []
-    for path in ("service/types/settings.py", "service/types/request.py", "service/types/plan.py"):
+    for path in ("service/types/settings.py", "service/types/request.py", "service/types/plan.py", SCHEMAS):
         file = tree.file(path)
         for owner in _classes(file) if file else ():
+            if any(isinstance(base, ast.Name) and base.id == "NamedTuple" for base in owner.bases):
+                continue  # unpacked by position
             found += [f"{owner.name}.{name}" for name in _fields(owner) if name not in read and name not in READ_AS_WHOLE]
     return found
 
 
-# Read by position or property: NamedTuples are unpacked, `effective_ids` reads these two.
-READ_AS_WHOLE = {"end_ids", "ignore_eos"}
+# Read by `Stop.effective_ids`.
+READ_AS_WHOLE = {"end_ids", "ignore_eos", "token_ids"}
 
 CHECKS: tuple[Callable[[SourceTree], list[str]], ...] = (
     circles,
@@ -266,12 +276,14 @@ def _fields(owner: ast.ClassDef) -> list[str]:
     return [node.target.id for node in owner.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
 
 
-def _parameters(node: FunctionNode) -> list[ast.arg]:
+def parameters_of(node: FunctionNode) -> list[ast.arg]:
+    """The parameters of a function but for self and cls."""
     every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
     return [argument for argument in every if argument.arg not in ("self", "cls")]
 
 
-def _lines(node: FunctionNode | ast.ClassDef) -> int:
+def lines_of(node: FunctionNode | ast.ClassDef) -> int:
+    """Lines of a definition from its first to its last."""
     return (node.end_lineno or node.lineno) - node.lineno + 1
 
 

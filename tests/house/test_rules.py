@@ -74,11 +74,13 @@ PLANTED: list[tuple[Callable[[SourceTree], list[str]], dict[str, str], str]] = [
     (checks.broad_except, {"service/x.py": "try: ...\nexcept Exception: ..."}, "x.py:2"),
     (checks.broad_except, {"service/x.py": "try: ...\nexcept (ValueError, BaseException): ..."}, "x.py:2"),
     (checks.broad_except, {"service/x.py": "try: ...\nexcept: ..."}, "x.py:2"),
+    (checks.broad_except, {"service/x.py": "try: ...\nexcept Exception as e:\n    raise ValueError"}, "x.py:2"),
     (checks.environment, {"service/x.py": "import os\nos.environ['A']"}, "x.py:2"),
     (checks.environment, {"service/x.py": "from os import getenv"}, "x.py:1"),
     (checks.forbidden_text, {"service/x.py": "# TO" + "DO later"}, "x.py:1"),
     (checks.forbidden_text, {"service/x.py": "path = '/ho" + "me/me'"}, "x.py:1"),
     (checks.fields_obeyed, {"service/types/settings.py": "class A:\n    lonely: int = 0", "service/x.py": "a.lonely = 1"}, "A.lonely"),
+    (checks.fields_obeyed, {"service/api/schemas.py": "class Body:\n    lonely: int = 0\n    x = self.lonely"}, "Body.lonely"),
 ]
 
 
