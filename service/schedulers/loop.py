@@ -136,10 +136,14 @@ class Loop:
         self._task = asyncio.create_task(self._run(), name=f"loop {self._identity.artifact}")
         return info
 
+    def refuse(self) -> None:
+        """Accept nothing from now on."""
+        if self.state in ("loading", "ready", "restarting"):
+            self.state = "draining"
+
     async def drain(self, seconds: float) -> None:
         """Refuse what is new, let what was accepted end within `seconds`, and end the rest with an error."""
-        if self.state in ("ready", "restarting"):
-            self.state = "draining"
+        self.refuse()
         try:
             async with asyncio.timeout(seconds):
                 await self._empty.wait()
@@ -156,6 +160,7 @@ class Loop:
             await asyncio.gather(task, return_exceptions=True)
         self._metrics.value("model_loaded").set(0)
         await self.backend.close()
+        self._drop_flying()
 
     def check(self) -> None:
         """Recount the blocks; raises InvariantBroken."""
@@ -237,9 +242,7 @@ class Loop:
         if self.state == "ready":
             self.state = "restarting"
         steps = [step for step, _ in self._flying]
-        for _, future in self._flying:
-            future.cancel()
-        self._flying.clear()
+        self._drop_flying()
         self._accounting.lost(reason)
         log_event("worker_lost", version=self._identity.artifact, reason=reason, sequences=len(self._planner.running))
         for killer in blame(steps, self._planner):
@@ -253,6 +256,13 @@ class Loop:
             self._end_all(lambda: Unavailable(_REFUSALS["down"], retry_after_s=_RETRY_S))
         else:
             self._take_worker(info)
+
+    def _drop_flying(self) -> None:
+        """Nobody waits for the outstanding results any more (a lost one counts as seen)."""
+        for _, future in self._flying:
+            if not future.cancel() and not future.cancelled():
+                future.exception()
+        self._flying.clear()
 
     # Endings.
 

@@ -136,6 +136,8 @@ class Router:
 
     async def drain(self, seconds: float) -> None:
         """Refuse what is new and let what runs end within `seconds`; the rest is ended with an error."""
+        for version in self._versions:
+            version.loop.refuse()
         await asyncio.gather(*(version.loop.drain(seconds) for version in self._versions))
 
     async def close(self) -> None:
