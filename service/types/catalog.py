@@ -69,7 +69,7 @@ class VersionLine:
         )
 
 
-_NANO_TEXT = Shape(vocab_size=4096, dim=256, layers=6, heads=4, kv_heads=2, mlp_hidden=704, context_tokens=2048)
+_NANO_TEXT = Shape(vocab_size=4096, dim=256, layers=4, heads=4, kv_heads=2, mlp_hidden=704, context_tokens=2048)
 _ONE_BILLION = Shape(vocab_size=32_000, dim=2048, layers=20, heads=16, kv_heads=8, mlp_hidden=5504, context_tokens=4096)
 
 V1_0 = VersionLine(
