@@ -1,0 +1,155 @@
+"""`deepseek-train`: run a recipe and publish the checkpoint it makes.
+
+It joins flags, the training room and the terminal; it knows no mathematics. Invariant: whatever is wrong with flags, recipe, state or
+directories ends in one sentence and exit code 2; an interrupted run leaves a state file to resume and exit code 130.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+
+from service import __version__
+from service.cli.ending import INTERRUPTED, run_command
+from service.config.flags import FlagParser, canonical
+from service.types.errors import SettingsError
+
+STATE_FILE = "state.pt"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainFlags:
+    """The command's flags. `steps` or `minutes` above 0 replace the recipe's budget; `threads` 0 leaves the choice to torch."""
+
+    recipe: str
+    out: Path
+    results: Path | None
+    resume: bool
+    steps: int
+    minutes: float
+    threads: int
+    device: str
+    dtype: str
+
+
+def build_parser() -> FlagParser:
+    """The command's flags and their help."""
+    from service.train.recipe import recipe_names
+
+    parser = FlagParser("deepseek-train", "Train a model by a recipe and publish it as a checkpoint directory.", __version__)
+    run = parser.add_argument_group("Run")
+    run.add_argument("--recipe", default="", metavar="NAME", help=f"a committed recipe ({', '.join(recipe_names())}) or a .yaml file")
+    run.add_argument(
+        "--out", default="", metavar="DIR", help="directory of the run; the checkpoint is published in DIR/checkpoint (./NAME)"
+    )
+    run.add_argument("--resume", action="store_true", help="go on from the state in --out")
+    run.add_argument("--steps", type=int, default=0, metavar="N", help="budget in optimiser steps instead of the recipe's")
+    run.add_argument("--minutes", type=float, default=0.0, metavar="M", help="budget in minutes of wall clock instead of the recipe's")
+    run.add_argument("--results", default="", metavar="FILE", help="append the run's JSON row to FILE")
+    machine = parser.add_argument_group("Machine")
+    machine.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 0 is all cores")
+    machine.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to train (auto)")
+    machine.add_argument(
+        "--dtype", default="", choices=("auto", "float32", "bfloat16", "float16"), help="compute type instead of the recipe's"
+    )
+    return parser
+
+
+def read_flags(arguments: Sequence[str]) -> TrainFlags:
+    """Parse and check. Raises SettingsError."""
+    given = build_parser().parse_args([canonical(argument) for argument in arguments])
+    if not given.recipe:
+        raise SettingsError("Say which recipe to run with --recipe NAME; see deepseek-train --help.")
+    for name in ("steps", "minutes", "threads"):
+        if getattr(given, name) < 0:
+            raise SettingsError(f"--{name} must not be negative.")
+    if given.steps and given.minutes:
+        raise SettingsError("Give --steps or --minutes, not both.")
+    out = Path(given.out or Path(given.recipe).name.removesuffix(".yaml").removesuffix(".yml"))
+    results = Path(given.results) if given.results else None
+    return TrainFlags(given.recipe, out, results, given.resume, given.steps, given.minutes, given.threads, given.device, given.dtype)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point: 0 when published, 2 when refused, 130 when interrupted."""
+    return run_command("deepseek-train", lambda given: run(read_flags(given)), sys.argv[1:] if arguments is None else arguments)
+
+
+def run(flags: TrainFlags) -> int:
+    """Prepare, train, measure, publish."""
+    from service.train.recipe import load_recipe
+
+    recipe = load_recipe(flags.recipe)
+    if flags.steps or flags.minutes:
+        recipe = replace(recipe, schedule=replace(recipe.schedule, steps=flags.steps, minutes=flags.minutes))
+    if flags.dtype:
+        recipe = replace(recipe, dtype=flags.dtype)
+    state_file = _claim(flags)
+    from service.train.display import Display
+    from service.train.prepare import prepare
+    from service.train.run import conclude, train
+    from service.train.start import start
+
+    with Display() as display:
+        display.say(f"recipe {recipe.name}: reading the corpus and learning the tokenizer")
+        prepared = prepare(recipe)
+        trainer = start(prepared, flags.device, flags.threads)
+        if flags.resume:
+            trainer.resume(state_file)
+        display.say(
+            f"{prepared.spec.parameters:,} parameters, {len(prepared.train):,} training tokens, {len(prepared.held_out):,} held out, "
+            f"compute {str(trainer.dtype).removeprefix('torch.')} on {trainer.device.type}, step {trainer.state.step}"
+        )
+        if not train(trainer, prepared, state_file, display, _stop_on_signals()):
+            display.say(f"interrupted; go on with: deepseek-train --recipe {flags.recipe} --out {flags.out} --resume")
+            return INTERRUPTED
+        display.say("measuring on all held-out tokens")
+        from service.train.publish import publish
+
+        row = publish(trainer, prepared, conclude(trainer, prepared), flags.out, flags.results)
+    sys.stdout.write(row + "\n")
+    return 0
+
+
+def _claim(flags: TrainFlags) -> Path:
+    """The state file of the run's directory, which must be free, or hold a state when resuming."""
+    state_file = flags.out / STATE_FILE
+    if flags.resume and not state_file.is_file():
+        raise SettingsError(f"There is nothing to resume: {state_file} does not exist.")
+    if not flags.resume and flags.out.exists() and (not flags.out.is_dir() or any(flags.out.iterdir())):
+        raise SettingsError(f"{flags.out} is not empty; give another --out, or --resume to go on with that run.")
+    try:
+        flags.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"{flags.out} cannot be made: {error.strerror}.") from None
+    return state_file
+
+
+class _Stop:
+    """Becomes true when the process is asked to end; a second request ends it at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self) -> bool:
+        return self.asked
+
+    def ask(self, number: int, _frame: FrameType | None) -> None:
+        """Note the request and give the signal its usual meaning again."""
+        self.asked = True
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _stop_on_signals() -> _Stop:
+    stop = _Stop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop.ask)
+    return stop
+
+
+if __name__ == "__main__":
+    sys.exit(main())

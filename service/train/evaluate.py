@@ -1,0 +1,56 @@
+"""Held-out loss: mean negative log-likelihood of a row of tokens, in nats a token and bits a byte.
+
+It does not know optimisers or files. Invariant: weights are not changed, and every token but the first is scored exactly once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from service.models.attention import DenseAttend
+from service.models.decoder import Decoder
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Loss over `tokens` scored tokens that stand for `text_bytes` bytes."""
+
+    nats_per_token: float
+    tokens: int
+    text_bytes: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Nats of all tokens over ln 2, for each byte of text."""
+        return self.nats_per_token * self.tokens / math.log(2) / self.text_bytes
+
+
+def sequence_loss(model: Decoder, inputs: Tensor, targets: Tensor, length: int) -> Tensor:
+    """Summed cross entropy in nats, float32, of flat sequences [sequences * length] of equal length; differentiable."""
+    sequences = len(inputs) // length
+    positions = torch.arange(length, device=inputs.device).repeat(sequences)
+    logits = model(inputs, positions, DenseAttend(sequences, length, model.spec.layers))
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+@torch.no_grad()
+def held_out_loss(model: Decoder, tokens: npt.NDArray[np.uint16], token_bytes: list[int], length: int, most: int = 0) -> HeldOut:
+    """Score `tokens` in stretches of `length`, each seeing only itself; `most` > 0 scores the first `most` only.
+
+    `token_bytes` gives each id's length in bytes (0 for special tokens).
+    """
+    device = next(model.parameters()).device
+    row = torch.from_numpy(tokens[: most + 1 if most else None].astype("int64")).to(device)
+    total = 0.0
+    starts = range(0, len(row) - 1, length)
+    for start in starts:
+        stretch = row[start : start + length + 1]
+        total += float(sequence_loss(model, stretch[:-1], stretch[1:], len(stretch) - 1))
+    return HeldOut(total / (len(row) - 1), len(row) - 1, sum(token_bytes[index] for index in row[1:].tolist()))

@@ -1,0 +1,235 @@
+"""A recipe: everything that makes one checkpoint, read from YAML into frozen data.
+
+It does not know tensors, files of the corpus or the clock. Invariant: every key of a recipe is a field here and is obeyed; unknown keys,
+missing keys and wrong types are refused by their path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+from service.types.errors import SettingsError
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusPart:
+    """Which text: per mille of files held out (by digest) and the fraction of the possible chats that is used."""
+
+    held_out_permille: int
+    chat_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class LengthPhase:
+    """Train on sequences of `tokens` until this fraction of the budget is spent."""
+
+    until: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulePart:
+    """Budget and rates over time. Fractions are of the budget (steps if `steps` > 0, else wall-clock `minutes`).
+
+    The rate rises linearly over `warmup_steps`, stays, and falls linearly from `decay_from` to `floor` of itself at the end. A step takes
+    `batch_tokens`, in passes of `micro_tokens`, or of one sequence where that is longer.
+    """
+
+    steps: int
+    minutes: float
+    batch_tokens: int
+    micro_tokens: int
+    warmup_steps: int
+    decay_from: float
+    floor: float
+    lengths: tuple[LengthPhase, ...]
+
+    def rate(self, progress: float, step: int) -> float:
+        """The factor on every learning rate at `progress` (0 … 1) in step number `step` (from 1 on)."""
+        if step < self.warmup_steps:
+            return step / self.warmup_steps
+        if progress < self.decay_from:
+            return 1.0
+        left = (1.0 - min(progress, 1.0)) / (1.0 - self.decay_from)
+        return self.floor + (1.0 - self.floor) * left
+
+    def pass_tokens(self, length: int) -> int:
+        """Tokens of one pass when sequences have `length` tokens."""
+        return max(self.micro_tokens, length)
+
+    def length(self, progress: float) -> int:
+        """The sequence length in tokens at `progress`."""
+        for phase in self.lengths:
+            if progress < phase.until:
+                return phase.tokens
+        return self.lengths[-1].tokens
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerPart:
+    """`kind` muon: Muon on the matrices of the layers and AdamW on the rest; adamw: AdamW on everything."""
+
+    kind: str
+    matrix_rate: float
+    rest_rate: float
+    momentum: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    clip: float
+
+
+@dataclass(frozen=True, slots=True)
+class AveragePart:
+    """An exponential average of the weights with this `decay` a step, begun when `start` of the budget is spent. decay 0 is off."""
+
+    start: float
+    decay: float
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluatePart:
+    """Held-out loss `times` during the run on the first `tokens` held-out tokens, on all of them at the end."""
+
+    times: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SamplePart:
+    """What the card shows: continuations of `prompts` with at most `tokens` tokens at these temperatures, and chats."""
+
+    prompts: tuple[str, ...]
+    chats: tuple[str, ...]
+    temperatures: tuple[float, ...]
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PublishPart:
+    """How the result is stored: weight type on disk, and the sampling defaults that a server takes from it."""
+
+    dtype: str
+    temperature: float
+    top_p: float
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One committed recipe. `line` and `shape` name the network in the catalog, `dtype` the compute type (auto: the line's policy).
+
+    `compile`: fuse the step with torch.compile where the machine has a C++ compiler; results agree within rounding.
+    """
+
+    name: str
+    line: str
+    shape: str
+    seed: int
+    dtype: str
+    compile: bool
+    vocab_size: int
+    checkpoint_minutes: float
+    corpus: CorpusPart
+    schedule: SchedulePart
+    optimizer: OptimizerPart
+    average: AveragePart
+    evaluate: EvaluatePart
+    samples: SamplePart
+    publish: PublishPart
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the recipe's content, 64 hex digits; a run can be resumed only under the same one."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+def recipe_names() -> list[str]:
+    """Names of the committed recipes."""
+    folder = resources.files("service.train") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(name: str) -> Recipe:
+    """The committed recipe `name`, or the recipe file at that path. Raises SettingsError saying which key is wrong."""
+    path = Path(name)
+    if path.suffix in {".yaml", ".yml"}:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise SettingsError(f"The recipe file {path} cannot be read: {error.strerror}.") from None
+    elif name in recipe_names():
+        text = (resources.files("service.train") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    else:
+        raise SettingsError(f"There is no recipe {name!r}; there are: {', '.join(recipe_names())}, or give the path of a .yaml file.")
+    return parse_recipe(text)
+
+
+def parse_recipe(text: str) -> Recipe:
+    """A recipe from YAML text. Raises SettingsError."""
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"The recipe is not valid YAML: {' '.join(str(error).split())}.") from None
+    recipe: Recipe = _build(Recipe, content, "recipe")
+    _check(recipe)
+    return recipe
+
+
+def _build(kind: Any, content: object, where: str) -> Any:
+    if is_dataclass(kind):
+        return _build_part(kind, content, where)
+    if get_origin(kind) is tuple:
+        if not isinstance(content, list):
+            raise SettingsError(f"{where} must be a list.")
+        return tuple(_build(get_args(kind)[0], item, f"{where}[{index}]") for index, item in enumerate(content))
+    if kind is float and isinstance(content, int) and not isinstance(content, bool):
+        return float(content)
+    if type(content) is not kind:
+        raise SettingsError(f"{where} must be {kind.__name__}, not {content!r}.")
+    return content
+
+
+def _build_part(kind: Any, content: object, where: str) -> Any:
+    if not isinstance(content, dict):
+        raise SettingsError(f"{where} must be a mapping.")
+    hints = get_type_hints(kind)
+    unknown = sorted(str(key) for key in content if key not in hints)
+    if unknown:
+        raise SettingsError(f"{where} has unknown keys: {', '.join(unknown)}; it has: {', '.join(sorted(hints))}.")
+    missing = sorted(field.name for field in fields(kind) if field.name not in content and field.default is MISSING)
+    if missing:
+        raise SettingsError(f"{where} lacks: {', '.join(missing)}.")
+    return kind(**{name: _build(hints[name], value, f"{where}.{name}") for name, value in content.items()})
+
+
+def _divides(plan: SchedulePart) -> bool:
+    if not plan.lengths or min(plan.micro_tokens, plan.batch_tokens, *(phase.tokens for phase in plan.lengths)) <= 0:
+        return False
+    passes = [(phase.tokens, plan.pass_tokens(phase.tokens)) for phase in plan.lengths]
+    return all(each % tokens == 0 and plan.batch_tokens % each == 0 for tokens, each in passes)
+
+
+def _check(recipe: Recipe) -> None:
+    plan = recipe.schedule
+    for wrong, sentence in (
+        (recipe.optimizer.kind not in {"muon", "adamw"}, "recipe.optimizer.kind must be muon or adamw"),
+        (recipe.dtype not in {"auto", "float32", "bfloat16", "float16"}, "recipe.dtype must be auto, float32, bfloat16 or float16"),
+        (recipe.publish.dtype not in {"float32", "bfloat16", "float16"}, "recipe.publish.dtype must be float32, bfloat16 or float16"),
+        (plan.steps <= 0 and plan.minutes <= 0, "recipe.schedule needs steps or minutes above 0"),
+        (
+            not _divides(plan),
+            "in recipe.schedule every length must divide or be a multiple of micro_tokens, and both must divide batch_tokens",
+        ),
+        (not 0 <= plan.decay_from < 1, "recipe.schedule.decay_from must be in [0, 1)"),
+        (plan.warmup_steps < 0, "recipe.schedule.warmup_steps must not be negative"),
+        (not 0 <= recipe.average.decay < 1, "recipe.average.decay must be in [0, 1)"),
+    ):
+        if wrong:
+            raise SettingsError(f"{sentence}.")

@@ -1,0 +1,105 @@
+"""One run from the first step to the last: steps until the budget is spent, held-out loss on the way, state files against a kill.
+
+It knows a trainer and what was prepared, not terminals (a `Watcher` is told) or how the result is published. Invariant: after any
+interruption the state file holds a step's end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from service.train.evaluate import HeldOut, held_out_loss
+from service.train.loop import DTYPES, StepReport, Trainer
+from service.train.prepare import PreparedRun
+
+EVALUATION_LENGTH = 512
+PROBE_CHARACTERS = 1500
+
+
+class Watcher(Protocol):
+    """Who is told how a run goes."""
+
+    def stepped(self, report: StepReport) -> None:
+        """A step ended."""
+
+    def evaluated(self, report: StepReport, held_out: HeldOut) -> None:
+        """The held-out loss was measured after that step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """The beginning of a held-out file and its loss, kept with a checkpoint so that anyone can measure it again."""
+
+    text: str
+    tokens: int
+    nats_per_token: float
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The weights to publish: of the last step or their average, whichever lost less on the first `evaluate.tokens` held-out tokens.
+
+    `last` and `average` are those losses. `held_out` (stretches of EVALUATION_LENGTH tokens), `full_context` (stretches of the whole
+    context) and `probe` were measured on the chosen weights rounded to the type they are stored in.
+    """
+
+    weights: dict[str, Tensor]
+    chosen: str
+    last: HeldOut
+    average: HeldOut | None
+    held_out: HeldOut
+    full_context: HeldOut
+    probe: Probe
+
+
+def train(trainer: Trainer, run: PreparedRun, state_file: Path, watcher: Watcher, stopping: Callable[[], bool] = lambda: False) -> bool:
+    """Step until the budget is spent (True) or `stopping` says so at a step's end (False).
+
+    The state is saved every `checkpoint_minutes` and at the end.
+    """
+    saved_s = trainer.state.elapsed_s
+    token_bytes = run.tokenizer.token_bytes
+    while trainer.progress < 1.0 and not stopping():
+        report = trainer.step()
+        watcher.stepped(report)
+        if len(trainer.state.evaluations) < int(report.progress * run.recipe.evaluate.times):
+            held_out = held_out_loss(trainer.model, run.held_out.tokens, token_bytes, EVALUATION_LENGTH, run.recipe.evaluate.tokens)
+            trainer.state.evaluations.append((report.step, report.tokens, held_out.nats_per_token))
+            watcher.evaluated(report, held_out)
+        if report.elapsed_s - saved_s >= 60.0 * run.recipe.checkpoint_minutes:
+            trainer.save(state_file)
+            saved_s = report.elapsed_s
+    trainer.save(state_file)
+    return trainer.progress >= 1.0
+
+
+def conclude(trainer: Trainer, run: PreparedRun) -> Outcome:
+    """Choose the weights and measure them on all held-out tokens. Leaves them, rounded, in the model."""
+    token_bytes, tokens, model = run.tokenizer.token_bytes, run.held_out.tokens, trainer.model
+    chosen, weights = "last", {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+    last = held_out_loss(model, tokens, token_bytes, EVALUATION_LENGTH, run.recipe.evaluate.tokens)
+    average = None
+    if trainer.averaged():
+        model.load_state_dict(trainer.averaged())
+        average = held_out_loss(model, tokens, token_bytes, EVALUATION_LENGTH, run.recipe.evaluate.tokens)
+        if average.nats_per_token < last.nats_per_token:
+            chosen, weights = "average", dict(trainer.averaged())
+    stored = DTYPES[run.recipe.publish.dtype]
+    weights = {name: weight.to(stored) for name, weight in weights.items()}
+    model.load_state_dict(weights)
+    held_out = held_out_loss(model, tokens, token_bytes, EVALUATION_LENGTH)
+    full = held_out_loss(model, tokens, token_bytes, run.spec.context_tokens)
+    return Outcome(weights, chosen, last, average, held_out, full, _probe(trainer, run))
+
+
+def _probe(trainer: Trainer, run: PreparedRun) -> Probe:
+    text = max(run.corpus.held_out, key=len)[:PROBE_CHARACTERS]
+    ids = np.asarray(run.tokenizer.encode([text])[0], dtype=np.uint16)
+    measured = held_out_loss(trainer.model, ids, run.tokenizer.token_bytes, run.spec.context_tokens)
+    return Probe(text, measured.tokens, measured.nats_per_token)
