@@ -1,13 +1,15 @@
 """Paged attention on a CPU: one flat batch that mixes prefill slices and decode rows, read over block tables.
 
 Decode rows are computed together, flash-decoding style, over the flat list of (sequence, block) pairs that they see: no padding to the
-longest context and no loop over rows. Each prefill slice is computed in query tiles, each over the blocks that its rows see. Blocks behind
+longest context and no loop over rows. Each prefill slice is computed in query tiles, each over the blocks that its rows see; a decode
+row that is alone goes the same way, which has a third of the fixed cost. Blocks behind
 the window are skipped. It does not know models, layers or who owns a block.
 Invariant: a block that no row sees is never read, and whatever unused slots of a block hold (NaN included) never reaches the output.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,8 +28,9 @@ _WORKSPACE = Workspace()
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """How scores become weights: the window, the cap on scores or None, learned sink logits [Hkv, G] float32 or None."""
+    """How scores become weights: their scale, the window, the cap on scores or None, learned sink logits [Hkv, G] float32 or None."""
 
+    scale: float
     window: int | None
     softcap: float | None
     sinks: Tensor | None
@@ -55,7 +58,8 @@ class AttentionPlan:
     """What one step reads, the same for all layers of a KV group: made once by `plan_attention`, used by each layer.
 
     rows [S]: the query rows of decoding sequences that see something. For pair p of the P (sequence, block) pairs they see: sequences [P]
-    (index into rows), ids [P] the physical block, hidden [P, B] the slots not seen. offsets [S + 1] delimit each sequence's pairs. `run` is
+    (index into rows), ids [P] the physical block, hidden [P, B] the slots not seen, bias [P, B] −inf there and 0 elsewhere.
+    offsets [S + 1] delimit each sequence's pairs. `run` is
     the first id where all ids follow each other, so that nothing needs gathering.
     """
 
@@ -63,6 +67,7 @@ class AttentionPlan:
     sequences: Tensor
     ids: Tensor
     hidden: Tensor
+    bias: Tensor
     offsets: Tensor
     run: int | None
     tiles: tuple[PrefillTile, ...]
@@ -76,6 +81,8 @@ def plan_attention(
     contexts = context_lengths.to(torch.int64)
     counts = starts[1:] - starts[:-1]
     decoding = ((counts == 1) & (contexts > 0)).nonzero().squeeze(1)
+    together = len(decoding) > 1
+    decoding = decoding if together else decoding[:0]
     lengths = contexts[decoding]
     first_seen = torch.zeros_like(lengths) if window is None else (lengths - window).clamp_(min=0)
     first_block = first_seen // block_tokens
@@ -88,12 +95,13 @@ def plan_attention(
     positions = blocks[:, None] * block_tokens + torch.arange(block_tokens)
     hidden = (positions >= lengths[sequences, None]) | (positions < first_seen[sequences, None])
     tiles: list[PrefillTile] = []
-    for sequence in (counts > 1).nonzero().squeeze(1).tolist():
+    for sequence in (counts > (1 if together else 0)).nonzero().squeeze(1).tolist():
         first, last, context = int(starts[sequence]), int(starts[sequence + 1]), int(contexts[sequence])
         tiles.extend(_tiles(block_tables[sequence], first, last, context, block_tokens, window))
+    bias = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
     consecutive = len(ids) > 0 and bool((ids[1:] - ids[:-1] == 1).all())
     run = int(ids[0]) if consecutive else None
-    return AttentionPlan(starts[:-1][decoding], sequences, ids, hidden, offsets, run, tuple(tiles))
+    return AttentionPlan(starts[:-1][decoding], sequences, ids, hidden, bias, offsets, run, tuple(tiles))
 
 
 def _tiles(table: Tensor, first: int, last: int, context: int, block_tokens: int, window: int | None) -> list[PrefillTile]:
@@ -133,28 +141,36 @@ def paged_attention(
     """
     if plan is None:
         plan = plan_attention(block_tables, query_starts, context_lengths, block_tokens=key_blocks.shape[2], window=window)
-    heads, size, kv_heads = query.shape[1], query.shape[2], key_blocks.shape[1]
+    heads, kv_heads = query.shape[1], key_blocks.shape[1]
     group = heads // kv_heads
-    scoring = Scoring(window, softcap, None if sink_logits is None else sink_logits.float().view(kv_heads, group))
+    scoring = Scoring(scale, window, softcap, None if sink_logits is None else sink_logits.float().view(kv_heads, group))
+    if len(plan.rows) == query.shape[0] > 0:
+        return _decode(query, key_blocks, value_blocks, plan, scoring)
     out = query.new_zeros(query.shape[0], heads, value_blocks.shape[3])
     if len(plan.rows):
-        packed = (query.index_select(0, plan.rows).float() * scale).view(-1, kv_heads, group, size)
-        result = _decode(packed, key_blocks, value_blocks, plan, scoring, clean=False)
-        if not bool(torch.isfinite(result).all()):
-            result = _decode(packed, key_blocks, value_blocks, plan, scoring, clean=True)
-        out.index_copy_(0, plan.rows, result.to(query.dtype))
+        out.index_copy_(0, plan.rows, _decode(query.index_select(0, plan.rows), key_blocks, value_blocks, plan, scoring))
     for tile in plan.tiles:
-        rows = (query[tile.first_row : tile.last_row].float() * scale).view(-1, kv_heads, group, size)
+        rows = query[tile.first_row : tile.last_row]
         out[tile.first_row : tile.last_row] = _prefill(rows, key_blocks, value_blocks, tile, scoring)
     return out
 
 
-def _decode(query: Tensor, key_blocks: Tensor, value_blocks: Tensor, plan: AttentionPlan, scoring: Scoring, *, clean: bool) -> Tensor:
-    """Scaled query rows [S, Hkv, G, D], one a sequence, over the plan's pairs: [S, Hq, Dv] float32.
+def _decode(query: Tensor, key_blocks: Tensor, value_blocks: Tensor, plan: AttentionPlan, scoring: Scoring) -> Tensor:
+    """Query rows [S, Hq, D], one a sequence, over the plan's pairs: [S, Hq, Dv] in the type of query.
 
-    Unused slots get weight 0, so only NaN or infinity there can disturb the result; the caller then asks again with `clean`, which
-    zeroes them in the gathered copy.
+    Unused slots get weight 0 by adding −infinity to their scores, so only NaN or infinity there can disturb the result. It then shows in
+    the sum, and the rows are computed again with unused slots overwritten: what is rare pays, and the common case needs no extra pass.
     """
+    kv_heads, (count, heads, size) = key_blocks.shape[1], query.shape
+    packed = (query.float() * scoring.scale).view(count, kv_heads, heads // kv_heads, size)
+    result = _attend(packed, key_blocks, value_blocks, plan, scoring, clean=False)
+    if not math.isfinite(result.sum().item()):
+        result = _attend(packed, key_blocks, value_blocks, plan, scoring, clean=True)
+    return result.to(query.dtype)
+
+
+def _attend(query: Tensor, key_blocks: Tensor, value_blocks: Tensor, plan: AttentionPlan, scoring: Scoring, *, clean: bool) -> Tensor:
+    """Scaled rows [S, Hkv, G, D] over the plan's pairs: [S, Hq, Dv] float32; `clean` overwrites unused slots instead of weighing them 0."""
     count, kv_heads, group, size = query.shape
     pairs, tokens, value_size = len(plan.ids), key_blocks.shape[2], value_blocks.shape[3]
     step = max(1, min(pairs, GATHER_BYTES // (kv_heads * tokens * max(size, value_size) * 4)))
@@ -164,6 +180,8 @@ def _decode(query: Tensor, key_blocks: Tensor, value_blocks: Tensor, plan: Atten
         keys = _pick(key_blocks, plan, start, start + step)
         span = slice(start * kv_heads, (start + step) * kv_heads)
         torch.bmm(packed[span], keys.view(-1, tokens, size).transpose(1, 2), out=scores[span])
+    if clean:
+        scores.view(pairs, kv_heads, group, tokens).masked_fill_(plan.hidden[:, None, None, :], 0.0)
     sums = _weigh(scores.view(pairs, kv_heads, group, tokens), plan, scoring)
     partial = _WORKSPACE.take("partial", pairs * kv_heads, group, value_size)
     for start in range(0, pairs, step):
@@ -192,7 +210,7 @@ def _weigh(scores: Tensor, plan: AttentionPlan, scoring: Scoring) -> Tensor:
     pairs, kv_heads, group = scores.shape[:3]
     if scoring.softcap is not None:
         scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
-    scores.masked_fill_(plan.hidden[:, None, None, :], float("-inf"))
+    scores.add_(plan.bias[:, None, None, :])
     highest = torch.segment_reduce(scores.amax(dim=-1).view(pairs, -1), "max", offsets=plan.offsets).view(-1, kv_heads, group)
     if scoring.sinks is not None:
         highest = torch.maximum(highest, scoring.sinks)
@@ -201,23 +219,41 @@ def _weigh(scores: Tensor, plan: AttentionPlan, scoring: Scoring) -> Tensor:
     return sums if scoring.sinks is None else sums + torch.exp(scoring.sinks - highest)
 
 
-def _gather(blocks: Tensor, tile: PrefillTile) -> Tensor:
-    """The tile's keys or values as [Hkv, key_end − key_start, D] float32: only seen slots, contiguous for each head."""
+def _gather(blocks: Tensor, tile: PrefillTile, name: str) -> Tensor:
+    """The tile's keys or values as [Hkv, key_end − key_start, D] float32, each head's in order: only slots that are seen."""
     heads, tokens, size = blocks.shape[1:]
-    picked = blocks.index_select(0, tile.ids).transpose(0, 1).reshape(heads, len(tile.ids) * tokens, size)
-    return picked[:, tile.key_start - tile.block_start : tile.key_end - tile.block_start].float()
+    count = len(tile.ids)
+    if blocks.is_contiguous():
+        rows = (tile.ids * heads + torch.arange(heads)[:, None]).view(-1)
+        flat = blocks.view(-1, tokens * size)
+        out = _WORKSPACE.take(name, heads * count, tokens * size) if blocks.dtype == torch.float32 else None
+        picked = torch.index_select(flat, 0, rows, out=out)
+    else:
+        picked = blocks.index_select(0, tile.ids).transpose(0, 1).contiguous()
+    seen = picked.view(heads, count * tokens, size)[:, tile.key_start - tile.block_start : tile.key_end - tile.block_start]
+    return seen.float()
 
 
-def _prefill(rows: Tensor, key_blocks: Tensor, value_blocks: Tensor, tile: PrefillTile, scoring: Scoring) -> Tensor:
-    """Scaled query rows [n, Hkv, G, D] of one tile: [n, Hq, Dv] float32."""
-    count, kv_heads, group, size = rows.shape
-    keys, values = _gather(key_blocks, tile), _gather(value_blocks, tile)
+def _lone_row(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """One scaled row [1, Hkv, G, D] that sees all of keys [Hkv, L, D] and values [Hkv, L, D]: [1, Hq, D]."""
+    return scaled_dot_product_attention(query, keys[None], values[None], scale=1.0).reshape(1, -1, values.shape[2])
+
+
+def _prefill(query: Tensor, key_blocks: Tensor, value_blocks: Tensor, tile: PrefillTile, scoring: Scoring) -> Tensor:
+    """Query rows [n, Hq, D] of one tile: [n, Hq, Dv] float32."""
+    kv_heads, (count, heads, size) = key_blocks.shape[1], query.shape
+    group = heads // kv_heads
+    rows = (query.float() * scoring.scale).view(count, kv_heads, group, size)
+    keys, values = _gather(key_blocks, tile, "keys"), _gather(value_blocks, tile, "values")
+    plain = scoring.softcap is None and scoring.sinks is None and values.shape[2] == size
+    if plain and count == 1:
+        return _lone_row(rows, keys, values)
     query_at = torch.arange(tile.first_position, tile.first_position + count)[:, None]
     key_at = torch.arange(tile.key_start, tile.key_end)
     seen = key_at <= query_at
     if scoring.window is not None:
         seen &= key_at > query_at - scoring.window
-    if scoring.softcap is None and scoring.sinks is None and value_blocks.shape[3] == size:
+    if plain:
         query = rows.permute(1, 2, 0, 3).reshape(1, kv_heads * group, count, size)
         mixed = scaled_dot_product_attention(query, keys[None], values[None], attn_mask=seen, scale=1.0, enable_gqa=True)
         return mixed[0].transpose(0, 1)

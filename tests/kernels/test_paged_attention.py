@@ -55,6 +55,19 @@ def test_contexts_around_the_window_and_the_block(context: int, window: int) -> 
     check_close(batch.run(), batch.reference(), torch.float32)
 
 
+def test_a_lone_decode_row_reads_only_the_window() -> None:
+    batch = make_batch([640, 5], [1, 0], window=16)
+    plan = kernel.plan_attention(batch.block_tables, batch.query_starts, batch.context_lengths, block_tokens=8, window=16)
+    assert [len(tile.ids) for tile in plan.tiles] == [2] and not len(plan.ids)
+    check_close(batch.run(), batch.reference(), torch.float32)
+
+
+def test_blocks_that_are_a_view_of_a_larger_pool() -> None:
+    batch = make_batch([30, 9], [5, 1], poison=0.5)
+    pool = torch.stack((batch.key_blocks, batch.value_blocks), dim=1)
+    torch.testing.assert_close(batch.run(key_blocks=pool[:, 0], value_blocks=pool[:, 1]), batch.run())
+
+
 @pytest.mark.parametrize(("contexts", "counts"), [([5], [1]), ([64], [1]), ([40], [40]), ([0], [1]), ([3], [0]), ([9, 70], [1, 1])])
 def test_lone_sequences_and_consecutive_blocks(contexts: list[int], counts: list[int]) -> None:
     for consecutive in (True, False):
@@ -63,7 +76,7 @@ def test_lone_sequences_and_consecutive_blocks(contexts: list[int], counts: list
 
 
 def test_consecutive_blocks_are_read_in_place() -> None:
-    batch = make_batch([64], [1], consecutive=True)
+    batch = make_batch([64, 64], [1, 1], consecutive=True)
     plan = kernel.plan_attention(batch.block_tables, batch.query_starts, batch.context_lengths, block_tokens=8, window=None)
     assert plan.run == 1
     assert kernel._pick(batch.key_blocks, plan, 0, 8).data_ptr() == batch.key_blocks[1].data_ptr()
@@ -96,9 +109,9 @@ def test_prefill_in_tiles(tile_rows: int, window: int | None, monkeypatch: pytes
 
 
 def test_a_windowed_step_reads_only_the_window() -> None:
-    batch = make_batch([640, 640], [1, 20], window=16)
+    batch = make_batch([640, 640, 640], [1, 1, 20], window=16)
     plan = kernel.plan_attention(batch.block_tables, batch.query_starts, batch.context_lengths, block_tokens=8, window=16)
-    assert len(plan.ids) == 2
+    assert len(plan.ids) == 4
     # Rows 620 … 639 see 605 … 639: blocks 75 … 79.
     assert [len(tile.ids) for tile in plan.tiles] == [5]
 
@@ -228,7 +241,7 @@ class TestTeeth:
         plan = kernel.plan_attention(batch.block_tables, batch.query_starts, batch.context_lengths, block_tokens=8, window=None)
         hidden = plan.hidden.clone()
         hidden[0, 3] = True
-        faulty = replace(plan, hidden=hidden)
+        faulty = replace(plan, hidden=hidden, bias=plan.bias.masked_fill(hidden, float("-inf")))
         out = batch.run(lambda *tensors, **options: kernel.paged_attention(*tensors, **options, plan=faulty))
         with pytest.raises(AssertionError):
             check_close(out, batch.reference(), torch.float32)
