@@ -68,8 +68,9 @@ def _frame(encoder: msgspec.msgpack.Encoder, message: Any, bound: int) -> bytear
 class _FrameReader(asyncio.Protocol):
     """Cuts the byte stream of a child into messages, at most one copy a frame."""
 
-    def __init__(self, child: ChildProcess, messages: Any, bound: int) -> None:
+    def __init__(self, child: ChildProcess, messages: Any, bound: int, connection: socket.socket) -> None:
         self._child = child
+        self._rest = connection.dup()
         self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(messages)
         self._bound = bound
         self._pending = bytearray()
@@ -90,18 +91,19 @@ class _FrameReader(asyncio.Protocol):
                 try:
                     message = self._decoder.decode(body)
                 except msgspec.MsgspecError:
-                    message = None
-            if message is None:
-                self._child.kill("protocol")
-                return
+                    self._child.kill("protocol")
+                    return
             at += _HEADER + length
             self._child.deliver(message)
         if at:
             del pending[:at]
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The child closed its end: it exited, or is about to."""
+        """The child closed its end. When a write found that out first, what the child said last is still to be read."""
         del exc
+        with self._rest, contextlib.suppress(OSError):
+            while self._child.alive and (data := self._rest.recv(_HEADER << 16)):
+                self.data_received(data)
         self._child.hung_up()
 
 
@@ -121,8 +123,8 @@ class ChildProcess:
         self._on_lost: Callable[[str], None] | None = None
         self._cause: str | None = None
         self._oom_kills = _oom_kills()
-        self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._reaper: asyncio.Task[None] | None = None
+        self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     @classmethod
     async def spawn(
@@ -141,9 +143,8 @@ class ChildProcess:
         """
         process, ours = _start(module, limits or ChildLimits(), environment or {}, frame_bytes)
         child = cls(process, frame_bytes)
-        loop = asyncio.get_running_loop()
-        transport, _ = await loop.create_unix_connection(lambda: _FrameReader(child, messages, frame_bytes), sock=ours)
-        child._transport = transport
+        reader = _FrameReader(child, messages, frame_bytes, ours)
+        child._transport, _ = await asyncio.get_running_loop().create_unix_connection(lambda: reader, sock=ours)
         return child
 
     @property
@@ -159,7 +160,7 @@ class ChildProcess:
     def listen(self, on_message: Callable[[Any], None], on_lost: Callable[[str], None] | None = None) -> None:
         """Deliver messages to `on_message`, and once, after the child was reaped, the reason to `on_lost`."""
         self._on_message, self._on_lost = on_message, on_lost
-        while self._early and self._on_message is on_message:
+        while self._early:
             on_message(self._early.popleft())
         if self._lost.done() and on_lost is not None:
             on_lost(self._lost.result())
@@ -307,10 +308,9 @@ class ChildChannel:
         """Take over the channel named on the command line, with its limits. `messages` is the type (or union) that the parent sends."""
         descriptor, parent, address_bytes, cpu_s, bound = (int(part) for part in sys.argv[1].split(":"))
         _die_with(parent)
-        if address_bytes:
-            resource.setrlimit(resource.RLIMIT_AS, (address_bytes, address_bytes))
-        if cpu_s:
-            resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s))
+        for kind, most in ((resource.RLIMIT_AS, address_bytes), (resource.RLIMIT_CPU, cpu_s)):
+            if most:
+                resource.setrlimit(kind, (most, most))
         return cls(socket.socket(fileno=descriptor), messages, bound)
 
     def receive(self) -> Any:

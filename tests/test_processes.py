@@ -81,6 +81,18 @@ async def test_messages_before_listen_are_kept() -> None:
     assert reasons == ["exit"]
 
 
+async def test_last_words_are_heard_when_a_write_finds_the_child_gone() -> None:
+    child = await spawn()
+    words: list[str] = []
+    child.listen(lambda reply: words.append(reply.text))
+    child.send(Command("echo", 0, "farewell"))
+    child.send(Command("exit", 3))
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # noqa: ASYNC222 - nothing may be read meanwhile
+    child.send(Command("echo", 0, "too late"))
+    assert await asyncio.wait_for(child.wait_lost(), 30) == "exit"
+    assert words == ["farewell"]
+
+
 async def test_too_large_a_message_is_refused_before_anything_is_sent() -> None:
     child = await spawn(frame_bytes=1000)
     with pytest.raises(FrameTooLarge):
@@ -199,9 +211,13 @@ def test_a_child_dies_with_its_parent() -> None:
             os.close(descriptor)
 
 
+def environment_of(pid: int) -> list[bytes]:
+    return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+
+
 async def test_the_environment_adds() -> None:
     child = await spawn(environment={"PYTHONHASHSEED": "1"})
-    variables = Path(f"/proc/{child.pid}/environ").read_bytes().split(b"\0")
+    variables = environment_of(child.pid)
     assert b"PYTHONHASHSEED=1" in variables
     assert f"PATH={os.environ['PATH']}".encode() in variables
     await child.stop()

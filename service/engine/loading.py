@@ -95,7 +95,6 @@ def _assemble(decoder: Decoder, layout: KvLayout, memory: MemoryPlan, request: L
     spec = decoder.spec
     weight = decoder.embed.weight
     pool = KvPool(layout, memory.group_blocks, weight.dtype, weight.device)
-    pool.populate()
     tables = Tables(layout, memory.group_blocks, request.max_rows, memory.context_tokens, spec.vocab_size)
     return TorchBackend(decoder, pool, tables, Sampler(request.max_rows, spec.vocab_size))
 

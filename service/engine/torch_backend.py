@@ -6,6 +6,7 @@ Invariant: a step that runs out of memory is computed in halves, and nothing tha
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -75,11 +76,14 @@ class TorchBackend:
         self._sampler = sampler
         self._device = decoder.embed.weight.device
         self.layers_done = 0
+        self._idle = threading.Event()
+        pool.populate(self._idle)
 
     @torch.inference_mode()
     def execute(self, plan: BatchPlan) -> StepResult:
         """Run one step. Raises PlanError for a contradictory plan, MemoryError when not even one token fits."""
         began_s = time.perf_counter()
+        self._idle.clear()
         self._tables.apply(plan)
         for sequence in plan.open:
             self._sampler.open(sequence.row, sequence.sampling, sequence.stop, sequence.prompt_tokens)
@@ -88,7 +92,12 @@ class TorchBackend:
         if plan.slices:
             self._compute(plan.slices, tokens, scores)
         counts = tuple((op, name, count) for (op, name), count in take_counts().items())
+        self._idle.set()
         return StepResult(plan.step, tuple(tokens), tuple(scores), time.perf_counter() - began_s, counts)
+
+    def rest(self) -> None:
+        """No step is at hand: what can wait may be done in the background until the next one."""
+        self._idle.set()
 
     @torch.inference_mode()
     def warm_up(self, tokens: int) -> None:

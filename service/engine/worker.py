@@ -78,6 +78,7 @@ def _serve(channel: ChildChannel, pulse: _Pulse, began_s: float) -> int:
     gc.collect()
     gc.freeze()
     channel.send(Ready(loaded.info, loaded.token_flops, loaded.context_flops))
+    backend.rest()
     while True:
         message = channel.receive()
         if not isinstance(message, Execute):
