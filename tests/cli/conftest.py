@@ -77,7 +77,7 @@ def served(tiny: Path) -> Iterator[tuple[str, Command]]:
         url = command.read_until("serving tiny on ")
         command.read_until("try: ")
         yield url, command
-        command.signal(signal.SIGTERM)
+        command.signal(signal.SIGINT)
         code, _, error = command.end()
         assert code == 0 and "Traceback" not in error, error
     finally:
