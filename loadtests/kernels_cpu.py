@@ -83,6 +83,8 @@ def linear_cases(rows: list[int], dtype: str) -> Iterator[Case]:
         packed = rotating([linear.PackedLinear(weight) for weight in weights])
         paths["linear/onednn"] = lambda x: linear.onednn_linear(x, plain())
         paths["pack_linear/onednn"] = lambda x: packed().apply(x)
+    if dtype != "float32" and linear.onednn_available():
+        paths["linear/widened"] = lambda x: linear.widened_linear(x, plain())
     for count in rows:
         x = torch.randn(count, DIM).to(DTYPES[dtype])
         for op, path in paths.items():

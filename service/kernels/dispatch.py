@@ -59,6 +59,12 @@ def _onednn_float32(place: Place) -> str | None:
     return _on_cpu(place) or (None if _onednn() else "this torch has no oneDNN linear")
 
 
+def _onednn_sixteen_bits(place: Place) -> str | None:
+    if place.dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes 16-bit types only, not {place.dtype}"
+    return _on_cpu(place) or (None if _onednn() else "this torch has no oneDNN linear")
+
+
 TABLE: Mapping[str, tuple[Implementation, ...]] = {
     "rms_norm": (Implementation("torch", elementwise.rms_norm, _anywhere), Implementation("reference", reference.rms_norm, _anywhere)),
     "add_rms_norm": (
@@ -79,11 +85,13 @@ TABLE: Mapping[str, tuple[Implementation, ...]] = {
     ),
     "linear": (
         Implementation("onednn", linear.onednn_linear, _onednn_float32),
+        Implementation("widened", linear.widened_linear, _onednn_sixteen_bits),
         Implementation("torch", linear.torch_linear, _anywhere),
         Implementation("reference", reference.linear, _anywhere),
     ),
     "pack_linear": (
         Implementation("onednn", linear.PackedLinear, _onednn_float32),
+        Implementation("widened", linear.WidenedLinear, _onednn_sixteen_bits),
         Implementation("plain", linear.PlainLinear, _anywhere),
     ),
 }

@@ -50,7 +50,7 @@ def apply_rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Te
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up: gate_up [..., 2·hidden] (gate first) -> [..., hidden]."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
+    return torch.nn.functional.silu(gate).mul_(up)
 
 
 def head_gate(out: Tensor, gate_logits: Tensor) -> Tensor:

@@ -83,6 +83,20 @@ def test_plain_linear_in_every_type(shape: tuple[int, int], dtype: torch.dtype) 
         check(linear.torch_linear(x, weight), x, weight, None)
 
 
+@needs_onednn
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_widened_linear_in_pieces(dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "WIDENED_OUTPUTS", 100)
+    torch.manual_seed(0)
+    weight, offset = torch.randn(257, 96).to(dtype), torch.randn(257).to(dtype) if bias else None
+    widened = linear.WidenedLinear(weight)
+    assert widened.bytes == weight.nbytes
+    for rows in ROWS:
+        x = torch.randn(rows, 96).to(dtype)
+        check(widened.apply(x, offset), x, weight, offset)
+
+
 def test_a_wrong_weight_is_noticed() -> None:
     weight, x = torch.randn(40, 33), torch.randn(5, 33)
     with pytest.raises(AssertionError):
