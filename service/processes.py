@@ -26,8 +26,7 @@ from typing import Any
 import msgspec
 
 FRAME_BYTES = 64 << 20
-_HEADER = 4
-_PR_SET_PDEATHSIG = 1
+_HEADER, _PR_SET_PDEATHSIG = 4, 1
 _REAP_S = 2.0
 
 
@@ -215,10 +214,7 @@ class ChildProcess:
 
     def deliver(self, message: Any) -> None:
         """Take one decoded message from the frame reader."""
-        if self._on_message is None:
-            self._early.append(message)
-        else:
-            self._on_message(message)
+        (self._on_message or self._early.append)(message)
 
     def hung_up(self) -> None:
         """The child closed its end of the channel."""

@@ -16,6 +16,8 @@ from service.types.request import Sampling, Stop, TokenLogprob
 
 # Below this temperature the division would overflow float32; the distribution is greedy to the last digit long before.
 GREEDY_BELOW = 1e-5
+# Rows are drawn a few at a time, so that what a draw makes stays in the cache (256 KiB) and needs no fresh memory.
+_CACHED_LOGITS = 1 << 16
 _MASK = (1 << 64) - 1
 
 
@@ -83,8 +85,10 @@ class Sampler:
         logprob_rows = np.flatnonzero((self._logprobs[rows] >= 0) & sound)
         kept = logits[logprob_rows] if len(logprob_rows) else None
         random = np.flatnonzero((self._temperature[rows] >= GREEDY_BELOW) & sound)
-        if len(random):
-            chosen[random] = self._draw(logits, peaks, random, rows[random], positions[random])
+        step = max(1, _CACHED_LOGITS // self._vocab_size)
+        for at in range(0, len(random), step):
+            some = random[at : at + step]
+            chosen[some] = self._draw(logits[some] - peaks[some, None], rows[some], positions[some])
         chosen[~sound] = -1
         logprobs: dict[int, TokenLogprob] = {}
         if kept is not None:
@@ -92,9 +96,8 @@ class Sampler:
             logprobs = dict(zip(logprob_rows.tolist(), entries, strict=True))
         return Samples(chosen, logprobs)
 
-    def _draw(self, logits: Floats, peaks: Floats, index: Ints, rows: Ints, positions: Ints) -> Ints:
-        scores = logits if len(index) == len(logits) else logits[index]
-        scores -= peaks[index, None]
+    def _draw(self, scores: Floats, rows: Ints, positions: Ints) -> Ints:
+        """Draw for scores [R, V], which are logits minus their row's maximum."""
         temperature = self._temperature[rows]
         if (temperature != 1.0).any():
             with np.errstate(over="ignore"):
