@@ -72,6 +72,8 @@ def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallba
     phases.end("kv")
     backend.warm_up(min(WARM_UP_TOKENS, memory.context_tokens))
     phases.end("warm_up")
+    # The first step made the libraries load the rest of themselves, which belongs to the runtime.
+    runtime_bytes = max(resident_bytes() - usage.weight_bytes, usage.runtime_bytes) if device.type == "cpu" else resident_bytes()
     info = BackendInfo(
         kv_layout=layout,
         group_blocks=memory.group_blocks,
@@ -82,7 +84,7 @@ def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallba
         dtype=dtype,
         tier="gpu" if device.type == "cuda" else "cpu",
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        memory_bytes=memory.lines,
+        memory_bytes=(*memory.lines[:-1], ("runtime", runtime_bytes)),
         phases_s=tuple(phases.seconds),
         dispatch=tuple(chosen().items()),
         pid=os.getpid(),
