@@ -13,8 +13,8 @@ from torch import Tensor
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root mean square norm over the last dimension: x [..., D], weight [D] -> [..., D].
 
-    The norm is one reduction (`vector_norm`) instead of square and mean: 8 to 40 times faster than `F.rms_norm` on a CPU at 512 rows,
-    because no temporary of the size of x is made for it.
+    The norm is one reduction (`vector_norm`) instead of square and mean, so no temporary of the size of x is made for it, which is what
+    `F.rms_norm` spends its time on at hundreds of rows on a CPU.
     """
     size = x.shape[-1]
     wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
