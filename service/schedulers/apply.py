@@ -71,7 +71,7 @@ class Application:
 
     def _apply_prefills(self, step: Step, result: StepResult, now: float) -> int:
         published, sampled = 0, iter(result.tokens[step.decodes :])
-        scores = {scored.row: scored.logprobs for scored in result.prompt_logprobs}
+        scores = {scored.row: scored for scored in result.prompt_logprobs}
         for entry in step.entries[step.decodes :]:
             sequence, row = entry.sequence, entry.slice.row
             token = next(sampled) if entry.slice.want & _TOKEN else None
@@ -80,8 +80,12 @@ class Application:
             if sequence.epoch != entry.epoch:
                 continue
             sequence.computed = entry.end
+            scored = scores.get(row)
+            if scored is not None and scored.failure is not None:
+                self._fail(sequence)
+                continue
             if not sequence.scored:
-                self._score(sequence, entry, scores.get(row, ()))
+                self._score(sequence, entry, () if scored is None else scored.logprobs)
             if token is not None and token.failure is not None:
                 self._fail(sequence)
             elif token is not None:

@@ -90,11 +90,12 @@ class SampledToken(NamedTuple):
 
 
 class PromptLogprobs(NamedTuple):
-    """Log-probs of the prompt tokens at positions first, first + 1, … of a row."""
+    """Log-probs of the prompt tokens at positions first, first + 1, … of a row; none, and a `failure` code, if any is not finite."""
 
     row: int
     first: int
     logprobs: tuple[TokenLogprob, ...]
+    failure: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
