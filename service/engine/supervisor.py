@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -41,8 +40,7 @@ ProgressCallback = Callable[[str, float], None]
 
 async def spawn_worker() -> ChildProcess:
     """A blank worker: it loads its libraries at once and waits to be told what to serve."""
-    environment = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
-    return await ChildProcess.spawn(WORKER, ToSupervisor, environment=environment, frame_bytes=FRAME_BYTES)
+    return await ChildProcess.spawn(WORKER, ToSupervisor, environment=_ENVIRONMENT, frame_bytes=FRAME_BYTES)
 
 
 class _Step(NamedTuple):

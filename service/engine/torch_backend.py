@@ -6,6 +6,7 @@ Invariant: a step that runs out of memory is computed in halves, and nothing tha
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -179,6 +180,8 @@ class TorchBackend:
             logits = self._decoder.logits(hidden[first + at : first + end]).float().cpu().numpy()
             targets = self._tables.tokens[row, start + at + 1 : start + end + 1].astype(np.int64)
             found += log_probs(logits, targets, np.full(end - at, sequence.prompt_logprobs))
+        if not all(math.isfinite(entry.logprob) for entry in found):
+            return PromptLogprobs(row, start + 1, (), NUMERICAL_FAILURE)
         return PromptLogprobs(row, start + 1, tuple(found))
 
 

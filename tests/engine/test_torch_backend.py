@@ -129,6 +129,15 @@ def test_rows_without_finite_logits_fail_alone(full_dense, backend_of) -> None:
     assert [second.token, third.token] == full_dense.greedy(prompts[1], 3)[1:]
 
 
+def test_a_prompt_without_finite_log_probs_fails(full_dense, backend_of) -> None:
+    backend, pool, _ = backend_of(full_dense)
+    driver = Driver(backend, pool, 1)
+    driver.run([Slice(0, 0, 70, SCORES)], [opened(0, prompt(90, 6), prompt_logprobs=1)])
+    driver.poison(0, 0, 1)
+    (scores,) = driver.run([Slice(0, 70, 20, SCORES)]).prompt_logprobs
+    assert (scores.logprobs, scores.failure) == ((), "numerical_failure")
+
+
 def test_a_reopened_sequence_continues_as_if_nothing_had_happened(full_dense, backend_of) -> None:
     backend, pool, _ = backend_of(full_dense)
     driver = Driver(backend, pool, 1)
