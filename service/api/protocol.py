@@ -48,6 +48,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._left: int | None = None
         self._idle_bytes = 0
         self._lingering = False
+        self._keeps_alive = False
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -134,7 +135,7 @@ class BoundedProtocol(HttpToolsProtocol):
         chunked = b"transfer-encoding" in fields
         self._left = None if chunked else int(fields.get(b"content-length", b"0"))
         exchange.expects_continue = self.expect_100_continue
-        exchange.keep_alive = scope["http_version"] == "1.1" and self.parser.should_keep_alive() and not chunked and not upgrade
+        exchange.keep_alive = scope["http_version"] == "1.1" and self._keeps_alive and not chunked and not upgrade
         if upgrade or self._left == 0:
             self._in_body = False
             exchange.feed_end()
@@ -180,7 +181,8 @@ class BoundedProtocol(HttpToolsProtocol):
         return rest
 
     def on_headers_complete(self) -> None:
-        """Everything is done after the parser returned."""
+        """Keep what the parser forgets when the message is complete; everything else is done after it returned."""
+        self._keeps_alive = self.parser.should_keep_alive()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Fields of the head; trailers are dropped."""

@@ -1,0 +1,123 @@
+"""The official client, strict, sync and async, streaming and not."""
+
+from __future__ import annotations
+
+import asyncio
+
+import openai
+import pytest
+
+from tests.api.conftest import Options, Service, running
+from tests.fakes import FakeBehaviour
+
+MESSAGES = [{"role": "system", "content": "You are a test."}, {"role": "user", "content": "Hello"}]
+
+
+def client(service: Service, strict: bool = True) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0, _strict_response_validation=strict)
+
+
+async def test_chat_whole_and_streamed_say_the_same(service: Service) -> None:
+    async with client(service) as api:
+        whole = await api.chat.completions.create(model="fake", messages=MESSAGES, max_tokens=6, seed=3)
+        assert whole.choices[0].finish_reason == "length"
+        assert whole.usage.completion_tokens == 6
+        assert whole.choices[0].message.role == "assistant"
+        stream = await api.chat.completions.create(
+            model="fake", messages=MESSAGES, max_tokens=6, seed=3, stream=True, stream_options={"include_usage": True}
+        )
+        chunks = [chunk async for chunk in stream]
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == whole.choices[0].message.content
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == 6
+    assert chunks[-1].usage.prompt_tokens == whole.usage.prompt_tokens
+
+
+async def test_completions_with_choices_and_logprobs(service: Service) -> None:
+    async with client(service) as api:
+        whole = await api.completions.create(model="fake", prompt=["one", "two"], n=2, max_tokens=4, seed=1, logprobs=2)
+    # The client's own type of a streamed completion has no room for a finish_reason of null, which OpenAI's service sends too.
+    async with client(service, strict=False) as api:
+        stream = await api.completions.create(model="fake", prompt=["one", "two"], n=2, max_tokens=4, seed=1, logprobs=2, stream=True)
+        texts = dict.fromkeys(range(4), "")
+        tokens: dict[int, list[str]] = {at: [] for at in range(4)}
+        async for chunk in stream:
+            for choice in chunk.choices:
+                texts[choice.index] += choice.text
+                tokens[choice.index] += choice.logprobs.tokens if choice.logprobs else []
+    assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
+    assert texts == {choice.index: choice.text for choice in whole.choices}
+    assert tokens == {choice.index: choice.logprobs.tokens for choice in whole.choices}
+    assert whole.usage.prompt_tokens == 6
+    assert whole.usage.completion_tokens == 16
+    assert len(set(texts.values())) > 1
+    assert all(len(entry) == 2 for entry in whole.choices[0].logprobs.top_logprobs)
+
+
+async def test_chat_logprobs_carry_bytes_and_alternatives(service: Service) -> None:
+    async with client(service) as api:
+        answer = await api.chat.completions.create(model="fake", messages=MESSAGES, max_tokens=3, logprobs=True, top_logprobs=3)
+    entries = answer.choices[0].logprobs.content
+    assert "".join(entry.token for entry in entries) == answer.choices[0].message.content
+    assert bytes(entries[0].bytes).decode() == entries[0].token
+    assert [len(entry.top_logprobs) for entry in entries] == [3, 3, 3]
+
+
+async def test_models_lists_every_name_and_each_resolves(service: Service) -> None:
+    async with client(service) as api:
+        names = [model.id async for model in await api.models.list()]
+        assert {"fake", "stable", "v2.3"} <= set(names)
+        for name in names:
+            assert (await api.models.retrieve(name)).root == "fake"
+            answer = await api.completions.create(model=name, prompt="x", max_tokens=1)
+            assert answer.model == "fake"
+        with pytest.raises(openai.NotFoundError) as refused:
+            await api.models.retrieve("nothing")
+    assert refused.value.code == "model_not_found"
+
+
+async def test_failures_are_the_exceptions_of_the_client(service: Service) -> None:
+    async with client(service) as api:
+        with pytest.raises(openai.BadRequestError) as refused:
+            await api.chat.completions.create(model="fake", messages=MESSAGES, tools=[{"type": "function", "function": {"name": "f"}}])
+        assert refused.value.param == "tools"
+        with pytest.raises(openai.BadRequestError) as refused:
+            await api.completions.create(model="fake", prompt="x", max_tokens=10**6, stream=True)
+        assert refused.value.code == "context_length_exceeded"
+
+
+async def test_the_sync_client(service: Service) -> None:
+    def work() -> tuple[str, str]:
+        with openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", _strict_response_validation=True) as api:
+            whole = api.chat.completions.create(model="fake", messages=MESSAGES, max_tokens=5, seed=9)
+            stream = api.chat.completions.create(model="fake", messages=MESSAGES, max_tokens=5, seed=9, stream=True)
+            return whole.choices[0].message.content, "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+
+    whole, streamed = await asyncio.to_thread(work)
+    assert whole == streamed
+    assert len(whole) == 5
+
+
+async def test_an_error_in_a_stream_that_has_begun_is_one_event() -> None:
+    behaviour = FakeBehaviour(step_s=0.001, start_s=0.0, nan=lambda opening, position: position >= opening.prompt_tokens + 3)
+    async with running(Options(behaviour=behaviour)) as service:
+        response = await service.client.post("/v1/completions", json={"prompt": "x", "max_tokens": 9, "stream": True})
+        events = response.text.strip().split("\n\n")
+        assert response.status_code == 200
+        assert '"code":"numerical_failure"' in events[-1]
+        assert len(events) == 4
+        async with client(service, strict=False) as api:
+            with pytest.raises(openai.APIError, match="finite|NaN|number"):
+                async for _ in await api.completions.create(model="fake", prompt="x", max_tokens=9, stream=True):
+                    pass
+
+
+async def test_a_failure_before_the_first_token_is_a_plain_error() -> None:
+    behaviour = FakeBehaviour(step_s=0.001, start_s=0.0, nan=lambda opening, position: True)
+    async with running(Options(behaviour=behaviour)) as service:
+        for stream in (True, False):
+            response = await service.client.post("/v1/completions", json={"prompt": "x", "stream": stream})
+            assert response.status_code == 500
+            assert response.json()["error"]["code"] == "numerical_failure"
