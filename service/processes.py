@@ -138,7 +138,7 @@ class ChildProcess:
         """Start `python -m module`, which must call `ChildChannel.open`. `messages` is the type (or union) that the child sends.
 
         The child is blank: what it is to do comes as messages. Its standard output goes to our standard error; it does not see the
-        terminal's Ctrl-C. `environment` adds to ours.
+        terminal's Ctrl-C. `environment` adds to ours, which wins.
         """
         process, ours = _start(module, limits or ChildLimits(), environment or {}, frame_bytes)
         child = cls(process, frame_bytes)
@@ -262,7 +262,7 @@ def _start(
             stdout=2,
             pass_fds=(theirs.fileno(),),
             start_new_session=True,
-            env={**os.environ, **environment},
+            env={**environment, **os.environ},
         )
     except OSError:
         ours.close()

@@ -1,4 +1,8 @@
-"""The messages between the server and its template child. Plain data, msgpack on the wire."""
+"""The messages between the server and its template child: plain data, msgpack on the wire.
+
+Both sides import this file and nothing else of each other; it knows neither templates nor processes. Invariant: the parent sends one
+`Warm`, then one `Render` at a time, and each is answered once.
+"""
 
 from __future__ import annotations
 
