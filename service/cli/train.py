@@ -6,6 +6,7 @@ directories ends in one sentence and exit code 2; an interrupted run leaves a st
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 from collections.abc import Sequence
@@ -65,8 +66,8 @@ def read_flags(arguments: Sequence[str]) -> TrainFlags:
     if not given.recipe:
         raise SettingsError("Say which recipe to run with --recipe NAME; see deepseek-train --help.")
     for name in ("steps", "minutes", "threads"):
-        if getattr(given, name) < 0:
-            raise SettingsError(f"--{name} must not be negative.")
+        if not 0 <= getattr(given, name) < math.inf:
+            raise SettingsError(f"--{name} must be a number from 0 on.")
     if given.steps and given.minutes:
         raise SettingsError("Give --steps or --minutes, not both.")
     out = Path(given.out or Path(given.recipe).name.removesuffix(".yaml").removesuffix(".yml"))
@@ -116,7 +117,7 @@ def run(flags: TrainFlags) -> int:
 
 
 def _claim(flags: TrainFlags) -> Path:
-    """The state file of the run's directory, which must be free, or hold a state when resuming."""
+    """The state file of the run's directory, which must be free, or hold a state when resuming; what will be written can be."""
     state_file = flags.out / STATE_FILE
     if flags.resume and not state_file.is_file():
         raise SettingsError(f"There is nothing to resume: {state_file} does not exist.")
@@ -124,8 +125,11 @@ def _claim(flags: TrainFlags) -> Path:
         raise SettingsError(f"{flags.out} is not empty; give another --out, or --resume to go on with that run.")
     try:
         flags.out.mkdir(parents=True, exist_ok=True)
+        if flags.results is not None:
+            flags.results.parent.mkdir(parents=True, exist_ok=True)
+            flags.results.open("a").close()
     except OSError as error:
-        raise SettingsError(f"{flags.out} cannot be made: {error.strerror}.") from None
+        raise SettingsError(f"{error.filename} cannot be written: {error.strerror}.") from None
     return state_file
 
 

@@ -32,7 +32,8 @@ class Display:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self.console.is_terminal:
+            self._bar.stop()
 
     def stepped(self, report: StepReport) -> None:
         """Move the bar, or print a line when the last is old enough."""
@@ -62,5 +63,5 @@ class Display:
         self._before = report
         rate = 1.0 / self._seconds_per_token if self._seconds_per_token else 0.0
         left_s = report.elapsed_s * (1.0 - report.progress) / report.progress if report.progress else 0.0
-        minutes, seconds = divmod(int(left_s), 60)
+        minutes, seconds = divmod(round(left_s), 60)
         return f"step {report.step}  {report.tokens:,} tokens  loss {self._loss:.4f}  {rate:,.0f} tokens/s  {minutes}:{seconds:02d} left"

@@ -8,6 +8,7 @@ stopped (exactly so under a budget of steps; under a budget of minutes the time 
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import time
 from collections.abc import Callable
@@ -158,7 +159,7 @@ class Trainer:
         """Go on from the state file at `path`. Raises CheckpointError when it is not this run's."""
         try:
             content = torch.load(path, map_location=self.device, weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError) as error:
+        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise CheckpointError(
                 f"The training state {path.name} cannot be read ({type(error).__name__}); start without --resume."
             ) from None

@@ -19,8 +19,8 @@ from service.train.card import Sample, write_card
 from service.train.loop import Trainer
 from service.train.plot import plot_losses
 from service.train.prepare import PreparedRun
-from service.train.sample import continue_ids
 from service.train.run import EVALUATION_LENGTH, Outcome
+from service.train.sample import continue_ids
 
 CHECKPOINT = "checkpoint"
 
