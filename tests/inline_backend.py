@@ -1,0 +1,71 @@
+"""The real engine as a Backend without a process: the same tables, blocks, decoder and sampler, computed in the caller's thread.
+
+For tests that compare many schedules of one checkpoint and would otherwise start a worker for each. `lose_at` loses the worker at a step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import torch
+
+from service.checkpoints.load import load
+from service.checkpoints.manifest import read_manifest
+from service.engine.batch import Tables
+from service.engine.kv_pool import KvPool
+from service.engine.sampler import Sampler
+from service.engine.torch_backend import TorchBackend
+from service.types.plan import BackendHealth, BackendInfo, BatchPlan, StepResult, WorkerLost
+
+
+class InlineBackend:
+    """Implements types.plan.Backend over one loaded checkpoint; every start begins with empty tables and poisoned blocks."""
+
+    def __init__(self, directory: Path, *, blocks: int = 64, max_rows: int = 32, lose_at: frozenset[int] = frozenset()) -> None:
+        torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
+        self.manifest = read_manifest(directory)
+        self._decoder = load(self.manifest, torch.device("cpu"), torch.float32, lambda done, total: None)
+        self.blocks = blocks
+        self.max_rows = max_rows
+        self.lose_at = lose_at
+        self.steps = 0
+        self.starts = 0
+
+    async def start(self) -> BackendInfo:
+        spec = self.manifest.spec
+        layout = spec.kv_layout()
+        group_blocks = (self.blocks,) * len(layout.groups)
+        pool = KvPool(layout, group_blocks, torch.float32, torch.device("cpu"))
+        for layer in range(len(spec.layers)):
+            for blocks in pool.blocks_of(layer):
+                blocks.fill_(float("nan"))
+        tables = Tables(layout, group_blocks, self.max_rows, spec.context_tokens, spec.vocab_size)
+        self._engine = TorchBackend(self._decoder, pool, tables, Sampler(self.max_rows, spec.vocab_size))
+        self.starts += 1
+        return BackendInfo(layout, group_blocks, self.max_rows, 4096, spec.context_tokens, spec.vocab_size, "float32", "cpu", "inline")
+
+    def execute(self, plan: BatchPlan) -> asyncio.Future[StepResult]:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[StepResult] = loop.create_future()
+        self.steps += 1
+        if self.steps in self.lose_at:
+            loop.call_soon(_give, future, WorkerLost("planted"))
+        else:
+            loop.call_soon(_give, future, self._engine.execute(plan))  # later, so that readers run between steps
+        return future
+
+    def health(self) -> BackendHealth:
+        return BackendHealth("ready", 0.0, max(0, self.starts - 1))
+
+    async def close(self) -> None:
+        pass
+
+
+def _give(future: asyncio.Future[StepResult], outcome: StepResult | WorkerLost) -> None:
+    if future.cancelled():
+        return
+    if isinstance(outcome, WorkerLost):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)
