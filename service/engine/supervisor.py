@@ -83,12 +83,10 @@ class WorkerBackend:
         self._seconds_per_flop = 0.0
         self._watch: asyncio.TimerHandle | None = None
         self._fault = ""
-        self._closed = False
 
     async def start(self) -> BackendInfo:
         """Load the checkpoint in a fresh worker. Raises StartupError when that can never work, WorkerLost when the worker died of it."""
         await self._retire("restarted")
-        self._closed = False
         self._restarts += 1
         self._state, self._fault = "loading", ""
         began_s = time.monotonic()
@@ -150,7 +148,6 @@ class WorkerBackend:
 
     async def close(self) -> None:
         """Stop the worker and the spare one; idempotent."""
-        self._closed = True
         blank, self._blank = self._blank, None
         if blank is not None:
             await blank.stop()
@@ -165,6 +162,8 @@ class WorkerBackend:
         child, self._child = self._child, None
         self._state = "down"
         self._fail_outstanding(reason)
+        if self._starting is not None and not self._starting.done():
+            self._starting.set_exception(ChildLost(reason))
         if self._watch is not None:
             self._watch.cancel()
             self._watch = None

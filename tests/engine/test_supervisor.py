@@ -152,6 +152,27 @@ async def test_closing_fails_what_is_outstanding() -> None:
         await future
 
 
+async def test_closing_while_loading_ends_the_start() -> None:
+    backend = await scripted("never loads")
+    starting = asyncio.ensure_future(backend.start())
+    await until(lambda: backend.health().state == "loading")
+    await backend.close()
+    with pytest.raises(WorkerLost, match="closed"):
+        await asyncio.wait_for(starting, 60)
+
+
+async def test_a_cancelled_start_leaves_nothing_behind() -> None:
+    child = await ChildProcess.spawn("tests.engine.scripted_worker", ToSupervisor)
+    backend = WorkerBackend(LoadRequest("never loads"), EngineSettings(), child=child)
+    starting = asyncio.ensure_future(backend.start())
+    await until(lambda: backend.health().state == "loading")
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert gone(child.pid)
+    await backend.close()
+
+
 async def test_a_model_that_is_not_there(tmp_path) -> None:
     backend = WorkerBackend(LoadRequest(str(tmp_path / "nothing")), EngineSettings())
     with pytest.raises(CheckpointError):
