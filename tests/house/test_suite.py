@@ -25,6 +25,7 @@ LEAST = {
     "tests/models": 40,
     "tests/schedulers": 120,
     "tests/train": 60,
+    "tests/types": 70,
     "tests/test_config.py": 80,
     "tests/test_loadgen.py": 55,
     "tests/test_parity.py": 60,
@@ -32,6 +33,7 @@ LEAST = {
 }
 OPTIMISED = (
     "tests/test_config.py",
+    "tests/types",
     "tests/schedulers/test_blocks.py",
     "tests/schedulers/test_sequence.py",
     "tests/schedulers/test_stops.py",

@@ -1,0 +1,52 @@
+"""The version lines: names, what distinguishes them, and the networks that they describe."""
+
+from __future__ import annotations
+
+import pytest
+
+from service.types.catalog import LINES, V1_0, V2_3, Shape, find_line
+
+
+@pytest.mark.parametrize(("text", "line"), [("v1.0", V1_0), ("1.0", V1_0), ("v2.3", V2_3), ("2.3.7", V2_3), ("v2.3.1", V2_3)])
+def test_lines_are_found_by_name_and_patch(text: str, line: object) -> None:
+    assert find_line(text) is line
+
+
+@pytest.mark.parametrize("text", ["", "v", "2", "v2", "2.30", "v2.33", "vv2.3", "stable"])
+def test_other_names_are_no_lines(text: str) -> None:
+    assert find_line(text) is None
+
+
+def test_lines_are_in_order_and_distinct() -> None:
+    numbers = [tuple(map(int, line.number.split("."))) for line in LINES]
+    assert numbers == sorted(set(numbers))
+    assert [line.label for line in LINES] == ["v1.0", "v2.3"]
+
+
+def test_the_second_line_differs_from_the_first_in_precision_alone() -> None:
+    for (name, first), (other, second) in zip(V1_0.shapes, V2_3.shapes, strict=True):
+        assert (name, first) == (other, second)
+        one, two = V1_0.spec(first), V2_3.spec(second)
+        assert one.layers == two.layers and one.rope == two.rope and one.parameters == two.parameters
+        assert one.precision != two.precision
+    assert V1_0.precision.compute == "float32" and V2_3.precision.loss_scaling
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: line.label)
+def test_every_shape_is_a_consistent_network(line: object) -> None:
+    for _, shape in line.shapes:  # type: ignore[attr-defined]
+        spec = line.spec(shape, end_ids=(3,), bos_id=1)  # type: ignore[attr-defined]
+        attention = spec.layers[0].attention
+        assert attention.heads % attention.kv_heads == 0 and attention.heads * attention.head_dim == spec.dim
+        assert (spec.line, spec.end_ids, spec.bos_id, len(spec.layers)) == (line.number, (3,), 1, shape.layers)  # type: ignore[attr-defined]
+        assert attention.gate == line.gated_heads  # type: ignore[attr-defined]
+
+
+def test_a_head_dimension_of_its_own() -> None:
+    spec = V1_0.spec(Shape(vocab_size=8, dim=64, layers=1, heads=4, kv_heads=2, mlp_hidden=8, context_tokens=16, head_dim=24))
+    assert spec.layers[0].attention.head_dim == spec.rope.rotary_dim == 24
+
+
+def test_the_bundled_shape_fits_its_bound() -> None:
+    nano = dict(V2_3.shapes)["nano"]
+    assert V2_3.spec(nano).parameters * 2 <= 16 << 20
