@@ -3,7 +3,7 @@
     python loadtests/scheduler_overhead.py [--sequences 256] [--steps 2000]
 
 No worker runs: results are made up and handed back at once, so nothing but the scheduler is on the clock. Readers wait on every stream, as
-HTTP responses do; their own work is not counted here. The row printed last is appended to results/scheduler_overhead.jsonl with --keep.
+HTTP responses do; their own work is not counted here. The gate is on `all` (plan, encode, decode, apply); publishing is reported beside. The row printed last is appended to results/scheduler_overhead.jsonl with --keep.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -38,7 +40,7 @@ from service.types.plan import SampledToken, StepResult, Want
 from service.types.request import GenerationRequest, Sampling, Stop
 
 RESULTS = Path(__file__).parent / "results" / "scheduler_overhead.jsonl"
-CLOCK = time.perf_counter
+CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
 GATE_MS = 2.0
 PROMPT_TOKENS, STEP_TOKENS, BLOCK_TOKENS = 500, 4096, 64
 
@@ -68,7 +70,8 @@ class SilentStream(Stream):
 class Bench:
     """A planner with many running sequences and the times of its steps."""
 
-    def __init__(self, sequences: int, steps: int, publish: bool) -> None:
+    def __init__(self, sequences: int, steps: int, publish: bool, clock: Callable[[], float]) -> None:
+        self.clock = clock
         shape = Shape(vocab_size=32_000, dim=2048, layers=20, heads=16, kv_heads=8, mlp_hidden=5504, context_tokens=8192)
         spec = V2_3.spec(shape)
         layout = spec.kv_layout(BLOCK_TOKENS)
@@ -91,22 +94,22 @@ class Bench:
 
     def step(self) -> tuple[Step, list[float]]:
         """One step: seconds of plan, encode, decode, apply."""
-        started = CLOCK()
+        started = self.clock()
         step = self.planner.plan()
-        planned = CLOCK()
+        planned = self.clock()
         if step is None:
             raise SystemExit("nothing to plan")
         ENCODER.encode(step.plan)
-        encoded = CLOCK()
+        encoded = self.clock()
         number = step.plan.step
         tokens = tuple(SampledToken(piece.row, (number + piece.row) % 32_000) for piece in step.plan.slices if piece.want & Want.TOKEN)
         answer = ENCODER.encode(StepResult(number, tokens, (), 0.01))
-        before = CLOCK()
+        before = self.clock()
         result = DECODER.decode(answer)
-        decoded = CLOCK()
+        decoded = self.clock()
         self.application.apply(step, result, decoded)
         self.accounting.stepped(step, result, 0)
-        applied = CLOCK()
+        applied = self.clock()
         return step, [planned - started, encoded - planned, decoded - before, applied - decoded]
 
 
@@ -114,9 +117,9 @@ ENCODER = msgspec.msgpack.Encoder()
 DECODER = msgspec.msgpack.Decoder(StepResult)
 
 
-async def measure(sequences: int, steps: int, publish: bool) -> dict[str, list[float]]:
+async def measure(sequences: int, steps: int, publish: bool, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Milliseconds of each part, by step."""
-    bench = Bench(sequences, steps, publish)
+    bench = Bench(sequences, steps, publish, clock)
 
     async def read(stream: Stream) -> None:
         async for _ in stream:
@@ -168,26 +171,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sequences", type=int, default=256)
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="wall, or the thread's CPU time (for a busy machine)")
     parser.add_argument("--keep", action="store_true", help="append the row to the results")
     arguments = parser.parse_args()
     row: dict[str, object] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": commit(),
         "cpu": processor(),
+        "clock": arguments.clock,
+        "load_average": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "sequences": arguments.sequences,
         "steps": arguments.steps,
         "block_tokens": BLOCK_TOKENS,
     }
-    silent = uvloop.run(measure(arguments.sequences, arguments.steps, publish=False))
-    published = uvloop.run(measure(arguments.sequences, arguments.steps, publish=True))
+    silent = uvloop.run(measure(arguments.sequences, arguments.steps, False, CLOCKS[arguments.clock]))
+    published = uvloop.run(measure(arguments.sequences, arguments.steps, True, CLOCKS[arguments.clock]))
     for name, values in silent.items():
         row[name] = summarise(values)
     row["apply_with_publish"] = summarise(published["apply"])
     row["plan_apply_with_publish"] = summarise(published["plan_apply"])
     row["all_with_publish"] = summarise(published["all"])
     row["gate_ms"] = GATE_MS
-    row["passed"] = row["plan_apply_with_publish"]["p99_ms"] <= GATE_MS  # type: ignore[index]
+    row["passed"] = row["all"]["p99_ms"] <= GATE_MS  # type: ignore[index]
     line = json.dumps(row)
     if arguments.keep:
         with RESULTS.open("a") as file:

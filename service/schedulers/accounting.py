@@ -129,8 +129,8 @@ class Accounting:
             latencies.decode.observe(now - sequence.first_token_s)
             if sequence.generated > 1:
                 latencies.per_token.observe((sequence.last_token_s - sequence.first_token_s) / (sequence.generated - 1))
-        self._metrics.distribution("prompt_tokens").observe(sequence.prompt_tokens)
-        self._metrics.distribution("generation_tokens").observe(sequence.generated)
+        self._metrics.distribution("request_prompt_tokens").observe(sequence.prompt_tokens)
+        self._metrics.distribution("request_generation_tokens").observe(sequence.generated)
 
 
 def _outcome(ending: FinishEvent) -> str:

@@ -38,7 +38,9 @@ def test_extend_takes_blocks_in_every_group_or_none():
     space.check([sequence])
 
 
-@pytest.mark.parametrize(("window", "position", "first"), [(8, 7, 0), (8, 10, 0), (8, 11, 1), (8, 15, 2), (1, 8, 2), (1, 9, 2), (None, 99, 0)])
+@pytest.mark.parametrize(
+    ("window", "position", "first"), [(8, 7, 0), (8, 10, 0), (8, 11, 1), (8, 15, 2), (1, 8, 2), (1, 9, 2), (None, 99, 0)]
+)
 def test_first_needed_is_the_block_of_the_oldest_visible_token(window, position, first):
     space = BlockSpace(layout(4, (window,)), (9,))
     assert space.first_needed(0, position) == first

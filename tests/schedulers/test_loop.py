@@ -302,7 +302,9 @@ def test_prompt_logprobs_come_once_before_the_text_and_take_no_prefix_hits(death
 
     async def body(router: Router):
         await read_all(router.submit([ask(prompt, 1)]))
-        return await read_all(router.submit([ask(prompt, 4, prompt_logprobs=1), ask(prompt, 0, prompt_logprobs=0), ask("x", 2, prompt_logprobs=0)]))
+        return await read_all(
+            router.submit([ask(prompt, 4, prompt_logprobs=1), ask(prompt, 0, prompt_logprobs=0), ask("x", 2, prompt_logprobs=0)])
+        )
 
     both, only_scores, single = with_router(body, backend)
     for outcome in (both, only_scores):

@@ -15,7 +15,14 @@ from service.types.request import FinishReason, GenerationRequest
 from tests.fakes import FakeBackend
 from tests.schedulers.support import Outcome, ask, generate, metric, read, small_backend, with_router
 
-PROMPTS = ("a", "shared prefix of several blocks", "shared prefix of several blocks, and more", "n" * 21, "poison pill", "bitter nan prompt")
+PROMPTS = (
+    "a",
+    "shared prefix of several blocks",
+    "shared prefix of several blocks, and more",
+    "n" * 21,
+    "poison pill",
+    "bitter nan prompt",
+)
 WINDOWS = ((None,), (None, 6), (3,), (9, None))
 
 
@@ -39,7 +46,15 @@ def reference(request: GenerationRequest, windows: tuple[int | None, ...]) -> Ou
 
 requests = st.builds(
     lambda prompt, tokens, seed, tenant, priority, strings, salt, scores: ask(
-        prompt, tokens, seed=seed, tenant=tenant, priority=priority, strings=strings, cache_salt=salt, logprobs=scores, prompt_logprobs=scores
+        prompt,
+        tokens,
+        seed=seed,
+        tenant=tenant,
+        priority=priority,
+        strings=strings,
+        cache_salt=salt,
+        logprobs=scores,
+        prompt_logprobs=scores,
     ),
     st.sampled_from(PROMPTS[:4] * 3 + PROMPTS),
     st.integers(1, 30),
