@@ -1,4 +1,4 @@
-"""What a body may be: each refusal in the one shape, the limits one below, at and one above, and nothing of the client's echoed at length."""
+"""What a body may be: each refusal in the one shape, the limits at and above, and nothing of the client's echoed at length."""
 
 from __future__ import annotations
 

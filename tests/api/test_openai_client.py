@@ -109,7 +109,7 @@ async def test_an_error_in_a_stream_that_has_begun_is_one_event() -> None:
         assert '"code":"numerical_failure"' in events[-1]
         assert len(events) == 4
         async with client(service, strict=False) as api:
-            with pytest.raises(openai.APIError, match="finite|NaN|number"):
+            with pytest.raises(openai.APIError, match=r"finite|NaN|number"):
                 async for _ in await api.completions.create(model="fake", prompt="x", max_tokens=9, stream=True):
                     pass
 

@@ -1,0 +1,142 @@
+"""Every field of every body matters: a table of fields and the effect that shows it, and a walk that fails when a field is not in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from service.api.calls import Call
+from service.api.chat import parse as parse_chat
+from service.api.completions import parse as parse_completion
+from service.api.fields import HARMLESS, UNSUPPORTED
+from service.api.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from service.api.translate import Translator
+from service.types.errors import UnsupportedField
+from service.types.request import GenerationRequest
+from service.types.settings import HttpLimits
+from tests.api.conftest import BYTE_CODEC, Service
+from tests.fakes import FakeManifest, fake_router, fake_spec
+
+# Field -> (value, what of the requests must differ from the body without it).
+REQUEST_FIELDS: dict[str, tuple[Any, str]] = {
+    "n": (2, "count"),
+    "temperature": (0.5, "sampling.temperature"),
+    "top_p": (0.5, "sampling.top_p"),
+    "top_k": (5, "sampling.top_k"),
+    "min_p": (0.1, "sampling.min_p"),
+    "repetition_penalty": (1.5, "sampling.repetition_penalty"),
+    "presence_penalty": (1.0, "sampling.presence_penalty"),
+    "frequency_penalty": (1.0, "sampling.frequency_penalty"),
+    "logit_bias": ({"5": 1.5}, "sampling.logit_bias"),
+    "seed": (42, "sampling.seed"),
+    "stop": (["x"], "stop.strings"),
+    "stop_token_ids": ([7], "stop.token_ids"),
+    "max_tokens": (5, "stop.max_tokens"),
+    "min_tokens": (2, "stop.min_tokens"),
+    "ignore_eos": (True, "stop.ignore_eos"),
+    "cache_salt": ("salt", "cache_salt"),
+    "priority": (3, "priority"),
+}
+COMPLETION_FIELDS = {"logprobs": (2, "sampling.logprobs")}
+CHAT_FIELDS = {"logprobs": (True, "sampling.logprobs"), "max_completion_tokens": (7, "stop.max_tokens")}
+# Field -> the test below (or in a sibling) that shows its effect through the server.
+SHOWN_BY_SERVER = {
+    "completion": {"model", "stream", "stream_options", "prompt", "echo", "best_of"},
+    "chat": {"model", "stream", "stream_options", "messages", "top_logprobs", "chat_template_kwargs"},
+    "tokenize": {"model", "prompt", "messages", "add_special_tokens", "return_token_strs"},
+    "detokenize": {"model", "tokens"},
+}
+
+
+def seen(request: GenerationRequest, path: str) -> Any:
+    value: Any = request
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def translate(route: str, fields: dict[str, Any]) -> list[GenerationRequest]:
+    router = fake_router(codec=BYTE_CODEC, manifest=FakeManifest(fake_spec()))
+    translator = Translator(router.resolve(None), Call(route), HttpLimits())
+    if route == "chat":
+        return translator.chat(parse_chat({"messages": [{"role": "user", "content": "x"}], **fields}), [1, 2])
+    return translator.completion(parse_completion({"prompt": [1, 2], **fields}), [[1, 2]])
+
+
+def test_the_tables_are_complete() -> None:
+    assert set(CompletionBody.model_fields) == set(REQUEST_FIELDS) | set(COMPLETION_FIELDS) | SHOWN_BY_SERVER["completion"]
+    assert set(ChatBody.model_fields) == set(REQUEST_FIELDS) | set(CHAT_FIELDS) | SHOWN_BY_SERVER["chat"]
+    assert set(TokenizeBody.model_fields) == SHOWN_BY_SERVER["tokenize"]
+    assert set(DetokenizeBody.model_fields) == SHOWN_BY_SERVER["detokenize"]
+    served = set(CompletionBody.model_fields) | set(ChatBody.model_fields)
+    assert not served & (set(UNSUPPORTED) | HARMLESS)
+
+
+@pytest.mark.parametrize(
+    ("route", "field"),
+    [("completion", name) for name in REQUEST_FIELDS | COMPLETION_FIELDS] + [("chat", name) for name in REQUEST_FIELDS | CHAT_FIELDS],
+)
+def test_a_field_changes_what_is_asked_of_the_scheduler(route: str, field: str) -> None:
+    table = REQUEST_FIELDS | (CHAT_FIELDS if route == "chat" else COMPLETION_FIELDS)
+    value, path = table[field]
+    without, having = translate(route, {}), translate(route, {field: value})
+    if path == "count":
+        assert (len(without), len(having)) == (1, 2)
+        assert [request.sampling.choice for request in having] == [0, 1]
+    else:
+        assert seen(without[0], path) != seen(having[0], path)
+
+
+@pytest.mark.parametrize("field", sorted(UNSUPPORTED))
+def test_unsupported_fields_are_refused_by_name_and_neutral_ones_are_not(field: str) -> None:
+    with pytest.raises(UnsupportedField) as refused:
+        parse_completion({"prompt": "x", field: {"some": "thing"}})
+    assert refused.value.param == field
+    for neutral in UNSUPPORTED[field]:
+        parse_completion({"prompt": "x", field: neutral})
+
+
+@pytest.mark.parametrize("field", sorted(HARMLESS))
+def test_harmless_fields_are_accepted(field: str) -> None:
+    parse_completion({"prompt": "x", field: {"a": "b"}})
+
+
+async def test_echo_and_best_of_and_prompts_of_every_shape(service: Service) -> None:
+    plain = await service.complete(prompt="hi", max_tokens=3, seed=1)
+    echoed = await service.complete(prompt="hi", max_tokens=3, seed=1, echo=True, best_of=1)
+    assert echoed["choices"][0]["text"] == "hi" + plain["choices"][0]["text"]
+    for prompt in ([104, 105], ["hi"], [[104, 105]]):
+        assert (await service.complete(prompt=prompt, max_tokens=3, seed=1))["choices"][0]["text"] == plain["choices"][0]["text"]
+    scored = await service.complete(prompt="hey", max_tokens=0, echo=True, logprobs=1)
+    assert scored["choices"][0]["text"] == "hey"
+    assert scored["choices"][0]["logprobs"]["token_logprobs"] == [None, -0.5, -0.5]
+    assert scored["choices"][0]["logprobs"]["text_offset"] == [0, 1, 2]
+
+
+async def test_stop_strings_end_the_text(service: Service) -> None:
+    whole = (await service.complete(prompt="hi", max_tokens=8, seed=1))["choices"][0]["text"]
+    cut = (await service.complete(prompt="hi", max_tokens=8, seed=1, stop=whole[4:6]))["choices"][0]
+    assert (cut["text"], cut["finish_reason"], cut["stop_reason"]) == (whole[:4], "stop", whole[4:6])
+
+
+async def test_tokenize_and_detokenize(service: Service) -> None:
+    async def ask(path: str, **body: Any) -> dict[str, Any]:
+        return (await service.client.post(path, json=body)).json()
+
+    answer = await ask("/tokenize", prompt="a<end>", return_token_strs=True, model="stable", add_special_tokens=False)
+    assert answer["tokens"] == list(b"a<end>")
+    assert answer["token_strs"] == list("a<end>")
+    chat = await ask("/tokenize", messages=[{"role": "user", "content": "q"}])
+    assert 256 in chat["tokens"]
+    assert (await ask("/detokenize", tokens=chat["tokens"], model="fake"))["prompt"] == "user: q<end>\nassistant:"
+    assert (await ask("/detokenize", tokens=[257]))["error"]["param"] == "tokens"
+    assert (await ask("/tokenize", prompt="x", messages=[{"role": "user"}]))["error"]["code"] == "invalid_value"
+    assert (await ask("/tokenize", prompt="x", model="nope"))["error"]["code"] == "model_not_found"
+
+
+async def test_template_variables_reach_the_template_and_may_not_replace_ours(service: Service) -> None:
+    body = {"messages": [{"role": "user", "content": "q"}], "max_tokens": 1}
+    response = await service.client.post("/v1/chat/completions", json={**body, "chat_template_kwargs": {"messages": "x"}})
+    assert response.json()["error"]["param"] == "chat_template_kwargs"
+    assert (await service.client.post("/v1/chat/completions", json={**body, "chat_template_kwargs": {"x": 1}})).status_code == 200
