@@ -3,7 +3,8 @@
     python loadtests/scheduler_overhead.py [--sequences 256] [--steps 2000]
 
 No worker runs: results are made up and handed back at once, so nothing but the scheduler is on the clock. Readers wait on every stream, as
-HTTP responses do; their own work is not counted here. The gate is on `all` (plan, encode, decode, apply); publishing is reported beside. The row printed last is appended to results/scheduler_overhead.jsonl with --keep.
+HTTP responses do; their own work is not counted here. The gate is on `all` (plan, encode, decode, apply); publishing is reported beside.
+With --keep the row printed last is appended to results/scheduler_overhead.jsonl.
 """
 
 from __future__ import annotations

@@ -266,7 +266,7 @@ def test_a_reader_beyond_its_bound_is_cut_off_and_the_others_go_on():
 
 
 def test_stop_strings_and_end_tokens_are_billed_to_the_token_that_completes_them():
-    script = list(b"one two three four") + [END_ID, 120, 120]
+    script = [*b"one two three four", END_ID, 120, 120]
     backend = small_backend(script=lambda opening: script)
     by_string, by_end, by_length, ignoring = generate(
         [ask("a", 50, strings=("two t",)), ask("b", 50), ask("c", 5), ask("d", 21, ignore_eos=True)], backend, run_ahead=1

@@ -152,5 +152,8 @@ def test_a_stalled_worker_shows_in_health():
 
 
 def test_the_schedulers_never_load_torch():
-    code = "import sys, service.schedulers.router, tests.fakes; sys.exit(any(name in sys.modules for name in ('torch', 'triton', 'onnxruntime')))"
+    code = (
+        "import sys, service.schedulers.router, tests.fakes;"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'triton', 'onnxruntime')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
