@@ -14,6 +14,7 @@ from service.checkpoints.load import load
 from service.checkpoints.manifest import read_manifest
 from service.kernels.kv_store import write_kv
 from service.kernels.paged_attention import paged_attention
+from service.models import layers
 from service.models.attention import DenseAttend
 from service.models.decoder import Decoder
 from tests.tiny_models import build_tiny
@@ -116,6 +117,19 @@ def test_logprobs_equal_transformers(checkpoint: Path) -> None:
     expected = reference_model(checkpoint)(tokens[None]).logits[0].log_softmax(-1)
     assert expected.std() > 0.5
     torch.testing.assert_close(dense_logprobs(decoder, tokens), expected, rtol=0, atol=TOLERANCE)
+    for step in (1, 5, PROMPT_TOKENS):
+        torch.testing.assert_close(paged_logprobs(decoder, tokens, step), expected, rtol=0, atol=TOLERANCE)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_packed_weights_give_the_same_logprobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """The layout of large matrices, forced upon small ones of odd sizes, with biases and without."""
+    monkeypatch.setattr(layers, "PACK_ELEMENTS", 0)
+    build_tiny(tmp_path, family, **SEVEN, vocab_size=333, intermediate_size=75)
+    decoder = load(read_manifest(tmp_path), "cpu", torch.float32)
+    tokens = torch.arange(PROMPT_TOKENS)
+    expected = reference_model(tmp_path)(tokens[None]).logits[0].log_softmax(-1)
     for step in (1, 5, PROMPT_TOKENS):
         torch.testing.assert_close(paged_logprobs(decoder, tokens, step), expected, rtol=0, atol=TOLERANCE)
 

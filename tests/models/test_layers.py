@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from service.kernels import reference
+from service.kernels.linear import PackedLinear, PlainLinear, onednn_available
 from service.models.layers import DIFFERENTIABLE, Kernels, Linear, RmsNorm, SwigluMlp
 from service.types.model_spec import DenseMlp
 
@@ -14,17 +16,26 @@ def filled(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return module
 
 
-def test_packing_keeps_the_function_and_drops_the_weight() -> None:
-    linear = filled(Linear(24, 40, True, "cpu", torch.float32))
-    x = torch.randn(5, 24, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize(("inputs", "outputs"), [(24, 40), (512, 1024)], ids=["small", "large"])
+def test_packing_keeps_the_function_and_drops_the_weight(inputs: int, outputs: int) -> None:
+    linear = filled(Linear(inputs, outputs, True, "cpu", torch.float32))
+    x = torch.randn(5, inputs, generator=torch.Generator().manual_seed(1))
     before = linear(x)
     linear.pack()
     linear.pack()
-    torch.testing.assert_close(linear(x), before)
+    torch.testing.assert_close(linear(x), before, rtol=1e-4, atol=1e-4)
     assert linear.weight is None
     assert [name for name, _ in linear.named_parameters()] == ["bias"]
     assert linear.packed is not None
-    assert linear.packed.bytes == 24 * 40 * 4
+    assert linear.packed.bytes == inputs * outputs * 4
+
+
+def test_only_large_matrices_are_packed() -> None:
+    small, large = Linear(24, 40, False, "cpu", torch.float32), Linear(512, 1024, False, "cpu", torch.float32)
+    for linear in (small, large):
+        filled(linear).pack()
+    assert type(small.packed) is PlainLinear
+    assert type(large.packed) is (PackedLinear if onednn_available() else PlainLinear)
 
 
 def test_sixteen_bit_linears_pack_too() -> None:
