@@ -1,0 +1,199 @@
+"""Tokens per second of the loop and a worker without HTTP, beside `transformers` on the same checkpoint, in alternating rounds.
+
+    python -m loadtests.engine_speed --shape llama-385m --cache DIR [--rounds 3] [--batches 1 8 32] [--peer transformers|none] [--keep]
+
+Each round asks for B sequences of `--prompt` random tokens and `--generate` greedy ones (ends ignored). Prefill is prompt tokens over the
+time to the last first token of a run that generates one token; decode is the tokens after the first over the time from the last first
+token to the end. The machine's limits (memory read and float32 product rate) are measured before the first and after the last round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from loadtests.rows import keep, spread, surroundings
+from loadtests.shapes import write_shape
+from service.checkpoints.manifest import read_manifest
+from service.engine.supervisor import WorkerBackend
+from service.inputs.tokens import TokenCodec
+from service.schedulers.router import Model, Router
+from service.schedulers.streams import Stream
+from service.telemetry import Telemetry
+from service.types.plan import LoadRequest
+from service.types.request import FinishEvent, GenerationRequest, Sampling, Stop, TokenEvent
+from service.types.settings import EngineSettings, SchedulerSettings
+
+
+class Speed(NamedTuple):
+    """One round: tokens per second."""
+
+    prefill: float
+    decode: float
+
+
+def prompts(count: int, length: int, vocabulary: int, seed: int) -> list[tuple[int, ...]]:
+    """Different random prompts, so that no prefix is shared."""
+    draw = np.random.default_rng(seed)
+    return [tuple(int(token) for token in draw.integers(2, vocabulary, length)) for _ in range(count)]
+
+
+async def times_of(stream: Stream) -> tuple[float, float, int]:
+    """Time of the first token, time of the end, and tokens generated."""
+    first = 0.0
+    async for event in stream:
+        if isinstance(event, TokenEvent) and not first:
+            first = time.perf_counter()
+        elif isinstance(event, FinishEvent):
+            return first, time.perf_counter(), event.usage.generated_tokens
+    raise RuntimeError("a stream ended without its terminal event")
+
+
+async def run_ours(router: Router, texts: list[tuple[int, ...]], generate: int) -> Speed:
+    """One round through the router."""
+    began = time.perf_counter()
+    sampling = Sampling(temperature=0.0)
+    requests = [GenerationRequest("bench", "bench", text, Stop(generate, ignore_eos=True), sampling) for text in texts]
+    found = await asyncio.gather(*(times_of(stream) for stream in router.submit(requests)))
+    last_first = max(first for first, _, _ in found)
+    end = max(end for _, end, _ in found)
+    tokens = sum(len(text) for text in texts)
+    generated = sum(count - 1 for _, _, count in found)
+    return Speed(tokens / (last_first - began), generated / (end - last_first) if generated else 0.0)
+
+
+class Peer:
+    """`transformers` generate on the same weights: static batch, float32, greedy."""
+
+    def __init__(self, directory: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def run(self, texts: list[tuple[int, ...]], generate: int) -> Speed:
+        """One round."""
+        ids = torch.tensor(texts)
+        mask = torch.ones_like(ids)
+        options: dict[str, Any] = {"attention_mask": mask, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
+        began = time.perf_counter()
+        self._model.generate(ids, max_new_tokens=1, min_new_tokens=1, **options)
+        middle = time.perf_counter()
+        self._model.generate(ids, max_new_tokens=generate, min_new_tokens=generate, **options)
+        end = time.perf_counter()
+        prefill_s = middle - began
+        return Speed(ids.numel() / prefill_s, len(texts) * (generate - 1) / (end - middle - prefill_s))
+
+
+def machine_limits() -> dict[str, float]:
+    """Best of some rounds of a memory read (GB/s) and a float32 product of 2048 (GFLOP/s)."""
+    data, matrix = torch.empty(64 << 20).fill_(1.0), torch.randn(2048, 2048)
+
+    def best(work: Any, rounds: int = 8) -> float:
+        times = []
+        for _ in range(rounds):
+            began = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    return {
+        "read_gb_s": round(data.numel() * 4 / best(data.sum) / 1e9, 2),
+        "product_gflop_s": round(2 * 2048**3 / best(lambda: matrix @ matrix) / 1e9, 1),
+    }
+
+
+async def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """All rounds of all batches; the row."""
+    directory = write_shape(options.shape, options.cache / options.shape)
+    manifest = read_manifest(directory)
+    limits = machine_limits()
+    largest = max(options.batches)
+    load = LoadRequest(str(directory), "float32", threads=options.threads, max_rows=largest, max_step_tokens=options.step_tokens)
+    settings = SchedulerSettings(batch_size=largest, step_tokens=options.step_tokens, prefix_cache=False, run_ahead=options.run_ahead)
+    backend = WorkerBackend(load, EngineSettings(threads=options.threads, step_deadline_s=600.0))
+    router = Router([Model("bench", manifest, TokenCodec.load(directory), backend)], settings, Telemetry())
+    await router.start()
+    info = router.versions()[0].info
+    peer = Peer(directory) if options.peer == "transformers" else None
+    rows: dict[str, Any] = {}
+    for batch in options.batches:
+        ours: list[Speed] = []
+        theirs: list[Speed] = []
+        for number in range(options.rounds + 1):
+            texts = prompts(batch, options.prompt, manifest.spec.vocab_size, seed=number)
+            ours.append(await run_ours(router, texts, options.generate))
+            if peer is not None:
+                theirs.append(peer.run(texts, options.generate))
+        rows[str(batch)] = summary(ours[1:], theirs[1:])
+        print(f"B={batch}: {json.dumps(rows[str(batch)])}", flush=True)
+    await router.close()
+    spec = manifest.spec
+    after = machine_limits()
+    best = {key: max(limits[key], after[key]) for key in limits}
+    context = options.prompt + options.generate / 2
+    shares = {
+        "decode_1_of_read": best["read_gb_s"] * 1e9 / spec.bytes_read(1, context, 4, 4),
+        "decode_of_product": best["product_gflop_s"] * 1e9 / spec.flops(1, context),
+        "prefill_of_product": best["product_gflop_s"] * 1e9 / spec.flops(options.prompt, options.prompt / 2, 1) * options.prompt,
+    }
+    return {
+        "what": "engine_speed",
+        "shape": options.shape,
+        "dtype": info.dtype if info else "",
+        "prompt": options.prompt,
+        "generate": options.generate,
+        "step_tokens": options.step_tokens,
+        "run_ahead": options.run_ahead,
+        **surroundings(),
+        "torch": torch.__version__,
+        "machine": best,
+        "limit_tokens_per_s": {name: round(value, 1) for name, value in shares.items()},
+        "batches": rows,
+    }
+
+
+def summary(ours: list[Speed], theirs: list[Speed]) -> dict[str, Any]:
+    """Medians and spreads of both sides, and the ratio of pairs."""
+    row: dict[str, Any] = {
+        "prefill": spread([speed.prefill for speed in ours]),
+        "decode": spread([speed.decode for speed in ours]),
+    }
+    if theirs:
+        row["transformers_prefill"] = spread([speed.prefill for speed in theirs])
+        row["transformers_decode"] = spread([speed.decode for speed in theirs])
+        row["prefill_ratio"] = spread([mine.prefill / other.prefill for mine, other in zip(ours, theirs, strict=True)])
+        row["decode_ratio"] = spread([mine.decode / other.decode for mine, other in zip(ours, theirs, strict=True)])
+    return row
+
+
+def main() -> None:
+    """Parse, measure, print the row, keep it when asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="llama-385m")
+    parser.add_argument("--cache", type=Path, required=True, help="directory for the random checkpoint (1.5 GB for llama-385m)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--generate", type=int, default=48)
+    parser.add_argument("--step_tokens", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--run_ahead", type=int, default=0)
+    parser.add_argument("--peer", choices=("transformers", "none"), default="transformers")
+    parser.add_argument("--keep", action="store_true", help="append the row to results/engine_speed.jsonl")
+    options = parser.parse_args()
+    row = asyncio.run(measure(options))
+    print(json.dumps(row))
+    if options.keep:
+        keep("engine_speed", row)
+
+
+if __name__ == "__main__":
+    main()

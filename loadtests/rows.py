@@ -1,0 +1,63 @@
+"""What every result row says about where it was measured, and how a row is kept: one JSON object a line, appended.
+
+It does not know what was measured. Invariant: a row names the commit, the time, the processor, the
+cores and the load of the machine when it was made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def surroundings() -> dict[str, Any]:
+    """Commit, time, processor, usable cores, load average and Python version."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+    }
+
+
+def keep(name: str, row: dict[str, Any]) -> Path:
+    """Append `row` to results/<name>.jsonl; returns the file."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.jsonl"
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    return path
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, smallest and largest of some rounds."""
+    return {
+        "median": round(statistics.median(values), 3),
+        "min": round(min(values), 3),
+        "max": round(max(values), 3),
+        "rounds": len(values),
+    }
+
+
+def _commit() -> str:
+    root = Path(__file__).parent
+    found = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False, cwd=root)  # noqa: S607
+    return found.stdout.strip() or "unknown"
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
