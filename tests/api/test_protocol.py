@@ -167,15 +167,3 @@ async def test_a_client_that_leaves_frees_its_rows_within_a_step(stream: bool) -
         await until(lambda: RUNNING_NONE in service.telemetry.render()[0])
         assert service.backend.steps_executed - left_at <= 3
         assert b'outcome="cancelled"' in service.telemetry.render()[0]
-
-
-async def test_a_reader_that_stops_reading_is_cut_off() -> None:
-    limits = HttpLimits(stream_write_s=0.2)
-    behaviour = FakeBehaviour(step_s=0.0, start_s=0.0)
-    async with running(Options(limits=limits, behaviour=behaviour, context_tokens=65_536)) as service:
-        body = json.dumps({"prompt": "x", "max_tokens": 60_000, "stream": True, "logprobs": 20, "n": 16}).encode()
-        reader, writer = await asyncio.open_connection("127.0.0.1", service.port, limit=1024)
-        writer.write(post("/v1/completions", body))
-        await reader.readexactly(100)
-        await until(lambda: RUNNING_NONE in service.telemetry.render()[0])
-        writer.close()
