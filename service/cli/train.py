@@ -108,7 +108,7 @@ def run(flags: TrainFlags) -> int:
         if not train(trainer, prepared, state_file, display, _stop_on_signals()):
             display.say(f"interrupted; go on with: deepseek-train --recipe {flags.recipe} --out {flags.out} --resume")
             return INTERRUPTED
-        display.say("measuring on all held-out tokens")
+        display.say("measuring on the held-out text")
         from service.train.publish import publish
 
         row = publish(trainer, prepared, conclude(trainer, prepared), flags.out, flags.results)

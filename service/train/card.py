@@ -90,6 +90,7 @@ def _training_rows(row: Mapping[str, Any]) -> list[str]:
         f"| recipe, corpus | `{row['recipe_digest'][:12]}`, `{row['corpus_digest'][:12]}` |",
         f"| software | Python {row['python']}, torch {row['torch']} |",
         f"| held out, {row['length']} tokens at a time | {row['nats_per_token']:.4f} nats/token, {row['bits_per_byte']:.4f} bits/byte |",
+        f"| measured on | the first {row['held_out_tokens']:,} held-out tokens, weights as stored |",
         f"| held out, {full['length']} tokens at a time | {full['nats_per_token']:.4f} nats/token, {full['bits_per_byte']:.4f} bits/byte |",
         f"| weights | {row['weights']}: {row['choice']} |",
     ]

@@ -17,6 +17,8 @@ from torch import Tensor
 from service.models.attention import DenseAttend
 from service.models.decoder import Decoder
 
+PASS_TOKENS = 2048
+
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
@@ -48,9 +50,13 @@ def held_out_loss(model: Decoder, tokens: npt.NDArray[np.uint16], token_bytes: l
     """
     device = next(model.parameters()).device
     row = torch.from_numpy(tokens[: most + 1 if most else None].astype("int64")).to(device)
+    inputs, targets = row[:-1], row[1:]
+    taken = length * max(1, PASS_TOKENS // length)
+    whole = len(inputs) - len(inputs) % length
     total = 0.0
-    starts = range(0, len(row) - 1, length)
-    for start in starts:
-        stretch = row[start : start + length + 1]
-        total += float(sequence_loss(model, stretch[:-1], stretch[1:], len(stretch) - 1))
-    return HeldOut(total / (len(row) - 1), len(row) - 1, sum(token_bytes[index] for index in row[1:].tolist()))
+    for start in range(0, whole, taken):
+        end = min(start + taken, whole)
+        total += float(sequence_loss(model, inputs[start:end], targets[start:end], length))
+    if whole < len(inputs):
+        total += float(sequence_loss(model, inputs[whole:], targets[whole:], len(inputs) - whole))
+    return HeldOut(total / len(inputs), len(inputs), sum(token_bytes[index] for index in targets.tolist()))

@@ -96,10 +96,11 @@ class AveragePart:
 
 @dataclass(frozen=True, slots=True)
 class EvaluatePart:
-    """Held-out loss `times` during the run on the first `tokens` held-out tokens, on all of them at the end."""
+    """Held-out loss `times` during the run on the first `tokens` held-out tokens, at the end on the first `final_tokens` (0: all)."""
 
     times: int
     tokens: int
+    final_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,7 +80,7 @@ def train(trainer: Trainer, run: PreparedRun, state_file: Path, watcher: Watcher
 
 
 def conclude(trainer: Trainer, run: PreparedRun) -> Outcome:
-    """Choose the weights and measure them on all held-out tokens. Leaves them, rounded, in the model."""
+    """Choose the weights and measure them on the `final_tokens` of the recipe. Leaves them, rounded, in the model."""
     token_bytes, tokens, model = run.tokenizer.token_bytes, run.held_out.tokens, trainer.model
     chosen, weights = "last", {name: weight.detach().clone() for name, weight in model.state_dict().items()}
     last = held_out_loss(model, tokens, token_bytes, EVALUATION_LENGTH, run.recipe.evaluate.tokens)
@@ -93,8 +93,9 @@ def conclude(trainer: Trainer, run: PreparedRun) -> Outcome:
     stored = DTYPES[run.recipe.publish.dtype]
     weights = {name: weight.to(stored) for name, weight in weights.items()}
     model.load_state_dict(weights)
-    held_out = held_out_loss(model, tokens, token_bytes, EVALUATION_LENGTH)
-    full = held_out_loss(model, tokens, token_bytes, run.spec.context_tokens)
+    final = run.recipe.evaluate.final_tokens
+    held_out = held_out_loss(model, tokens, token_bytes, EVALUATION_LENGTH, final)
+    full = held_out_loss(model, tokens, token_bytes, run.spec.context_tokens, final)
     return Outcome(weights, chosen, last, average, held_out, full, _probe(trainer, run))
 
 

@@ -77,7 +77,7 @@ def content() -> dict[str, Any]:
         "lengths": [{"until": 0.7, "tokens": 32}, {"until": 1.0, "tokens": 64}],
     }
     small["average"] = {"start": 0.5, "decay": 0.8}
-    small["evaluate"] = {"times": 2, "tokens": 256}
+    small["evaluate"] = {"times": 2, "tokens": 256, "final_tokens": 0}
     small["samples"] |= {"tokens": 8}
     return small
 

@@ -22,7 +22,7 @@ def recipe_file(tmp_path: Path, content: dict[str, Any], library: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     small = content | {
         "schedule": content["schedule"] | {"lengths": [{"until": 1.0, "tokens": 32}]},
-        "evaluate": {"times": 1, "tokens": 64},
+        "evaluate": {"times": 1, "tokens": 64, "final_tokens": 100},
     }
     small["samples"] = {"prompts": ["def double(n):\n"], "chats": [], "temperatures": [0.0], "tokens": 2}
     path = tmp_path / "tiny.yaml"
@@ -35,7 +35,13 @@ def test_a_run_is_published_then_longer(recipe_file: str, tmp_path: Path, capsys
     assert main([*arguments, "--steps", "2"]) == 0
     shown = capsys.readouterr()
     row = json.loads(shown.out.splitlines()[-1])
-    assert row["steps"] == 2 and row["threads"] == 1 and row["dtype"] == "float32" and row["recipe"] == "tiny"
+    assert (
+        row["steps"] == 2
+        and row["threads"] == 1
+        and row["held_out_tokens"] == 100
+        and row["dtype"] == "float32"
+        and row["recipe"] == "tiny"
+    )
     assert "step 2" in shown.err and "held out" in shown.err
     manifest = read_manifest(tmp_path / "tiny" / "checkpoint")
     verify(manifest)

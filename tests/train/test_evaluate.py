@@ -23,7 +23,7 @@ def test_every_token_but_the_first_is_scored_once(prepared: PreparedRun) -> None
         seen = torch.from_numpy(row[start : min(start + 40, 100)].astype(np.int64))
         wanted = torch.from_numpy(row[start + 1 : min(start + 41, 101)].astype(np.int64))
         logits = model(seen, torch.arange(len(seen)), DenseAttend(1, len(seen), prepared.spec.layers)).double()
-        total -= float(logits.log_softmax(-1)[torch.arange(len(seen)), wanted].sum())
+        total -= logits.log_softmax(-1)[torch.arange(len(seen)), wanted].sum().item()
     measured = held_out_loss(model, prepared.held_out.tokens, prepared.tokenizer.token_bytes, 40, 100)
     assert measured.tokens == 100
     assert measured.nats_per_token == pytest.approx(total / 100, rel=1e-5)
