@@ -140,6 +140,9 @@ class EngineSection(BaseModel):
     heartbeat_s: Seconds = Field(_ENGINE.heartbeat_s, description="longest silence of a worker before it counts as stalled")
     step_deadline_s: Seconds = Field(_ENGINE.step_deadline_s, description="longest time of one step before the worker is replaced")
     load_deadline_s: Seconds = Field(_ENGINE.load_deadline_s, description="longest time that loading a checkpoint may take")
+    spare_worker: bool = Field(
+        _ENGINE.spare_worker, description="keep a process with its libraries loaded (some 200 MB), so that a restart is a load only"
+    )
 
 
 SECTIONS: tuple[type[BaseModel], ...] = (ModelSection, HttpSection, LimitSection, SchedulerSection, EngineSection)

@@ -54,8 +54,8 @@ class _Step(NamedTuple):
 class WorkerBackend:
     """One worker process as the loop sees it. All methods are called from the event loop's thread.
 
-    `child` is a blank worker that was spawned ahead; `spare` keeps another one ready, so that a restart costs a load and not an import
-    (some 200 MB of memory). `on_progress(phase, fraction)` hears how loading goes.
+    `child` is a blank worker that was spawned ahead; with `settings.spare_worker` another one is kept ready, so that a restart costs a load
+    and not an import (some 200 MB of memory). `on_progress(phase, fraction)` hears how loading goes.
     """
 
     def __init__(
@@ -64,13 +64,11 @@ class WorkerBackend:
         settings: EngineSettings,
         *,
         child: ChildProcess | None = None,
-        spare: bool = False,
         on_progress: ProgressCallback | None = None,
     ) -> None:
         self._request = request
         self._settings = settings
         self._blank = child
-        self._keep_spare = spare
         self._on_progress = on_progress
         self._child: ChildProcess | None = None
         self._starting: asyncio.Future[Ready] | None = None
@@ -116,7 +114,7 @@ class WorkerBackend:
         finally:
             self._starting = None
         self._cost, self._state, self._seconds_per_flop = answer, "ready", 0.0
-        if self._keep_spare:
+        if self._settings.spare_worker:
             self._blank = await spawn_worker()
         tier = answer.info.tier if self._settings.tier == "auto" else self._settings.tier
         phases = (*answer.info.phases_s, ("start", time.monotonic() - began_s))

@@ -73,7 +73,7 @@ class EngineSettings:
     """How a worker loads and runs a checkpoint. `kv_bytes` 0: what the machine leaves, bounded by what batch_size contexts can use;
     `threads` 0: all cores.
 
-    `context_tokens` 0: the checkpoint's own.
+    `context_tokens` 0: the checkpoint's own. `spare_worker` keeps a second process with its libraries loaded: a restart is then a load only.
     """
 
     dtype: str = "auto"
@@ -85,6 +85,7 @@ class EngineSettings:
     heartbeat_s: float = 5.0
     step_deadline_s: float = 60.0
     load_deadline_s: float = 1800.0
+    spare_worker: bool = False
 
 
 @dataclass(frozen=True, slots=True)

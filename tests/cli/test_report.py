@@ -30,7 +30,7 @@ def test_the_budget_has_a_line_for_each_use() -> None:
     layout = KvLayout((KvGroup("full", (0,), 2, 16, 16), KvGroup("window8", (1,), 2, 16, 16, 8)))
     lines = (("weights", 10 << 20), ("kv:full", 4 << 20), ("kv:window8", 1 << 20), ("runtime", 5 << 20))
     info = BackendInfo(layout, (128, 16), 8, 512, 2048, 100, "float32", "cpu", "x86", lines)
-    rows = memory_table("v2.3@0123456789ab", info).splitlines()
+    rows = memory_table("v2.3@0123456789ab", info, info.context_tokens).splitlines()
     assert rows[0] == "memory of v2.3@0123456789ab (float32 on x86, context 2048 tokens, 8 sequences)"
     assert [row.split()[:2] for row in rows[1:]] == [
         ["weights", "10.0"],
@@ -41,6 +41,8 @@ def test_the_budget_has_a_line_for_each_use() -> None:
     ]
     assert rows[2].endswith("128 blocks of 64 tokens") and rows[3].endswith("16 blocks of 64 tokens")
     assert float(parent_memory_line().split()[-2]) > 5
+    shrunk = memory_table("v2.3@0123456789ab", info, 4096).splitlines()[0]
+    assert "context 2048 tokens of the checkpoint's 4096" in shrunk
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ async def test_a_model_that_is_not_there(tmp_path) -> None:
 
 
 async def test_a_killed_worker_is_replaced_and_the_continuation_is_the_same(full_model, full_dense) -> None:
-    backend = WorkerBackend(LoadRequest(str(full_model), max_rows=4, threads=1), EngineSettings(), spare=True)
+    backend = WorkerBackend(LoadRequest(str(full_model), max_rows=4, threads=1), EngineSettings(spare_worker=True))
     info = await backend.start()
 
     def opening(known, sampling, row):
