@@ -60,7 +60,7 @@ def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallba
     manifest = read_manifest(Path(request.directory))
     spec = manifest.spec
     device = choose_device(request.device)
-    dtype = choose_dtype(request.dtype, spec, device)
+    dtype = choose_dtype(request.dtype, spec, device, manifest.stored_dtype)
     element_bytes = ELEMENT_BYTES[dtype]
     layout = spec.kv_layout()
     usage = Usage(spec.parameters * element_bytes, resident_bytes(), _free_bytes(device))
@@ -110,13 +110,14 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def choose_dtype(name: str, spec: ModelSpec, device: torch.device) -> str:
-    """An explicit type, else the line's own, else what the device computes fast."""
+def choose_dtype(name: str, spec: ModelSpec, device: torch.device, stored: str) -> str:
+    """An explicit type, else the line's own, else what the device computes fast: on a GPU the 16-bit type that the weights are `stored` in."""
     for wanted in (name, spec.precision.compute):
         if wanted != "auto":
             return wanted
     if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+        fast = ("bfloat16", "float16") if torch.cuda.is_bf16_supported() else ("float16",)
+        return stored if stored in fast else fast[0]
     return "bfloat16" if _cpu_computes_bfloat16() else "float32"
 
 

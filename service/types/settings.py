@@ -73,7 +73,7 @@ class EngineSettings:
     """How a worker loads and runs a checkpoint. `kv_bytes` 0: what the machine leaves, bounded by what batch_size contexts can use;
     `threads` 0: all cores.
 
-    `context_tokens` 0: the checkpoint's own. `spare_worker` keeps a second process with its libraries loaded: a restart is then a load only.
+    `context_tokens` 0: the checkpoint's own. `spare_worker` keeps a second process with its libraries loaded: a restart is a load only.
     """
 
     dtype: str = "auto"
