@@ -111,7 +111,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, spec: ModelSpec, device: torch.device, stored: str) -> str:
-    """An explicit type, else the line's own, else what the device computes fast: on a GPU the 16-bit type that the weights are `stored` in."""
+    """An explicit type, else the line's own, else what the device computes fast: on a GPU the 16-bit type of the `stored` weights."""
     for wanted in (name, spec.precision.compute):
         if wanted != "auto":
             return wanted
