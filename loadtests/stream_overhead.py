@@ -2,10 +2,10 @@
 
 The worker is the tests' fake one, so there is no model time: a step every `--step_ms` gives each of the lockstep streams one token. A lean
 client in another process reads raw sockets and notes when each token arrives. Both servers send the same number of bytes a token. A token's
-latency is its arrival minus the moment its step began, as told by the step's own schedule. One JSON row for each run, appended to the file
-that `--results` names.
+latency is its arrival minus the moment its step ended, as noted where the tokens became available. One JSON row for each run;
+`--keep` appends it to results/stream_overhead.jsonl. Run from the repository's root:
 
-    python loadtests/stream_overhead.py --streams 256 --results loadtests/results/stream_overhead.jsonl
+    python -m loadtests.stream_overhead --streams 256 --keep
 """
 
 from __future__ import annotations
@@ -15,14 +15,11 @@ import asyncio
 import bisect
 import contextlib
 import json
-import os
-import platform
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -31,6 +28,7 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
+from loadtests import rows
 from service.api.app import build_app
 from service.api.server import HttpServer, bind, build_server, run
 from service.telemetry import Telemetry
@@ -140,7 +138,17 @@ async def serving(server: HttpServer, listener: socket.socket) -> AsyncIterator[
 
 async def drive(port: int, streams: int, tokens: int) -> list[list[float]]:
     """Arrival times by stream, from the client process."""
-    arguments = [sys.executable, __file__, "--client", str(port), "--streams", str(streams), "--tokens", str(tokens)]
+    arguments = [
+        sys.executable,
+        "-m",
+        "loadtests.stream_overhead",
+        "--client",
+        str(port),
+        "--streams",
+        str(streams),
+        "--tokens",
+        str(tokens),
+    ]
     process = await asyncio.create_subprocess_exec(*arguments, stdout=subprocess.PIPE)
     output, _ = await process.communicate()
     arrivals: list[list[float]] = json.loads(output)
@@ -230,7 +238,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=60)
     parser.add_argument("--step_ms", type=float, default=80.0)
-    parser.add_argument("--results", type=Path)
+    parser.add_argument("--keep", action="store_true", help="append the row to the results")
     parser.add_argument("--client", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.client:
@@ -240,21 +248,17 @@ def main() -> None:
     bare = run(measure_bare(given.streams, given.tokens, step_s))
     ours = run(measure_ours(given.streams, given.tokens, step_s))
     row = {
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **rows.surroundings(),
         "streams": given.streams,
         "tokens": given.tokens,
         "step_ms": given.step_ms,
         "ours": ours,
         "bare": bare,
         "p99_ratio": round(ours["p99_ms"] / bare["p99_ms"], 3),
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
     }
     print(json.dumps(row))
-    if given.results:
-        with given.results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    if given.keep:
+        rows.keep("stream_overhead", row)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -112,7 +113,7 @@ def build_app(router: Router, telemetry: Telemetry, settings: HttpSettings) -> A
             methods=[row.method],
             summary=row.summary,
             response_model=None,
-            openapi_extra=_schema(row),
+            openapi_extra=_schema(row.body),
         )
     return Application(Front(app, services, [row.path for row in ROUTES]), services)
 
@@ -124,10 +125,11 @@ def _bind(endpoint: Endpoint, services: Services) -> Callable[[Request], Awaitab
     return answer
 
 
-def _schema(row: RouteRow) -> dict[str, Any] | None:
-    if row.body is None:
+@functools.cache
+def _schema(body: type[BaseModel] | None) -> dict[str, Any] | None:
+    if body is None:
         return None
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": row.body.model_json_schema()}}}}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": body.model_json_schema()}}}}
 
 
 async def _warm(services: Services) -> None:

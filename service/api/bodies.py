@@ -1,7 +1,8 @@
 """Read a request's body within its bounds and parse it as strict JSON.
 
 It does not know what the fields mean. Invariants: a body over the limit is refused before it is read when it says its length, and as soon
-as it passes the limit when it does not; what comes out is a JSON object without NaN, infinities, lone surrogates or deep nesting.
+as it passes the limit when it does not; what comes out is a JSON object without NaN, infinities, lone surrogates, deep nesting or
+a key given twice (two readers of one body would take different values).
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from service.api.exchange import Receive, Scope
 from service.types.errors import InvalidRequest, PayloadTooLarge, RequestCancelled, RequestTimeout, UnsupportedMediaType
 from service.types.settings import HttpLimits
 
-_STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
-_OPENERS = (b"[", b"{")
+MOST_CONTAINERS = 1 << 17
+
+_CONTAINERS = frozenset({dict, list})
 
 
 async def read_json(scope: Scope, receive: Receive, limits: HttpLimits) -> dict[str, Any]:
@@ -32,15 +34,47 @@ async def read_json(scope: Scope, receive: Receive, limits: HttpLimits) -> dict[
 
 def parse_object(body: bytes, limits: HttpLimits) -> dict[str, Any]:
     """Parse a JSON object strictly. Raises InvalidRequest."""
-    if not _shallow(body, limits.json_depth):
-        raise InvalidRequest(f"The JSON body nests deeper than {limits.json_depth} levels.")
+    if _openers(body) > MOST_CONTAINERS and _openers(_without_texts(body)) > MOST_CONTAINERS:
+        raise InvalidRequest(f"The JSON body has more than {MOST_CONTAINERS} objects and lists.")
     try:
         value = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except RecursionError:
+        raise _too_deep(limits) from None
+    except (msgspec.DecodeError, UnicodeDecodeError):
         raise InvalidRequest("The body is not valid JSON (UTF-8, one object, no NaN, no infinities, no lone surrogates).") from None
     if not isinstance(value, dict):
         raise InvalidRequest("The JSON body must be an object.")
+    depth, keys = _measure(value)
+    if depth > limits.json_depth:
+        raise _too_deep(limits)
+    if body.count(b":") != keys and _without_texts(body).count(b":") != keys:
+        raise InvalidRequest("The JSON body has an object with the same key twice.")
     return value
+
+
+def _without_texts(body: bytes) -> bytes:
+    return b"".join(body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
+
+
+def _openers(body: bytes) -> int:
+    return body.count(b"[") + body.count(b"{")
+
+
+def _measure(value: dict[str, Any]) -> tuple[int, int]:
+    """Levels of nesting, and keys that are left: as many as the body has colons outside of texts, unless one was given twice."""
+    depth, keys, level = 0, 0, [value]
+    while level:
+        depth += 1
+        inner: list[Any] = []
+        for container in level:
+            items: Any = container
+            if isinstance(container, dict):
+                keys += len(container)
+                items = container.values()
+            if not _CONTAINERS.isdisjoint(map(type, items)):
+                inner += [item for item in items if type(item) in _CONTAINERS]
+        level = inner
+    return depth, keys
 
 
 async def _read(receive: Receive, limits: HttpLimits) -> bytes:
@@ -74,19 +108,8 @@ def _check_media(headers: dict[bytes, bytes]) -> None:
         raise UnsupportedMediaType("The body must be UTF-8.")
 
 
-def _shallow(body: bytes, depth: int) -> bool:
-    if sum(body.count(opener) for opener in _OPENERS) <= depth:
-        return True
-    level = 0
-    for match in _STRUCTURE.finditer(body):
-        mark = body[match.start()]
-        if mark in b"[{":
-            level += 1
-            if level > depth:
-                return False
-        elif mark in b"]}":
-            level -= 1
-    return True
+def _too_deep(limits: HttpLimits) -> InvalidRequest:
+    return InvalidRequest(f"The JSON body nests deeper than {limits.json_depth} levels.")
 
 
 def _too_large(limits: HttpLimits) -> PayloadTooLarge:

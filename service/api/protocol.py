@@ -9,6 +9,7 @@ after its first byte or the client gets 408; a connection with unread input is d
 from __future__ import annotations
 
 import asyncio
+import re
 import urllib.parse
 from typing import Any
 
@@ -25,6 +26,11 @@ from service.types.settings import HttpLimits
 
 LINGER_S = 2.0
 HEAD_END = b"\r\n\r\n"
+VERSIONS = ("1.0", "1.1")
+# Offers to speak another protocol are not taken. The parser would drop the body of a request that makes one, as Java's client does.
+UPGRADE_FIELD = re.compile(rb"\r\nupgrade:[^\r\n]*", re.IGNORECASE)
+# Two of these would mean different things to different programs on the way.
+SINGLE_FIELDS = frozenset({b"host", b"authorization", b"origin", b"content-type", b"content-encoding"})
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -117,26 +123,26 @@ class BoundedProtocol(HttpToolsProtocol):
         """Parse one whole head, start its exchange, pass on what came with it."""
         self._in_body, self._left, self._idle_bytes = True, 0, 0
         self.exchange = None
-        upgrade = False
         try:
-            self.parser.feed_data(head)
-        except httptools.HttpParserUpgrade:
-            upgrade = True
-        except httptools.HttpParserError:
+            self.parser.feed_data(UPGRADE_FIELD.sub(b"", head))
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self._refuse(InvalidRequest("The request is not valid HTTP."))
             return
         scope = self._request_scope()
         if scope is None:
             self._refuse(InvalidRequest("The request's target is not a valid path."))
             return
+        fields = dict(self.headers)
+        if not self._plain_http(scope["http_version"], fields):
+            self._refuse(InvalidRequest("The request must be HTTP/1.0 or 1.1 and have each of its header fields that matter once."))
+            return
         exchange = self.exchange = Exchange(self, scope, self.limits.stream_write_s)
         scope["extensions"] = {WRITE_EXTENSION: exchange.write}
-        fields = dict(self.headers)
         chunked = b"transfer-encoding" in fields
         self._left = None if chunked else int(fields.get(b"content-length", b"0"))
         exchange.expects_continue = self.expect_100_continue
-        exchange.keep_alive = scope["http_version"] == "1.1" and self._keeps_alive and not chunked and not upgrade
-        if upgrade or self._left == 0:
+        exchange.keep_alive = scope["http_version"] == "1.1" and self._keeps_alive and not chunked
+        if self._left == 0:
             self._in_body = False
             exchange.feed_end()
         task = self.loop.create_task(exchange.run(self.app))
@@ -158,6 +164,14 @@ class BoundedProtocol(HttpToolsProtocol):
         scope["raw_path"] = raw_path
         scope["query_string"] = url.query or b""
         return scope
+
+    def _plain_http(self, version: str, fields: dict[bytes, bytes]) -> bool:
+        if version not in VERSIONS or (version == "1.1" and b"host" not in fields):
+            return False
+        if len(fields) == len(self.headers):
+            return True
+        names = [name for name, _ in self.headers if name in SINGLE_FIELDS]
+        return len(names) == len(set(names))
 
     def _feed_body(self, data: bytes) -> bytes:
         """Parse body bytes; gives back what lies behind the body's end."""

@@ -102,7 +102,7 @@ async def running(options: Options | None = None) -> AsyncIterator[Service]:
     server = build_server(app)
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     await server.accepting.wait()
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30, verify=False) as client:
         try:
             yield Service(app, router, backend, telemetry, port, client)
         finally:
