@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+import re
+import socket
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from service.api.app import Application, build_app
-from service.api.server import bind, build_server
+from service.api.server import HttpServer, bind, build_server
 from service.inputs.tokens import TokenCodec
 from service.schedulers.router import Router
 from service.telemetry import Telemetry
@@ -49,6 +51,7 @@ class Service:
     router: Router
     backend: FakeBackend
     telemetry: Telemetry
+    server: HttpServer
     port: int
     client: httpx.AsyncClient
 
@@ -74,6 +77,21 @@ class Service:
     def rows(self) -> int:
         return len(self.backend.rows)
 
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples that have these labels."""
+        total = 0.0
+        for line in self.telemetry.render()[0].decode().splitlines():
+            if match := re.fullmatch(rf"deepseek_{name}\{{(.*)\}} (\S+)", line):
+                total += float(match[2]) if all(f'{key}="{value}"' in match[1] for key, value in labels.items()) else 0.0
+        return total
+
+    async def quiet(self) -> None:
+        """Wait until no connection and no request of the server is left and every block is free."""
+        state = self.server.server_state
+        await until(lambda: not state.connections and not state.tasks)
+        await until(lambda: self.metric("requests_running") + self.metric("requests_waiting") == 0)
+        assert self.metric("kv_cache_usage_ratio") == 0
+
 
 @dataclass
 class Options:
@@ -84,6 +102,7 @@ class Options:
     template: str | None = TEMPLATE
     context_tokens: int = 2048
     start: bool = True
+    send_bytes: int = 0
 
 
 @contextlib.asynccontextmanager
@@ -98,13 +117,15 @@ async def running(options: Options | None = None) -> AsyncIterator[Service]:
     if options.start:
         await router.start()
     listener = bind(settings)
+    if options.send_bytes:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, options.send_bytes)
     port = listener.getsockname()[1]
     server = build_server(app)
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     await server.accepting.wait()
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30, verify=False) as client:
         try:
-            yield Service(app, router, backend, telemetry, port, client)
+            yield Service(app, router, backend, telemetry, server, port, client)
         finally:
             await client.aclose()
             server.should_exit = True
@@ -117,6 +138,14 @@ async def running(options: Options | None = None) -> AsyncIterator[Service]:
 async def service() -> AsyncIterator[Service]:
     async with running() as one:
         yield one
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(5000):
+        if condition():
+            return
+        await asyncio.sleep(0.002)
+    raise AssertionError("it did not happen")
 
 
 def head(method: str, path: str, *fields: tuple[str, str], close: bool = True) -> bytes:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from service.api.bodies import MOST_CONTAINERS, parse_object
+from service.types.errors import InvalidRequest
 from service.types.settings import HttpLimits
 from tests.api.conftest import Options, Service, failure, head, post, running
 
@@ -139,28 +142,51 @@ async def test_counts_at_and_above_their_limit(field: str, ok: object, bad: obje
     assert error["param"] == field
 
 
-async def test_prompts_times_choices() -> None:
+async def test_brackets_inside_of_texts_are_no_depth() -> None:
     async with running(Options(limits=SMALL)) as service:
-        await service.complete(prompt=["x"] * 2, n=3, max_tokens=1)
-        assert (await refuse(service, "/v1/completions", {"prompt": ["x"] * 3, "n": 3}))["param"] == "n"
-
-
-async def test_json_depth_at_and_above_its_limit() -> None:
-    async with running(Options(limits=SMALL)) as service:
-        deep = {"prompt": "x", "max_tokens": 1, "metadata": {"a": {"b": {}}}}
-        await service.complete(**deep)
-        deep["metadata"] = {"a": {"b": {"c": {}}}}
-        assert "deeper than 4" in (await refuse(service, "/v1/completions", deep))["message"]
         await service.complete(prompt='[[[[[[{{{{{{\\"', max_tokens=1)
+        deep = {"prompt": "x", "metadata": {"a": {"b": {"c": {}}}}}
+        assert "deeper than 4" in (await refuse(service, "/v1/completions", deep))["message"]
 
 
-async def test_context_at_and_above_its_limit() -> None:
-    async with running(Options(context_tokens=32)) as service:
-        assert (await service.complete(prompt="x" * 20, max_tokens=12))["usage"]["total_tokens"] == 32
-        error = await refuse(service, "/v1/completions", {"prompt": "x" * 20, "max_tokens": 13})
-        assert error["code"] == "context_length_exceeded"
-        assert (await refuse(service, "/v1/completions", {"prompt": "x" * 256}))["message"].startswith("The prompt has 256 tokens")
-        assert (await refuse(service, "/v1/completions", {"prompt": "x" * 257}))["message"].startswith("The prompt has 257 characters")
+@pytest.mark.parametrize(
+    ("body", "fine"),
+    [
+        (b'{"prompt": "x", "prompt": "y"}', False),
+        (b'{"prompt": "x", "max_tokens": 1, "max_token\\u0073": 2}', False),
+        (b'{"prompt": "x", "metadata": {"a": 1, "a": 1}}', False),
+        (b'{"prompt": "x", "metadata": [[{"b:": "::", "b:": ":"}]]}', False),
+        (b'{"prompt": "\\"a\\": \\\\", "metadata": [{"a": 1}, {"a": "b:"}], "stop": ":\\\\\\":"}', True),
+    ],
+)
+async def test_a_key_given_twice_is_refused(service: Service, body: bytes, fine: bool) -> None:
+    answer = await service.raw(post("/v1/completions", body))
+    if fine:
+        assert answer.startswith(b"HTTP/1.1 200")
+    else:
+        assert "twice" in failure(answer)[1]["message"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.recursive(
+        st.none() | st.text(alphabet='a:"\\{[]}', max_size=6),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(alphabet=':"\\', max_size=3), inner, max_size=3),
+        max_leaves=12,
+    )
+)
+def test_no_sound_body_is_taken_for_one_with_a_key_twice(value: object) -> None:
+    body = {"a": value}
+    assert parse_object(json.dumps(body).encode(), HttpLimits()) == body
+
+
+def test_containers_are_counted_before_anything_is_built_of_them() -> None:
+    limits = HttpLimits()
+    most = MOST_CONTAINERS - 2
+    assert len(parse_object(b'{"a":[' + b"[]," * (most - 1) + b"[]]}", limits)["a"]) == most
+    with pytest.raises(InvalidRequest, match="objects and lists"):
+        parse_object(b'{"a":[' + b"[]," * most + b"[]]}", limits)
+    assert parse_object(json.dumps({"a": "[" * MOST_CONTAINERS * 2}).encode(), limits)
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -205,7 +231,3 @@ async def test_other_media_are_refused(service: Service, fields: dict) -> None:
     response = await service.client.post("/v1/completions", content=b'{"prompt": "x"}', headers=fields)
     assert response.status_code == 415
     assert response.json()["error"]["code"] == "unsupported_media_type"
-
-
-async def test_defaults_of_the_limits_are_the_documented_ones() -> None:
-    assert replace(HttpLimits()) == HttpLimits(header_bytes=32768, header_fields=100, body_bytes=32 << 20, json_depth=64, choices=16)

@@ -9,10 +9,8 @@ import pytest
 
 from service.types.settings import HttpLimits
 from tests.api.conftest import Options, Service, failure, head, parse, post, running
-from tests.fakes import FakeBehaviour
 
 TIGHT = HttpLimits(header_bytes=500, header_fields=10, header_read_s=0.2, body_idle_s=0.2)
-RUNNING_NONE = b'deepseek_requests_running{device="fake",tier="cpu",version="v2.3@abababababab"} 0.0'
 BODY = json.dumps({"prompt": "x", "max_tokens": 2}).encode()
 
 
@@ -145,25 +143,3 @@ async def test_continue_is_sent_when_the_body_is_wanted(service: Service) -> Non
     writer.write(BODY)
     assert (await reader.read()).startswith(b"HTTP/1.1 200")
     writer.close()
-
-
-async def until(condition) -> None:
-    for _ in range(2000):
-        if condition():
-            return
-        await asyncio.sleep(0.002)
-    raise AssertionError("it did not happen")
-
-
-@pytest.mark.parametrize("stream", [True, False])
-async def test_a_client_that_leaves_frees_its_rows_within_a_step(stream: bool) -> None:
-    async with running(Options(behaviour=FakeBehaviour(step_s=0.02, start_s=0.0))) as service:
-        body = json.dumps({"prompt": "x", "max_tokens": 2000, "n": 3, "stream": stream}).encode()
-        _, writer = await asyncio.open_connection("127.0.0.1", service.port)
-        writer.write(post("/v1/completions", body))
-        await until(lambda: service.rows() == 3 and service.backend.steps_executed > 3)
-        writer.transport.abort()
-        left_at = service.backend.steps_executed
-        await until(lambda: RUNNING_NONE in service.telemetry.render()[0])
-        assert service.backend.steps_executed - left_at <= 3
-        assert b'outcome="cancelled"' in service.telemetry.render()[0]
