@@ -103,6 +103,7 @@ class Options:
     context_tokens: int = 2048
     start: bool = True
     send_bytes: int = 0
+    codec: TokenCodec = BYTE_CODEC
 
 
 @contextlib.asynccontextmanager
@@ -111,7 +112,7 @@ async def running(options: Options | None = None) -> AsyncIterator[Service]:
     telemetry = Telemetry()
     backend = FakeBackend(behaviour=options.behaviour, context_tokens=options.context_tokens)
     manifest = FakeManifest(fake_spec(options.context_tokens), chat_template=options.template)
-    router = fake_router(backend, options.scheduler, telemetry, codec=BYTE_CODEC, manifest=manifest)
+    router = fake_router(backend, options.scheduler, telemetry, codec=options.codec, manifest=manifest)
     settings = replace(HttpSettings(port=0, limits=options.limits), **options.http)
     app = build_app(router, telemetry, settings)
     if options.start:

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
+from tokenizers.processors import TemplateProcessing
 
 from service.api.calls import Call
 from service.api.chat import parse as parse_chat
 from service.api.completions import parse as parse_completion
 from service.api.fields import HARMLESS, UNSUPPORTED
-from service.api.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from service.api.schemas import (
+    ChatBody,
+    ChatMessage,
+    CompletionBody,
+    DetokenizeBody,
+    SamplingBody,
+    StreamOptions,
+    StrictModel,
+    TextPart,
+    TokenizeBody,
+)
 from service.api.translate import Translator
+from service.inputs.tokens import TokenCodec
 from service.types.errors import UnsupportedField
 from service.types.request import GenerationRequest
 from service.types.settings import HttpLimits
-from tests.api.conftest import BYTE_CODEC, Service
+from tests.api.conftest import BYTE_CODEC, Options, Service, byte_tokenizer, running
 from tests.fakes import FakeManifest, fake_router, fake_spec
 
 # Field -> (value, what of the requests must differ from the body without it).
@@ -40,13 +54,56 @@ REQUEST_FIELDS: dict[str, tuple[Any, str]] = {
 }
 COMPLETION_FIELDS = {"logprobs": (2, "sampling.logprobs")}
 CHAT_FIELDS = {"logprobs": (True, "sampling.logprobs"), "max_completion_tokens": (7, "stop.max_tokens")}
-# Field -> the test below (or in a sibling) that shows its effect through the server.
-SHOWN_BY_SERVER = {
-    "completion": {"model", "stream", "stream_options", "prompt", "echo", "best_of"},
-    "chat": {"model", "stream", "stream_options", "messages", "top_logprobs", "chat_template_kwargs"},
-    "tokenize": {"model", "prompt", "messages", "add_special_tokens", "return_token_strs"},
-    "detokenize": {"model", "tokens"},
+COMPLETION, CHAT, TOKENIZE, DETOKENIZE = "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"
+USER = {"role": "user", "content": "q"}
+PARTS = [{"type": "text", "text": "q"}]
+PLAIN: dict[str, dict[str, Any]] = {
+    COMPLETION: {"prompt": "hi", "max_tokens": 3, "seed": 1},
+    CHAT: {"messages": [USER], "max_tokens": 3, "seed": 1},
+    TOKENIZE: {"prompt": "a<end>"},
+    DETOKENIZE: {"tokens": [97, 98]},
 }
+STREAM = {"stream": True}
+USAGE = {"stream_options": {"include_usage": True}}
+SCORED = {"logprobs": True}
+# Field of a schema -> route, what is added to the plain body, what is added besides with the field: the answers (or the prompt that
+# reaches the worker) must differ. The template shows names and a variable `mood`.
+SHOWN: dict[tuple[type[BaseModel], str], tuple[str, dict[str, Any], dict[str, Any]]] = {
+    (CompletionBody, "model"): (COMPLETION, {"model": "stable"}, {"model": "other"}),
+    (CompletionBody, "stream"): (COMPLETION, {}, STREAM),
+    (CompletionBody, "stream_options"): (COMPLETION, STREAM, USAGE),
+    (CompletionBody, "prompt"): (COMPLETION, {}, {"prompt": "ho"}),
+    (CompletionBody, "echo"): (COMPLETION, {}, {"echo": True}),
+    (CompletionBody, "best_of"): (COMPLETION, {"best_of": 1}, {"best_of": 2}),
+    (ChatBody, "model"): (CHAT, {"model": "v2.3"}, {"model": "other"}),
+    (ChatBody, "stream"): (CHAT, {}, STREAM),
+    (ChatBody, "stream_options"): (CHAT, STREAM, USAGE),
+    (ChatBody, "messages"): (CHAT, {}, {"messages": [USER, USER]}),
+    (ChatBody, "top_logprobs"): (CHAT, SCORED, {"top_logprobs": 2}),
+    (ChatBody, "chat_template_kwargs"): (CHAT, {}, {"chat_template_kwargs": {"mood": "gay"}}),
+    (StreamOptions, "include_usage"): (CHAT, {**STREAM, "stream_options": {"include_usage": False}}, USAGE),
+    (ChatMessage, "role"): (CHAT, {}, {"messages": [{**USER, "role": "assistant"}]}),
+    (ChatMessage, "content"): (CHAT, {}, {"messages": [{**USER, "content": "r"}]}),
+    (ChatMessage, "name"): (CHAT, {}, {"messages": [{**USER, "name": "Ann"}]}),
+    (TextPart, "type"): (
+        CHAT,
+        {"messages": [{**USER, "content": PARTS}]},
+        {"messages": [{**USER, "content": [{"type": "t", "text": "q"}]}]},
+    ),
+    (TextPart, "text"): (
+        CHAT,
+        {"messages": [{**USER, "content": PARTS}]},
+        {"messages": [{**USER, "content": [{"type": "text", "text": "r"}]}]},
+    ),
+    (TokenizeBody, "model"): (TOKENIZE, {"model": "fake"}, {"model": "other"}),
+    (TokenizeBody, "prompt"): (TOKENIZE, {}, {"prompt": "b"}),
+    (TokenizeBody, "messages"): (TOKENIZE, {"prompt": None, "messages": [USER]}, {"messages": [USER, USER]}),
+    (TokenizeBody, "add_special_tokens"): (TOKENIZE, {}, {"add_special_tokens": False}),
+    (TokenizeBody, "return_token_strs"): (TOKENIZE, {}, {"return_token_strs": True}),
+    (DetokenizeBody, "model"): (DETOKENIZE, {"model": "fake"}, {"model": "other"}),
+    (DetokenizeBody, "tokens"): (DETOKENIZE, {}, {"tokens": [97, 256]}),
+}
+TEMPLATE = "{% for m in messages %}{{ m.role }}{{ m.name }}: {{ m.content }}<end>\n{% endfor %}{{ mood }}assistant:"
 
 
 def seen(request: GenerationRequest, path: str) -> Any:
@@ -64,13 +121,61 @@ def translate(route: str, fields: dict[str, Any]) -> list[GenerationRequest]:
     return translator.completion(parse_completion({"prompt": [1, 2], **fields}), [[1, 2]])
 
 
+def schemas_of(kind: type[BaseModel]) -> list[type[BaseModel]]:
+    return [found for one in kind.__subclasses__() for found in (one, *schemas_of(one))]
+
+
 def test_the_tables_are_complete() -> None:
-    assert set(CompletionBody.model_fields) == set(REQUEST_FIELDS) | set(COMPLETION_FIELDS) | SHOWN_BY_SERVER["completion"]
-    assert set(ChatBody.model_fields) == set(REQUEST_FIELDS) | set(CHAT_FIELDS) | SHOWN_BY_SERVER["chat"]
-    assert set(TokenizeBody.model_fields) == SHOWN_BY_SERVER["tokenize"]
-    assert set(DetokenizeBody.model_fields) == SHOWN_BY_SERVER["detokenize"]
+    asked = {(CompletionBody, name) for name in REQUEST_FIELDS | COMPLETION_FIELDS} | {
+        (ChatBody, name) for name in REQUEST_FIELDS | CHAT_FIELDS
+    }
+    fields = {(schema, name) for schema in schemas_of(StrictModel) for name in schema.model_fields if schema is not SamplingBody}
+    assert fields == asked | set(SHOWN)
+    assert not asked & set(SHOWN)
     served = set(CompletionBody.model_fields) | set(ChatBody.model_fields)
     assert not served & (set(UNSUPPORTED) | HARMLESS)
+
+
+@pytest.fixture(scope="module")
+def encoding_with_start() -> TokenCodec:
+    """The byte vocabulary; a text begins with <end> unless told otherwise."""
+    tokenizer = byte_tokenizer()
+    tokenizer.post_processor = TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 256)])
+    return TokenCodec(tokenizer.to_str().encode(), {"eos_token": "<end>"})
+
+
+async def effect(service: Service, route: str, body: dict[str, Any]) -> tuple[int, str, str, str]:
+    """Status, content type, text without ids and times, and the prompt that the worker got."""
+    service.backend.plans.clear()
+    response = await service.client.post(route, json={name: value for name, value in body.items() if value is not None})
+    prompts = [opening.tokens[: opening.prompt_tokens] for plan in service.backend.plans for opening in plan.open]
+    text = re.sub(r'"id":"[^"]*"|"created":\d+|"cached_tokens":\d+', "", response.text)
+    return (
+        response.status_code,
+        response.headers["content-type"],
+        text,
+        str([BYTE_CODEC.decode(ids, skip_special=False) for ids in prompts]),
+    )
+
+
+@pytest.mark.parametrize(("schema", "field"), SHOWN, ids=lambda value: value if isinstance(value, str) else value.__name__)
+async def test_a_field_changes_the_answer(schema: type[BaseModel], field: str, encoding_with_start: TokenCodec) -> None:
+    route, base, added = SHOWN[schema, field]
+    plain = {**PLAIN[route], **base}
+    async with running(Options(template=TEMPLATE, codec=encoding_with_start)) as service:
+        without = await effect(service, route, plain)
+        assert without[0] == 200
+        assert await effect(service, route, plain) == without
+        assert await effect(service, route, {**plain, **added}) != without
+
+
+async def test_template_variables_are_in_the_prompt() -> None:
+    async with running(Options(template=TEMPLATE)) as service:
+        body = {**PLAIN[CHAT], "messages": [{**USER, "name": "Ann"}]}
+        _, _, _, without = await effect(service, CHAT, body)
+        _, _, _, having = await effect(service, CHAT, {**body, "chat_template_kwargs": {"mood": "glad "}})
+    assert without == str(["userAnn: q<end>\nassistant:"])
+    assert having == str(["userAnn: q<end>\nglad assistant:"])
 
 
 @pytest.mark.parametrize(
@@ -135,8 +240,7 @@ async def test_tokenize_and_detokenize(service: Service) -> None:
     assert (await ask("/tokenize", prompt="x", model="nope"))["error"]["code"] == "model_not_found"
 
 
-async def test_template_variables_reach_the_template_and_may_not_replace_ours(service: Service) -> None:
+async def test_template_variables_may_not_replace_ours(service: Service) -> None:
     body = {"messages": [{"role": "user", "content": "q"}], "max_tokens": 1}
     response = await service.client.post("/v1/chat/completions", json={**body, "chat_template_kwargs": {"messages": "x"}})
     assert response.json()["error"]["param"] == "chat_template_kwargs"
-    assert (await service.client.post("/v1/chat/completions", json={**body, "chat_template_kwargs": {"x": 1}})).status_code == 200
