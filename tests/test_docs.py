@@ -94,8 +94,8 @@ def test_a_missing_path_is_seen() -> None:
 # Flags, settings, metrics.
 
 
-def script_flags() -> set[str]:
-    sources = [path.read_text("utf-8") for path in (ROOT / "loadtests").glob("*.py")]
+def script_flags(pattern: str = "*") -> set[str]:
+    sources = [path.read_text("utf-8") for path in (ROOT / "loadtests").glob(f"{pattern}.py")]
     return {flag for source in sources for flag in re.findall(r'add_argument\("(--\w+)"', source)}
 
 
@@ -119,6 +119,14 @@ def test_commands_take_the_flags_that_examples_give_them() -> None:
                 assert not wrong, (block.place, wrong)
                 seen += 1
     assert seen >= 5
+
+
+def test_scripts_take_the_flags_that_pages_give_them() -> None:
+    calls = [call for text in PAGES.values() for call in re.findall(r"python -m loadtests\.(\w+)([^\n`]*)", text)]
+    assert len(calls) >= 5
+    for script, arguments in calls:
+        assert (ROOT / "loadtests" / f"{script}.py").is_file(), script
+        assert set(re.findall(r"--\w+", arguments)) <= script_flags(script), script
 
 
 @pytest.mark.parametrize("page", PAGES)
