@@ -147,6 +147,7 @@ async def _framework_failure(request: Request, failure: Exception) -> Response:
         error = MethodNotAllowed(f"This route does not take {request.method[:16]}.")
     else:
         error = InvalidRequest("The request cannot be served.")
+    call_of(request.scope).outcome = error.code
     answer = _error_answer(error)
     answer.headers.update(dict(failure.headers or {}) if isinstance(failure, HTTPException) else {})
     return answer

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import signal
 import sys
 from collections.abc import AsyncIterator
 
 import httpx
 import pytest
+
+from tests.api.conftest import Options, running
 
 
 @contextlib.asynccontextmanager
@@ -69,3 +72,22 @@ async def test_an_idle_server_ends_cleanly(number: signal.Signals) -> None:
     async with process(5.0) as (child, client):
         assert (await client.get("/ready")).status_code == 200
         child.send_signal(number)
+
+
+@pytest.mark.parametrize("access_log", [True, False])
+async def test_the_access_log_has_a_line_for_each_request_or_none(access_log: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    async with running(Options(http={"access_log": access_log})) as service:
+        answer = await service.client.post("/v1/completions", json={"prompt": "xyz", "max_tokens": 2})
+        await service.client.get("/nope")
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    logged = [line for line in lines if line["event"] == "request"]
+    assert "worker_ready" in {line["event"] for line in lines}
+    if access_log:
+        assert [(line["route"], line["status"], line["outcome"]) for line in logged] == [
+            ("/v1/completions", 200, "ok"),
+            ("other", 404, "not_found"),
+        ]
+        assert logged[0]["request_id"] == answer.headers["x-request-id"]
+        assert (logged[0]["prompt_tokens"], logged[0]["completion_tokens"]) == (3, 2)
+    else:
+        assert logged == []
