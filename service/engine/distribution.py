@@ -113,18 +113,20 @@ def _draw_among(scores: Floats, filters: Filters, numbers: Floats, width: int) -
     ids, values, sure = _best(scores, width)
     order = np.argsort(-values, axis=1, kind="stable")
     weights = np.exp(np.take_along_axis(values, order, axis=1).astype(np.float64))
-    limits = np.where(filters.top_k > 0, filters.top_k, scores.shape[1])
+    vocab_size = scores.shape[1]
+    limits = np.where(filters.top_k > 0, np.minimum(filters.top_k, vocab_size), vocab_size)
     weights[np.arange(width) >= limits[:, None]] = 0.0
     ends = np.cumsum(weights, axis=1)
     total = ends[:, -1].copy()
-    open_rows = np.flatnonzero(filters.top_k == 0)
+    open_rows = np.flatnonzero(limits == vocab_size)
     if len(open_rows):
         total[open_rows] = np.exp(scores[open_rows]).sum(axis=1, dtype=np.float64)
     nucleus = np.where(filters.top_p < 1.0, filters.top_p, np.inf) * total
     beyond = ends - weights >= nucleus[:, None]
     beyond[:, 0] = False
     weights[beyond | (weights < filters.min_p[:, None])] = 0.0
-    sure &= (limits <= width) | (ends[:, -1] >= nucleus)
+    # What a top_k beyond the width keeps, and so its nucleus, is not known yet.
+    sure &= (limits <= width) | ((limits == vocab_size) & (ends[:, -1] >= nucleus))
     by_id = np.empty_like(weights)
     np.put_along_axis(by_id, order, weights, axis=1)
     tokens: Ints = ids[np.arange(len(ids)), _invert(by_id, numbers)]

@@ -111,6 +111,15 @@ def test_top_p_reaches_beyond_the_first_candidates() -> None:
     assert (seen[:2000] > 0).sum() > 1400
 
 
+@pytest.mark.parametrize("top_k", [2000, 4000, 9999])
+def test_top_p_of_a_large_top_k_counts_all_that_top_k_keeps(top_k: int) -> None:
+    flat = np.linspace(0.001, 0, 4000, dtype=np.float32)  # in order of their ids, and almost equally likely
+    filters = Filters(np.array([top_k]), np.array([0.9]), np.zeros(1))
+    reach = 0.9 * min(top_k, 4000)
+    for number in (0.1, 0.5, 0.99):
+        assert draw(flat[None] - flat.max(), filters, np.array([number]))[0] == pytest.approx(number * reach, rel=0.01)
+
+
 def test_top_p_counts_after_top_k_and_min_p_comes_last() -> None:
     logits = np.log([0.4, 0.3, 0.2, 0.1])
     # Of the best two, 0.4 / 0.7 is already more than a half.
