@@ -94,7 +94,7 @@ class TorchBackend:
             self._compute(plan.slices, tokens, scores)
         counts = tuple((op, name, count) for (op, name), count in take_counts().items())
         self._idle.set()
-        return StepResult(plan.step, tuple(tokens), tuple(scores), time.perf_counter() - began_s, counts)
+        return StepResult(plan.step, tuple(tokens), _joined(scores), time.perf_counter() - began_s, counts)
 
     def rest(self) -> None:
         """No step is at hand: what can wait may be done in the background until the next one."""
@@ -195,6 +195,16 @@ def _halves(slices: Sequence[Slice]) -> tuple[Sequence[Slice], Sequence[Slice]]:
         raise MemoryError("one token does not fit into memory")
     half = only.length // 2
     return [only._replace(length=half, want=only.want & ~Want.TOKEN)], [only._replace(start=only.start + half, length=only.length - half)]
+
+
+def _joined(parts: Sequence[PromptLogprobs]) -> tuple[PromptLogprobs, ...]:
+    """One entry a row: a slice that was computed in parts gave several, in order. A row with a failed part failed."""
+    rows: dict[int, PromptLogprobs] = {}
+    for part in parts:
+        before = rows.setdefault(part.row, part)
+        if before is not part and before.failure is None:
+            rows[part.row] = part if part.failure else before._replace(logprobs=before.logprobs + part.logprobs)
+    return tuple(rows.values())
 
 
 def _is_out_of_memory(error: Exception) -> bool:

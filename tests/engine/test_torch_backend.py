@@ -176,6 +176,24 @@ def test_a_step_that_does_not_fit_is_computed_in_halves(full_dense, backend_of, 
         driver.run([Slice(1, 10, 1, TOKEN)])
 
 
+def test_the_log_probs_of_a_prompt_computed_in_halves_are_one_list(full_dense, backend_of, monkeypatch) -> None:
+    backend, pool, _ = backend_of(full_dense)
+    driver = Driver(backend, pool, 1)
+    hidden, tokens = full_dense.decoder.hidden, prompt(50, 9)
+
+    def scarce(flat, positions, attend):
+        if len(flat) > 20:
+            raise torch.OutOfMemoryError
+        return hidden(flat, positions, attend)
+
+    monkeypatch.setattr(full_dense.decoder, "hidden", scarce)
+    (scores,) = driver.run([Slice(0, 0, 50, SCORES | TOKEN)], [opened(0, tokens, prompt_logprobs=0)]).prompt_logprobs
+    monkeypatch.undo()
+    assert (scores.first, scores.failure) == (1, None)
+    expected = full_dense.log_probs(tokens)[np.arange(49), tokens[1:]]
+    assert np.allclose([entry.logprob for entry in scores.logprobs], expected, atol=1e-4)
+
+
 def test_kernel_calls_are_counted_since_the_last_step(full_dense, backend_of) -> None:
     backend, pool, _ = backend_of(full_dense)
     driver = Driver(backend, pool, 1)
