@@ -1,7 +1,7 @@
 """The door: a group of sequences is accepted as a whole, refused for good, or told when to come back.
 
-It does not know HTTP or plans. Invariants: what is accepted fits the context and could run alone in the worker's memory; the waiting
-queue stays within its bounds in sequences and prompt tokens; a refusal changes nothing.
+It does not know HTTP or plans. Invariants: what is accepted is in the vocabulary, fits the context and could run alone in the worker's
+memory; the waiting queue stays within its bounds in sequences and prompt tokens; a refusal changes nothing.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ _RETRY_LIMITS_S = (1.0, 60.0)
 
 
 class Admission:
-    """The bounds of one version's queue and the rate at which it empties. `context_tokens` is set when the worker is known."""
+    """The bounds of one version's queue and the rate at which it empties.
+
+    `context_tokens` and `vocab_size` are set when the worker is known.
+    """
 
     def __init__(self, settings: SchedulerSettings) -> None:
-        self.context_tokens = 0
+        self.context_tokens = self.vocab_size = 0
         self._settings = settings
         self._last_end_s: float | None = None
         self._seconds_a_sequence = 1.0
@@ -59,6 +62,8 @@ class Admission:
             raise UnsupportedField("Adapters are not served by this version.", param="adapter")
         if not request.prompt:
             raise InvalidRequest("The prompt has no tokens.", param="prompt")
+        if max(request.prompt) >= self.vocab_size:
+            raise InvalidRequest(f"The prompt holds token {max(request.prompt)}, which this model does not have.", param="prompt")
         least = 1 if request.prompt_logprobs is None else 0
         if request.stop.max_tokens < least:
             raise InvalidRequest(f"max_tokens must be at least {least}.", param="max_tokens")

@@ -173,6 +173,7 @@ class Loop:
         cache = PrefixCache(space, identity.digest, settings.prefix_cache)
         self._planner.restart(space, cache, min(settings.batch_size, info.max_rows), min(settings.step_tokens, info.max_step_tokens))
         self._admission.context_tokens = min(info.context_tokens, identity.spec.context_tokens)
+        self._admission.vocab_size = info.vocab_size
         metrics = self._telemetry.version(identity.artifact, info.tier, info.device)
         if metrics is not self._metrics:
             self._metrics.drop()

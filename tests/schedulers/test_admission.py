@@ -7,14 +7,14 @@ from service.schedulers.blocks import BlockSpace
 from service.schedulers.waiting import WaitingQueue
 from service.types.errors import ContextLengthExceeded, InvalidRequest, QueueFull, UnsupportedField
 from service.types.settings import SchedulerSettings
-from tests.fakes import layout
+from tests.fakes import VOCABULARY, layout
 from tests.schedulers.support import ask
 from tests.schedulers.test_blocks import make_sequence
 
 
 def door(blocks: int = 64, context: int = 100, **settings) -> tuple:
     admission = Admission(SchedulerSettings(**settings))
-    admission.context_tokens = context
+    admission.context_tokens, admission.vocab_size = context, VOCABULARY
     return admission, WaitingQueue(), BlockSpace(layout(4), (blocks,))
 
 
@@ -48,6 +48,7 @@ def test_what_could_never_run_alone_is_refused(tokens, accepted):
         (ask("hello", adapter="lora"), UnsupportedField, "adapter"),
         (ask(()), InvalidRequest, "prompt"),
         (ask("hello", 0), InvalidRequest, "max_tokens"),
+        (ask((1, VOCABULARY)), InvalidRequest, "prompt"),  # a tokenizer may know more than its model
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(request_, error, param):
