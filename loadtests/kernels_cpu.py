@@ -1,6 +1,6 @@
-"""Micro-benchmark of the CPU kernels: prints a table and appends one JSON row a measurement.
+"""Micro-benchmark of the CPU kernels: prints a table and, with --keep, appends one row a measurement to results/kernels_cpu.jsonl.
 
-    python loadtests/kernels_cpu.py --out loadtests/results/kernels_cpu.jsonl
+    python -m loadtests.kernels_cpu [--seconds 0.5] [--threads N] [--keep]
 
 Shapes are those of a llama of 385 million parameters: hidden 1280, 20 heads, 4 K/V heads, head_dim 64, MLP 3456, vocabulary 32000. Inputs
 are random and rotate through several copies, so that weights come from memory and not from a cache. A row's `limit` is what the machine
@@ -13,18 +13,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from loadtests.rows import keep, surroundings
 from service.kernels import elementwise, kv_store, linear
 from service.kernels.paged_attention import paged_attention, plan_attention
 
@@ -141,20 +138,10 @@ def cases() -> Iterator[Case]:
         yield from pointwise_cases(rows)
 
 
-def surroundings(threads: int) -> dict[str, object]:
-    """What a row needs to be read later."""
-    model = next(
-        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "unknown"
-    )
-    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()  # noqa: S607
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"time": now, "cpu": model, "threads": threads, "torch": torch.__version__, "commit": commit}
-
-
 def main() -> None:
-    """Measure every case, print the table, append the rows."""
+    """Measure every case, print the table, append the rows if asked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="file to append JSON rows to")
+    parser.add_argument("--keep", action="store_true", help="append the rows to the results")
     parser.add_argument("--seconds", type=float, default=0.5, help="time spent on each case")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
@@ -163,8 +150,8 @@ def main() -> None:
         parser.error("--clock cpu needs --threads 1")
     clock = time.perf_counter if options.clock == "wall" else time.thread_time
     torch.set_num_threads(options.threads)
-    common = surroundings(options.threads)
-    with torch.inference_mode(), options.out.open("a") as out:
+    common = surroundings() | {"threads": options.threads, "torch": torch.__version__}
+    with torch.inference_mode():
         bandwidth, speed = machine_limits(options.seconds, clock)
         print(f"{common['cpu']}, {options.threads} threads: reads {bandwidth / 1e3:.1f} GB/s, float32 product {speed / 1e3:.0f} GFLOP/s")
         for case in cases():
@@ -177,8 +164,9 @@ def main() -> None:
             )
             row = {"op": case.op, "shape": case.shape, "dtype": case.dtype, "median_us": round(median, 1), "p10_us": round(low, 1)}
             row |= {"p90_us": round(high, 1), "limit_share": round(share, 4), "read_gb_s": round(bandwidth / 1e3, 1)}
-            row |= {"product_gflop_s": round(speed / 1e3), "load_average": round(os.getloadavg()[0], 2), "clock": options.clock} | common
-            out.write(json.dumps(row) + "\n")
+            row |= {"product_gflop_s": round(speed / 1e3), "clock": options.clock} | common
+            if options.keep:
+                keep("kernels_cpu", row)
 
 
 if __name__ == "__main__":

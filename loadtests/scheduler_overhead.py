@@ -1,6 +1,6 @@
 """What a step costs in the parent: plan, encode, decode, apply and publish for many running sequences, in milliseconds.
 
-    python loadtests/scheduler_overhead.py [--sequences 256] [--steps 2000]
+    python -m loadtests.scheduler_overhead [--sequences 256] [--steps 2000] [--keep]
 
 No worker runs: results are made up and handed back at once, so nothing but the scheduler is on the clock. Readers wait on every stream, as
 HTTP responses do; their own work is not counted here. The gate is on `all` (plan, encode, decode, apply); publishing is reported beside.
@@ -12,22 +12,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
-import shutil
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from pathlib import Path
 
 import msgspec
 import uvloop
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from loadtests.rows import keep, surroundings
 from service.schedulers.accounting import Accounting
 from service.schedulers.apply import Application
 from service.schedulers.blocks import BlockSpace
@@ -40,7 +32,6 @@ from service.types.catalog import V2_3, Shape
 from service.types.plan import SampledToken, StepResult, Want
 from service.types.request import GenerationRequest, Sampling, Stop
 
-RESULTS = Path(__file__).parent / "results" / "scheduler_overhead.jsonl"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
 GATE_MS = 2.0
 PROMPT_TOKENS, STEP_TOKENS, BLOCK_TOKENS = 500, 4096, 64
@@ -152,21 +143,6 @@ def summarise(values: list[float]) -> dict[str, float]:
     return {"median_ms": round(statistics.median(values), 4), "p99_ms": round(statistics.quantiles(values, n=100)[98], 4)}
 
 
-def processor() -> str:
-    """The CPU's name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
-def commit() -> str:
-    """The commit that is measured, or `unknown`."""
-    git = shutil.which("git")
-    if git is None:
-        return "unknown"
-    return subprocess.run([git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-
-
 def main() -> None:
     """Measure, print, and keep the row if asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -176,12 +152,8 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="append the row to the results")
     arguments = parser.parse_args()
     row: dict[str, object] = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "cpu": processor(),
+        **surroundings(),
         "clock": arguments.clock,
-        "load_average": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
         "sequences": arguments.sequences,
         "steps": arguments.steps,
         "block_tokens": BLOCK_TOKENS,
@@ -195,11 +167,9 @@ def main() -> None:
     row["all_with_publish"] = summarise(published["all"])
     row["gate_ms"] = GATE_MS
     row["passed"] = row["all"]["p99_ms"] <= GATE_MS  # type: ignore[index]
-    line = json.dumps(row)
     if arguments.keep:
-        with RESULTS.open("a") as file:
-            file.write(line + "\n")
-    print(line)
+        keep("scheduler_overhead", row)
+    print(json.dumps(row))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,47 @@
+"""For the whole suite: tests compute with one thread, and what needs a library that is not installed says so and is skipped.
+
+Tiny matrices gain nothing from a second thread and lose much when the machine is busy. Without torch (or transformers) everything else is
+still tested: files that import it are skipped with that reason. With torch installed nothing is skipped for want of it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+OPTIONAL = ("torch", "transformers")
+MISSING = tuple(name for name in OPTIONAL if importlib.util.find_spec(name) is None)
+# What needs torch without importing it in every file: their conftest imports it, or they start commands and workers that do.
+NEED_TORCH = ("engine", "kernels", "models", "train", "cli/test_serve.py", "cli/test_benchmark.py")
+
+collect_ignore = list(NEED_TORCH) if "torch" in MISSING else []
+
+if "torch" not in MISSING:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+class FileWithLibraries(pytest.Module):
+    """A test file; importing a library of `OPTIONAL` that is missing skips it."""
+
+    def collect(self) -> list[pytest.Item | pytest.Collector]:
+        try:
+            return list(super().collect())
+        except self.CollectError as error:
+            cause = error.__cause__
+            if isinstance(cause, ModuleNotFoundError) and cause.name in MISSING:
+                pytest.skip(f"{cause.name} is not installed")
+            raise
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module:
+    return FileWithLibraries.from_parent(parent, path=module_path)
+
+
+def pytest_report_header() -> str | None:
+    if "torch" not in MISSING:
+        return None
+    return f"torch is not installed: left out are {', '.join(f'tests/{room}' for room in NEED_TORCH)} and files that import it"
