@@ -67,7 +67,17 @@ class Admission:
         least = 1 if request.prompt_logprobs is None else 0
         if request.stop.max_tokens < least:
             raise InvalidRequest(f"max_tokens must be at least {least}.", param="max_tokens")
-        prompt, wanted = len(request.prompt), request.stop.max_tokens
+        self._check_size(len(request.prompt), request.stop.max_tokens, space)
+
+    def still_fits(self, request: GenerationRequest, space: BlockSpace) -> bool:
+        """Could an accepted request run alone in this worker too, which may have less memory than the one before?"""
+        try:
+            self._check_size(len(request.prompt), request.stop.max_tokens, space)
+        except ContextLengthExceeded:
+            return False
+        return True
+
+    def _check_size(self, prompt: int, wanted: int, space: BlockSpace) -> None:
         if prompt + wanted > self.context_tokens:
             raise ContextLengthExceeded(
                 f"The prompt has {prompt} tokens and {wanted} more are asked for; together they exceed the context of "

@@ -22,7 +22,7 @@ from service.schedulers.apply import Application
 from service.schedulers.blocks import BlockSpace
 from service.schedulers.planner import Planner, Step
 from service.schedulers.prefix_cache import PrefixCache
-from service.schedulers.recovery import blame, start_again
+from service.schedulers.recovery import blame, outgrown, start_again
 from service.schedulers.sequence import InvariantBroken, Sequence, State
 from service.schedulers.streams import Codec, Stream
 from service.telemetry import Telemetry, log_event
@@ -40,6 +40,7 @@ _REFUSALS = {
     "draining": "The server is shutting down.",
     "closed": "The server is shutting down.",
     "down": "The model's worker cannot be started.",
+    "smaller": "The model was started again with less memory than this request needs.",
 }
 
 
@@ -257,6 +258,7 @@ class Loop:
             self._end_all(lambda: Unavailable(_REFUSALS["down"], retry_after_s=_RETRY_S))
         else:
             self._take_worker(info)
+            self._end_all(lambda: Unavailable(_REFUSALS["smaller"], retry_after_s=_RETRY_S), outgrown(self._planner, self._admission))
 
     def _drop_flying(self) -> None:
         """Nobody waits for the outstanding results any more (a lost one counts as seen)."""
@@ -281,8 +283,8 @@ class Loop:
         if not self._planner.running and not self._planner.waiting:
             self._empty.set()
 
-    def _end_all(self, error: Callable[[], ServiceError]) -> None:
-        for sequence in self._planner.sequences():
+    def _end_all(self, error: Callable[[], ServiceError], among: Requests[Sequence] | None = None) -> None:
+        for sequence in self._planner.sequences() if among is None else among:
             self._end(sequence, FinishReason.ERROR, error())
 
     def _arm_timer(self) -> None:

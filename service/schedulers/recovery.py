@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
+from service.schedulers.admission import Admission
 from service.schedulers.planner import Planner, Step
 from service.schedulers.sequence import Sequence
 from service.telemetry import log_event
@@ -38,6 +39,11 @@ def blame(steps: Iterable[Step], planner: Planner) -> list[Sequence]:
         if sequence.deaths >= _DEATHS_UNTIL_ALONE:
             planner.suspect(sequence, sequence.died_at)
     return killers
+
+
+def outgrown(planner: Planner, admission: Admission) -> list[Sequence]:
+    """Sequences that cannot run even alone in the new worker, which may have less memory than the one that they were accepted for."""
+    return [sequence for sequence in planner.sequences() if not admission.still_fits(sequence.request, planner.space)]
 
 
 def backoff_s(deaths: int) -> float:

@@ -160,6 +160,20 @@ def test_starts_that_fail_are_tried_again_a_bounded_number_of_times():
     assert backend.behaviour.failing_starts > 900
 
 
+def test_what_no_longer_fits_a_smaller_new_worker_ends_and_the_rest_goes_on():
+    backend = small_backend(blocks=16, die_at_steps=frozenset({3}), start_s=3.0)
+
+    async def body(router: Router):
+        streams = router.submit([ask("a" * 40), ask("b" * 9), ask("c" * 60, 1)])
+        await asyncio.sleep(1)
+        backend.info = replace(backend.info, group_blocks=(6,))
+        return await read_all(streams)
+
+    long, short, longest = with_router(body, backend)
+    assert isinstance(long.ending.error, Unavailable) and isinstance(longest.ending.error, Unavailable)
+    assert short.content == generate([ask("b" * 9)])[0].content
+
+
 def test_while_the_worker_is_started_again_new_requests_are_told_to_return():
     backend = small_backend(die_at_steps=frozenset({1}), start_s=3.0)
 
