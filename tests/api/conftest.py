@@ -106,6 +106,18 @@ class Options:
     codec: TokenCodec = BYTE_CODEC
 
 
+async def stop_now(server: HttpServer, serving: asyncio.Future[None]) -> None:
+    """What the server's own end does, without its pauses (test_server.py is about that)."""
+    serving.cancel()
+    await asyncio.gather(serving, return_exceptions=True)
+    for listening in server.servers:
+        listening.close()
+    for connection in list(server.server_state.connections):
+        connection.transport.abort()
+    await asyncio.gather(*server.server_state.tasks, return_exceptions=True)
+    await server.lifespan.shutdown()
+
+
 @contextlib.asynccontextmanager
 async def running(options: Options | None = None) -> AsyncIterator[Service]:
     options = options or Options()
@@ -129,8 +141,7 @@ async def running(options: Options | None = None) -> AsyncIterator[Service]:
             yield Service(app, router, backend, telemetry, server, port, client)
         finally:
             await client.aclose()
-            server.should_exit = True
-            await serving
+            await stop_now(server, serving)
             await router.close()
     assert backend.violation is None
 

@@ -90,7 +90,7 @@ async def send_top_logprobs(service: Service, size: int) -> bytes:
 COUNTED: dict[str, list[Edge]] = {
     "header_bytes": [Edge(send_head, 431, "headers_too_large", None), Edge(send_target, 431, "headers_too_large", None)],
     "header_fields": [Edge(send_fields, 431, "headers_too_large", None)],
-    "body_bytes": [Edge(send_body, 413, "payload_too_large", None)],
+    "body_bytes": [Edge(send_body, 413, "payload_too_large", None, MIB)],
     "json_depth": [Edge(completion(metadata=lambda size: nested(size - 1)), 400, "invalid_value", None)],
     "choices": [Edge(completion(n=lambda size: size), 400, "invalid_value", "n")],
     "prompts": [Edge(completion(prompt=lambda size: ["x"] * size), 400, "invalid_value", "prompt")],
@@ -151,6 +151,16 @@ async def test_a_count_below_at_and_above_its_limit(name: str, edge: Edge) -> No
             assert str(limit) in error["message"]
         assert parse(await edge.probe(service, limit))[0] == 200
         await service.quiet()
+
+
+async def test_the_default_size_of_a_body_as_it_is_declared(service: Service) -> None:
+    """At the limit the body is asked for, above it is refused unread."""
+    for size, first in ((32 * MIB - 1, b"HTTP/1.1 100 "), (32 * MIB, b"HTTP/1.1 100 "), (32 * MIB + 1, b"HTTP/1.1 413 ")):
+        fields = (("content-type", "application/json"), ("content-length", str(size)), ("expect", "100-continue"))
+        reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+        writer.write(head("POST", "/v1/completions", *fields))
+        assert (await reader.readline()).startswith(first)
+        writer.close()
 
 
 @pytest.mark.parametrize(("value", "status"), [(-100.1, 400), (-100, 200), (-99.9, 200), (99.9, 200), (100, 200), (100.1, 400)])
@@ -248,8 +258,8 @@ TEMPLATE = (
 
 
 async def test_a_template_has_its_time_and_memory() -> None:
-    async with running(Options(limits=HttpLimits(template_s=0.5), template=TEMPLATE)) as service:
-        for content, status, said in (("within", 200, ""), ("slow", 400, "0.5 seconds"), ("big", 400, "128 MiB"), ("within", 200, "")):
+    async with running(Options(limits=HttpLimits(template_s=1.0), template=TEMPLATE)) as service:
+        for content, status, said in (("within", 200, ""), ("slow", 400, "1 seconds"), ("big", 400, "128 MiB"), ("within", 200, "")):
             response = await service.client.post("/v1/chat/completions", json={**CHAT, "messages": [{"role": "user", "content": content}]})
             assert response.status_code == status, response.text
             assert said in response.text

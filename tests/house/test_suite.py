@@ -15,7 +15,7 @@ from tests.house.source import ROOT, SourceTree
 
 # Fewer collected tests than this means that a file no longer imports, was renamed away or was emptied.
 LEAST = {
-    "tests/api": 200,
+    "tests/api": 285,
     "tests/checkpoints": 280,
     "tests/cli": 59,
     "tests/engine": 84,
