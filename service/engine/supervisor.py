@@ -116,6 +116,7 @@ class WorkerBackend:
         self._cost, self._state, self._seconds_per_flop = answer, "ready", 0.0
         if self._settings.spare_worker:
             self._blank = await spawn_worker()
+            self._blank.listen(_ignore)  # else its beats would be kept for the day when it is needed
         tier = answer.info.tier if self._settings.tier == "auto" else self._settings.tier
         phases = (*answer.info.phases_s, ("start", time.monotonic() - began_s))
         return dataclasses.replace(answer.info, pid=child.pid, tier=tier, phases_s=phases)
@@ -251,6 +252,10 @@ class WorkerBackend:
     def _fail_outstanding(self, reason: str) -> None:
         while self._outstanding:
             _fail(self._outstanding.popleft().future, reason)
+
+
+def _ignore(message: Any) -> None:
+    """What a blank worker says of itself."""
 
 
 def _fail(future: asyncio.Future[StepResult], reason: str) -> None:

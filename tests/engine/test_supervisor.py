@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from service.engine import supervisor
 from service.engine.messages import ToSupervisor
 from service.engine.supervisor import WorkerBackend
 from service.processes import ChildProcess
@@ -171,6 +172,27 @@ async def test_a_cancelled_start_leaves_nothing_behind() -> None:
         await starting
     assert gone(child.pid)
     await backend.close()
+
+
+async def test_what_a_spare_worker_says_while_it_waits_is_not_kept(monkeypatch) -> None:
+    async def spawn() -> ChildProcess:
+        return await ChildProcess.spawn("tests.engine.scripted_worker", ToSupervisor)
+
+    monkeypatch.setattr(supervisor, "spawn_worker", spawn)
+    heard, deliver = [], ChildProcess.deliver
+
+    def count(child: ChildProcess, message) -> None:
+        heard.append(child)
+        deliver(child, message)
+
+    monkeypatch.setattr(ChildProcess, "deliver", count)
+    backend = await scripted("good", spare_worker=True)
+    await backend.start()
+    spare = backend._blank
+    await until(lambda: spare in heard)
+    assert not spare._early  # it beats every second for as long as it is not needed
+    await backend.close()
+    assert gone(spare.pid)
 
 
 async def test_a_model_that_is_not_there(tmp_path) -> None:
