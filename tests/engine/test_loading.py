@@ -1,20 +1,24 @@
-"""Which device and which type a worker computes in."""
+"""Which device and which type a worker computes in, and that what it computes in 16 bits is close."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from service.engine import loading
-from service.engine.loading import choose_device, choose_dtype
+from service.engine.loading import choose_device, choose_dtype, load_backend
 from service.types.catalog import V1_0, V2_3
 from service.types.errors import CapacityError
+from service.types.plan import BatchPlan, BlockAppend, LoadRequest, OpenSequence, Slice, Want
+from service.types.request import Sampling, Stop
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FREE = V2_3.spec(V2_3.shapes[0][1])
 FIXED = V1_0.spec(V1_0.shapes[0][1])
+STOP = Stop(max_tokens=9)
 
 
 def test_an_explicit_type_beats_the_line_and_the_device() -> None:
@@ -54,3 +58,21 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) 
     assert choose_device("auto") == CPU
     with pytest.raises(CapacityError, match="No CUDA device"):
         choose_device("cuda:1")
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("float16", 0.03), ("bfloat16", 0.2)])
+def test_sixteen_bit_models_stay_close_to_float32_in_prefill_and_decode(mixed_model, mixed_dense, dtype, tolerance) -> None:
+    tokens = tuple(np.random.default_rng(3).integers(0, 331, 150).tolist())
+    loaded = load_backend(LoadRequest(str(mixed_model), dtype=dtype, threads=1, kv_bytes=8 << 20, max_rows=2), 0.0, lambda *_: None)
+    assert loaded.info.dtype == dtype
+    greedy = Sampling(temperature=0, logprobs=0)
+    opening = [OpenSequence(row, part, len(part), greedy, STOP, 0) for row, part in enumerate((tokens, tokens[:7]))]
+    blocks = [BlockAppend(row, group, 0, ids) for group in (0, 1) for row, ids in enumerate(((1, 2, 3), (4,)))]
+    slices = (Slice(0, 0, 150, Want.TOKEN | Want.PROMPT_LOGPROBS), Slice(1, 0, 7, Want.TOKEN))
+    first = loaded.backend.execute(BatchPlan(1, slices, open=tuple(opening), append=tuple(blocks)))
+    scores = np.array([entry.logprob for entry in first.prompt_logprobs[0].logprobs])
+    assert np.abs(scores - mixed_dense.log_probs(tokens)[np.arange(149), tokens[1:]]).max() < tolerance
+    second = loaded.backend.execute(BatchPlan(2, (Slice(0, 150, 1, Want.TOKEN), Slice(1, 7, 1, Want.TOKEN))))
+    for part, before, after in zip((tokens, tokens[:7]), first.tokens, second.tokens, strict=True):
+        expected = mixed_dense.log_probs((*part, before.token))[-1]
+        assert after.logprob is not None and abs(after.logprob.logprob - expected[after.token]) < tolerance
