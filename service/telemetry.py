@@ -48,7 +48,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("prefix_cache_tokens", "gauge", "Tokens whose blocks can be found by a later prompt."),
     Metric("model_loaded", "gauge", "1 while the version's worker is ready, else 0."),
     Metric("build_info", "gauge", "1; the labels name the program's version and the model's compute type.", ("program", "dtype")),
-    Metric("startup_seconds", "gauge", "Seconds that each phase of the worker's last start took.", ("phase",)),
+    Metric("startup_seconds", "gauge", "Seconds of each phase of the worker's last start, and of the command's (`command_…`).", ("phase",)),
     Metric("prompt_tokens_total", "counter", "Prompt tokens of requests whose prompt was read."),
     Metric("prompt_tokens_cached_total", "counter", "Of those, tokens found in the prefix cache."),
     Metric("generation_tokens_total", "counter", "Tokens generated and billed."),
@@ -193,6 +193,9 @@ class VersionMetrics:
             for key in mine:
                 if series.metric.kind == "gauge" or not series.values[key].value:
                     del series.values[key]
+            for key in [key for key in series.distributions if key[: len(self._labels)] == self._labels]:
+                if not any(series.distributions[key].counts):
+                    del series.distributions[key]
 
     def _key(self, name: str, labels: tuple[str, ...]) -> _Labels:
         wanted = self._series[name].metric.labels

@@ -7,6 +7,7 @@ still tested: files that import it are skipped with that reason. With torch inst
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ OPTIONAL = ("torch", "transformers")
 MISSING = tuple(name for name in OPTIONAL if importlib.util.find_spec(name) is None)
 # What needs torch without importing it in every file: their conftest imports it, or they start commands and workers that do.
 NEED_TORCH = ("engine", "kernels", "models", "train", "cli/test_serve.py", "cli/test_benchmark.py")
+
+# Children do not look into the current directory; those of the tests live in `tests`.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH"))))
 
 collect_ignore = list(NEED_TORCH) if "torch" in MISSING else []
 

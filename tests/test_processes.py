@@ -221,3 +221,11 @@ async def test_the_environment_adds() -> None:
     assert b"PYTHONHASHSEED=1" in variables
     assert f"PATH={os.environ['PATH']}".encode() in variables
     await child.stop()
+
+
+async def test_a_child_does_not_import_from_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "msgspec.py").write_text("raise SystemExit('a stranger was imported')")
+    monkeypatch.chdir(tmp_path)
+    child = await spawn()
+    assert await child.ask(Command("echo", 1, "hello"), 30) == Reply("hello", 1)
+    await child.stop()

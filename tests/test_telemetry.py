@@ -97,11 +97,16 @@ def test_dropping_forgets_gauges_and_empty_counters_of_that_version_only():
         metrics.value("model_loaded").set(1)
         metrics.value("preemptions_total")
         metrics.value("prompt_tokens_total").add(3)
+        metrics.distribution("step_tokens")
+    old.distribution("step_seconds", "decode").observe(0.1)
     old.drop()
     names = [(sample.name, sample.labels["version"]) for family in telemetry.collect() for sample in family.samples]
     assert ("deepseek_prompt_tokens_total", "v") in names
     assert ("deepseek_model_loaded", "v") not in names
     assert ("deepseek_model_loaded", "w") in names
+    assert ("deepseek_step_tokens_count", "v") not in names
+    assert ("deepseek_step_tokens_count", "w") in names
+    assert ("deepseek_step_seconds_count", "v") in names
 
 
 @pytest.mark.parametrize(("tokens", "context"), [(1, 10.0), (64, 300.5), (3, 5000.0)])

@@ -64,7 +64,7 @@ class OriginRule:
             return [(b"access-control-allow-origin", given), (b"vary", b"Origin"), *_EXPOSED]
         if self._is_own(origin, headers.get(b"host", b"").decode("latin-1")):
             return []
-        raise OriginRefused("Requests from this web origin are not allowed; list it with --allowed_origin.")
+        raise OriginRefused("Requests from this web origin are not allowed; list it with --allowed_origins.")
 
     def _is_own(self, origin: str, host: str) -> bool:
         try:

@@ -117,7 +117,7 @@ def _raise_of(loading: asyncio.Task[None]) -> None:
     try:
         loading.result()
     except Unavailable as failure:
-        raise StartupError(f"the worker died twice while it loaded ({failure.message.rstrip('.')}); its log above says why.") from None
+        raise StartupError(f"the worker died each time that it loaded ({failure.message.rstrip('.')}); its log above says why.") from None
 
 
 async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
