@@ -253,8 +253,7 @@ def _start(
     """The process and our end of its channel, non-blocking."""
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
-    # -P: a file in the directory where the command was started (`http.py`, say) is not what the child wants to import.
-    flags = ["-P"] + ["-O"] * min(sys.flags.optimize, 1)
+    flags = ["-P"] + ["-O"] * min(sys.flags.optimize, 1)  # -P: an `http.py` in the current directory is not what the child imports
     channel = f"{theirs.fileno()}:{os.getpid()}:{limits.address_bytes}:{limits.cpu_s}:{frame_bytes}"
     try:
         process = subprocess.Popen(

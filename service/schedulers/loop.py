@@ -20,6 +20,7 @@ from service.schedulers.accounting import Accounting
 from service.schedulers.admission import Admission
 from service.schedulers.apply import Application
 from service.schedulers.blocks import BlockSpace
+from service.schedulers.deadlines import Deadlines
 from service.schedulers.planner import Planner, Step
 from service.schedulers.prefix_cache import PrefixCache
 from service.schedulers.recovery import blame, outgrown, start_again
@@ -84,8 +85,7 @@ class Loop:
         self._empty = asyncio.Event()
         self._empty.set()
         self._arrivals = self._deaths_in_a_row = self._preemptions_counted = 0
-        self._next_deadline_s = float("inf")
-        self._timer: asyncio.TimerHandle | None = None
+        self._deadlines = Deadlines(clock, self._expire)
         self._task: asyncio.Task[None] | None = None
 
     # The door.
@@ -104,7 +104,7 @@ class Loop:
         streams = [self._accept(request, now) for request in requests]
         self._empty.clear()
         self._wake.set()
-        self._arm_timer()
+        self._deadlines.arm()
         return streams
 
     def _accept(self, request: GenerationRequest, now: float) -> Stream:
@@ -115,7 +115,7 @@ class Loop:
         sequence = Sequence(request, self._arrivals, share, stream, latencies)
         sequence.arrived_s = now
         sequence.deadline_s = min(request.deadline_s, now + self._settings.request_deadline_s)
-        self._next_deadline_s = min(self._next_deadline_s, sequence.deadline_s)
+        self._deadlines.add(sequence.deadline_s)
         stream.on_cancel(lambda: self._end(sequence, FinishReason.CANCELLED))
         self._planner.waiting.add(sequence)
         return stream
@@ -128,7 +128,7 @@ class Loop:
             info = await self.backend.start()
         except WorkerLost as lost:
             log_event("worker_start_failed", version=self._identity.artifact, reason=lost.reason, attempt=1)
-            again = await start_again(self.backend, self._identity.artifact, 1)
+            again = None if self.state == "closed" else await start_again(self.backend, self._identity.artifact, 1)
             if again is None:
                 self.state = "down"
                 raise Unavailable(_REFUSALS["down"], retry_after_s=_RETRY_S) from lost
@@ -154,6 +154,7 @@ class Loop:
     async def close(self) -> None:
         """End everything and stop the worker; idempotent."""
         self.state = "closed"
+        self._deadlines.stop()
         self._end_all(lambda: Unavailable("The server is shutting down.", retry_after_s=_RETRY_S))
         task, self._task = self._task, None
         if task is not None:
@@ -198,7 +199,7 @@ class Loop:
         except Exception as fault:  # The one place that must answer for any fault: every reader is told, then it is reported.
             self.state = "down"
             log_event("loop_stopped", version=self._identity.artifact, fault=type(fault).__name__, detail=str(fault))
-            self._end_all(lambda: InternalError("The scheduler stopped on an internal fault."))
+            self._abandon(InternalError("The scheduler stopped on an internal fault."))
             raise
 
     async def _tick(self) -> None:
@@ -287,21 +288,18 @@ class Loop:
         for sequence in self._planner.sequences() if among is None else among:
             self._end(sequence, FinishReason.ERROR, error())
 
-    def _arm_timer(self) -> None:
-        """Look for passed deadlines when the next one passes."""
-        if self._timer is not None and self._timer.when() <= self._next_deadline_s:
-            return
-        if self._timer is not None:
-            self._timer.cancel()
-        delay = max(self._next_deadline_s - self._clock(), 0.0)
-        self._timer = asyncio.get_running_loop().call_later(delay, self._expire)
-
-    def _expire(self) -> None:
-        self._timer = None
+    def _abandon(self, error: ServiceError) -> None:
+        """Tell every reader, touching no block or row: what is broken cannot be given back in order."""
         now = self._clock()
+        for sequence in self._planner.abandon():
+            ending = FinishEvent(FinishReason.ERROR, sequence.usage, error)
+            sequence.stream.finish(ending)
+            self._accounting.ended(sequence, ending, now)
+        self._empty.set()
+
+    def _expire(self, now: float) -> float:
+        """End what is past its deadline; the next deadline."""
         for sequence in self._planner.sequences():
             if sequence.deadline_s <= now:
                 self._end(sequence, FinishReason.ERROR, DeadlineExceeded("The request's deadline passed before it was done."))
-        self._next_deadline_s = min((sequence.deadline_s for sequence in self._planner.sequences()), default=float("inf"))
-        if self._next_deadline_s < float("inf"):
-            self._arm_timer()
+        return min((sequence.deadline_s for sequence in self._planner.sequences()), default=float("inf"))

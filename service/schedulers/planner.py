@@ -97,6 +97,14 @@ class Planner:
         if to is State.WAITING:
             self.waiting.add(sequence)
 
+    def abandon(self) -> list[Sequence]:
+        """Forget every sequence and every block, when their counts can no longer be trusted; the sequences that were live."""
+        live = self.sequences()
+        self.running.clear()
+        self.waiting = WaitingQueue()
+        self.space = BlockSpace(self.space.layout, (0,) * len(self.space.pools))
+        return live
+
     def suspect(self, sequence: Sequence, until: int) -> None:
         """Run the sequence alone until position `until` is computed: the worker died more than once while executing it."""
         sequence.suspect_until = until

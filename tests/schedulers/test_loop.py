@@ -8,7 +8,9 @@ from dataclasses import replace
 
 import pytest
 
+from service.schedulers.blocks import BlockSpace
 from service.schedulers.router import Router
+from service.schedulers.sequence import InvariantBroken
 from service.telemetry import Telemetry
 from service.types.errors import (
     ContextLengthExceeded,
@@ -427,6 +429,20 @@ def test_a_broken_invariant_stops_the_loop_loudly_and_tells_every_reader(capsys)
     outcomes = with_router(body, Confused())
     assert all(type(outcome.ending.error) is InternalError for outcome in outcomes)
     assert "loop_stopped" in [line["event"] for line in log_lines(capsys.readouterr().err)]
+
+
+def test_every_reader_is_told_even_when_blocks_cannot_be_given_back(monkeypatch):
+    def broken(space, sequence):
+        raise InvariantBroken("planted")
+
+    monkeypatch.setattr(BlockSpace, "free", broken)
+
+    async def body(router: Router):
+        outcomes = await read_all(router.submit(requests()))
+        await router.close()
+        return outcomes
+
+    assert all(type(outcome.ending.error) is InternalError for outcome in with_router(body, Confused()))
 
 
 def test_an_idle_loop_sends_nothing():
