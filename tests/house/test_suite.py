@@ -23,7 +23,7 @@ LEAST = {
     "tests/inputs": 36,
     "tests/kernels": 280,
     "tests/models": 43,
-    "tests/schedulers": 175,
+    "tests/schedulers": 205,
     "tests/train": 130,
     "tests/types": 73,
     "tests/test_config.py": 81,
