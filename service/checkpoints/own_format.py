@@ -6,7 +6,7 @@ and writing then reading gives an equal spec.
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +15,38 @@ import yaml
 from service.checkpoints.fields import Fields, read_text
 from service.types.catalog import LINES, Shape, find_line
 from service.types.errors import CheckpointError
-from service.types.model_spec import ModelSpec
+from service.types.model_spec import ModelSpec, RopeScaling, RopeSpec
 
 CONFIG = "config.yaml"
 GENERATION_KEYS = ("temperature", "top_p", "top_k", "repetition_penalty")
 _SHAPE_KEYS = tuple(entry.name for entry in fields(Shape))
 _KEYS = frozenset({"version", "end_ids", "bos_id", "generation", *_SHAPE_KEYS})
+# Written even where they have their default: a reader looks for them.
+_ALWAYS = ("rope_theta", "head_dim")
+_SWITCHES = ("tied_embeddings", "qk_norm", "qkv_bias", "out_bias", "mlp_bias")
+_ROPE_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+# Divisors.
+_LEAST = {"factor": 1e-3, "low_freq_factor": 1e-3, "high_freq_factor": 1e-3, "beta_fast": 1e-3, "beta_slow": 1e-3}
+_ROPE_KEYS = frozenset({"scaling", "original_context", "truncate", *_ROPE_NUMBERS})
 
 
 def read_own(path: Path) -> tuple[ModelSpec, Fields]:
     """The spec of a config.yaml and its generation defaults as fields. Raises CheckpointError."""
+    return parse_own(read_text(path), str(path))
+
+
+def parse_own(text: str, source: str) -> tuple[ModelSpec, Fields]:
+    """The same from the text of a config.yaml; `source` is what messages call it. Raises CheckpointError."""
     try:
-        values = yaml.safe_load(read_text(path))
+        values = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise CheckpointError(f"{path} is not valid YAML.") from error
+        raise CheckpointError(f"{source} is not valid YAML.") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} must hold a mapping with `version` and the model's sizes.")
-    config = Fields(values, str(path))
+        raise CheckpointError(f"{source} must hold a mapping with `version` and the model's sizes.")
+    config = Fields(values, source)
     for key in values:
         if key not in _KEYS:
-            raise CheckpointError(f"{path}: {str(key)[:60]} is not a field of a version's configuration.")
+            raise CheckpointError(f"{source}: {str(key)[:60]} is not a field of a version's configuration.")
     version = values.get("version")
     line = find_line(version) if isinstance(version, str) else None
     if line is None:
@@ -44,29 +56,60 @@ def read_own(path: Path) -> tuple[ModelSpec, Fields]:
     return line.spec(shape, config.ids("end_ids", shape.vocab_size), bos[0] if bos else None), config.nested("generation")
 
 
-def own_config(spec: ModelSpec, generation: dict[str, float] | None = None) -> str:
-    """The config.yaml of a spec of one of the lines. Raises CheckpointError when the spec is not exactly one that a line gives."""
-    line = find_line(spec.line or "")
-    attention = spec.layers[0].attention
-    shape = Shape(
-        vocab_size=spec.vocab_size,
-        dim=spec.dim,
-        layers=len(spec.layers),
-        heads=attention.heads,
-        kv_heads=attention.kv_heads,
-        mlp_hidden=spec.layers[0].mlp.hidden,
-        context_tokens=spec.context_tokens,
-        rope_theta=spec.rope.theta,
-        head_dim=attention.head_dim,
-    )
+def own_config(spec: ModelSpec, generation: dict[str, float] | None = None, version: str | None = None) -> str:
+    """The config.yaml of a spec of one of the lines; `version` may name a patch of it.
+
+    Raises CheckpointError when no line gives the spec.
+    """
+    line = find_line(version or spec.line or "")
+    shape = shape_of(spec)
     if line is None or line.spec(shape, spec.end_ids, spec.bos_id) != spec:
         raise CheckpointError("this model is not one of a version line, so config.yaml cannot describe it.")
-    values: dict[str, Any] = {"version": line.number, **asdict(shape), "end_ids": list(spec.end_ids)}
+    values: dict[str, Any] = {"version": (version or line.number).removeprefix("v"), **_written(shape), "end_ids": list(spec.end_ids)}
     if spec.bos_id is not None:
         values["bos_id"] = spec.bos_id
     if generation:
         values["generation"] = generation
     return str(yaml.safe_dump(values, sort_keys=False))
+
+
+def shape_of(spec: ModelSpec) -> Shape:
+    """The shape from which a line makes a model of these sizes, taken from the first layer."""
+    attention, mlp = spec.layers[0].attention, spec.layers[0].mlp
+    plain = RopeSpec(theta=spec.rope.theta, rotary_dim=attention.head_dim, original_context=spec.context_tokens)
+    return Shape(
+        vocab_size=spec.vocab_size,
+        dim=spec.dim,
+        layers=len(spec.layers),
+        heads=attention.heads,
+        kv_heads=attention.kv_heads,
+        mlp_hidden=mlp.hidden,
+        context_tokens=spec.context_tokens,
+        rope_theta=spec.rope.theta,
+        head_dim=attention.head_dim,
+        norm_eps=spec.norm_eps,
+        tied_embeddings=spec.tied_embeddings,
+        qk_norm=attention.qk_norm,
+        qkv_bias=attention.qkv_bias,
+        out_bias=attention.out_bias,
+        mlp_bias=mlp.bias,
+        rope=None if spec.rope == plain else spec.rope,
+    )
+
+
+def _written(shape: Shape) -> dict[str, Any]:
+    """The fields of a shape that say something: those without a default, and those that differ from theirs."""
+    values = {
+        entry.name: getattr(shape, entry.name)
+        for entry in fields(Shape)
+        if entry.default is MISSING or entry.name in _ALWAYS or getattr(shape, entry.name) != entry.default
+    }
+    if shape.rope is not None:
+        plain = RopeSpec(theta=shape.rope.theta, rotary_dim=shape.rope.rotary_dim)
+        names = [entry.name for entry in fields(RopeSpec) if entry.name in _ROPE_KEYS and entry.name != "scaling"]
+        differing = {name: getattr(shape.rope, name) for name in names if getattr(shape.rope, name) != getattr(plain, name)}
+        values["rope"] = {"scaling": shape.rope.scaling.value, **differing}
+    return values
 
 
 def _read_shape(config: Fields) -> Shape:
@@ -80,10 +123,35 @@ def _read_shape(config: Fields) -> Shape:
         context_tokens=config.integer("context_tokens"),
         rope_theta=config.number("rope_theta", 10_000.0, low=1.0),
         head_dim=config.integer("head_dim", 0, low=0),
+        norm_eps=config.number("norm_eps", 1e-6, low=0.0, high=1.0),
     )
-    head_dim = shape.head_dim or shape.dim // shape.heads
+    plain = {entry.name: entry.default for entry in fields(Shape)}
+    switches: dict[str, Any] = {name: config.flag(name, bool(plain[name])) for name in _SWITCHES}
+    shape = replace(shape, **switches)
     if shape.heads % shape.kv_heads:
         raise config.refusal("kv_heads", f"does not divide the {shape.heads} heads")
-    if head_dim < 2 or head_dim % 2:
-        raise config.refusal("head_dim", f"RoPE needs an even head dimension, not {head_dim}")
-    return shape
+    if shape.rotary_dim < 2 or shape.rotary_dim % 2:
+        raise config.refusal("head_dim", f"RoPE needs an even head dimension, not {shape.rotary_dim}")
+    return replace(shape, rope=_read_rope(config.nested("rope"), shape)) if config.has("rope") else shape
+
+
+def _read_rope(rope: Fields, shape: Shape) -> RopeSpec:
+    for key in rope.values:
+        if key not in _ROPE_KEYS:
+            raise CheckpointError(f"{rope.source}: {str(key)[:60]} is not a field of a rotation.")
+    kinds = {kind.value: kind for kind in RopeScaling}
+    name = rope.text("scaling")
+    if name not in kinds:
+        raise rope.refusal("scaling", f"must be one of {', '.join(kinds)}")
+    plain = RopeSpec(
+        theta=shape.rope_theta,
+        rotary_dim=shape.rotary_dim,
+        scaling=kinds[name],
+        original_context=rope.integer("original_context", shape.context_tokens),
+        truncate=rope.flag("truncate", True),
+    )
+    numbers: dict[str, Any] = {key: rope.number(key, low=_LEAST.get(key, 0.0)) for key in _ROPE_NUMBERS if rope.has(key)}
+    spec = replace(plain, **numbers)
+    if spec.high_freq_factor <= spec.low_freq_factor:
+        raise rope.refusal("high_freq_factor", "must be greater than low_freq_factor")
+    return spec

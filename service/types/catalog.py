@@ -20,7 +20,11 @@ from service.types.model_spec import (
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Sizes of one model of a line. `head_dim` is dim / heads unless given."""
+    """Sizes of one model of a line, and the few choices that a checkpoint may make otherwise than the models trained here.
+
+    `head_dim` is dim / heads unless given. `rope` overrides `rope_theta`: a scaled rotation. By these choices (biases, no q/k norm, an
+    output head of its own) a model of another family becomes one of a line and computes what it did.
+    """
 
     vocab_size: int
     dim: int
@@ -31,6 +35,18 @@ class Shape:
     context_tokens: int
     rope_theta: float = 10_000.0
     head_dim: int = 0
+    norm_eps: float = 1e-6
+    tied_embeddings: bool = True
+    qk_norm: bool = True
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    rope: RopeSpec | None = None
+
+    @property
+    def rotary_dim(self) -> int:
+        """The size of a head, all of which turns."""
+        return self.head_dim or self.dim // self.heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +67,26 @@ class VersionLine:
 
     def spec(self, shape: Shape, end_ids: tuple[int, ...] = (), bos_id: int | None = None) -> ModelSpec:
         """The network of this line in that shape."""
-        head_dim = shape.head_dim or shape.dim // shape.heads
-        attention = GroupedQueryAttention(shape.heads, shape.kv_heads, head_dim, gate=self.gated_heads, qk_norm=True)
-        layer = LayerSpec(attention, DenseMlp(shape.mlp_hidden))
+        attention = GroupedQueryAttention(
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.rotary_dim,
+            gate=self.gated_heads,
+            qk_norm=shape.qk_norm,
+            qkv_bias=shape.qkv_bias,
+            out_bias=shape.out_bias,
+        )
+        layer = LayerSpec(attention, DenseMlp(shape.mlp_hidden, shape.mlp_bias))
+        plain = RopeSpec(theta=shape.rope_theta, rotary_dim=shape.rotary_dim, original_context=shape.context_tokens)
         return ModelSpec(
             family="deepseek-line",
             vocab_size=shape.vocab_size,
             dim=shape.dim,
             layers=(layer,) * shape.layers,
-            rope=RopeSpec(theta=shape.rope_theta, rotary_dim=head_dim, original_context=shape.context_tokens),
+            rope=plain if shape.rope is None else shape.rope,
             context_tokens=shape.context_tokens,
-            tied_embeddings=True,
+            norm_eps=shape.norm_eps,
+            tied_embeddings=shape.tied_embeddings,
             precision=self.precision,
             end_ids=end_ids,
             bos_id=bos_id,

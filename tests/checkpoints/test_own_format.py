@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from service.checkpoints.own_format import own_config, read_own
-from service.types.catalog import LINES, Shape, VersionLine
+from service.checkpoints.own_format import own_config, read_own, shape_of
+from service.types.catalog import LINES, V2_3, Shape, VersionLine
 from service.types.errors import CheckpointError
+from service.types.model_spec import RopeScaling, RopeSpec
 
 SHAPE = Shape(vocab_size=61, dim=24, layers=3, heads=6, kv_heads=2, mlp_hidden=40, context_tokens=64, rope_theta=500.0, head_dim=8)
 GOOD = 'version: "2.3"\nvocab_size: 61\ndim: 24\nlayers: 3\nheads: 6\nkv_heads: 2\nmlp_hidden: 40\ncontext_tokens: 64\n'
@@ -26,6 +27,58 @@ def test_round_trip(tmp_path: Path, line: VersionLine) -> None:
     assert generation.number("temperature") == 0.7
 
 
+CHOICES = {
+    "norm_eps": 1e-5,
+    "tied_embeddings": False,
+    "qk_norm": False,
+    "qkv_bias": True,
+    "out_bias": True,
+    "mlp_bias": True,
+    "rope": RopeSpec(500.0, 8, RopeScaling.YARN, 4.0, 16, beta_fast=16.0, mscale=0.7, truncate=False),
+}
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: line.label)
+@pytest.mark.parametrize("choice", CHOICES)
+def test_what_a_checkpoint_may_choose_comes_back(tmp_path: Path, line: VersionLine, choice: str) -> None:
+    shape = replace(SHAPE, **{choice: CHOICES[choice]})
+    spec = line.spec(shape)
+    assert spec != line.spec(SHAPE) and shape_of(spec) == shape
+    text = own_config(spec)
+    assert f"{choice}:" in text and f"{choice}:" not in own_config(line.spec(SHAPE))
+    assert read_own(written(tmp_path, text))[0] == spec
+
+
+@pytest.mark.parametrize("kind", list(RopeScaling), ids=lambda kind: kind.value)
+def test_every_rotation_comes_back(tmp_path: Path, kind: RopeScaling) -> None:
+    spec = V2_3.spec(replace(SHAPE, rope=RopeSpec(500.0, 8, kind, 2.0, 32)))
+    assert read_own(written(tmp_path, own_config(spec)))[0] == spec
+
+
+def test_a_patch_of_the_line_is_written(tmp_path: Path) -> None:
+    text = own_config(V2_3.spec(SHAPE), version="v2.3.1")
+    assert "version: 2.3.1" in text and read_own(written(tmp_path, text))[0] == V2_3.spec(SHAPE)
+    with pytest.raises(CheckpointError):
+        own_config(V2_3.spec(SHAPE), version="1.0")
+
+
+@pytest.mark.parametrize(
+    ("rope", "name"),
+    [
+        ("{scaling: bent}", "scaling"),
+        ("{factor: 2}", "scaling"),
+        ("{scaling: linear, factor: 0}", "factor"),
+        ("{scaling: linear, theta: 3}", "theta"),
+        ("{scaling: llama3, low_freq_factor: 4, high_freq_factor: 4}", "high_freq_factor"),
+        ("{scaling: dynamic, original_context: 0}", "original_context"),
+        ("3", "rope"),
+    ],
+)
+def test_rotations_are_refused_by_name(tmp_path: Path, rope: str, name: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"config\.yaml.*\b{name}\b"):
+        read_own(written(tmp_path, GOOD + f"rope: {rope}\n"))
+
+
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line.label)
 def test_the_version_decides_the_line(tmp_path: Path, line: VersionLine) -> None:
     spec, _ = read_own(written(tmp_path, GOOD.replace("2.3", line.number + ".4")))
@@ -34,7 +87,8 @@ def test_the_version_decides_the_line(tmp_path: Path, line: VersionLine) -> None
 
 def test_a_spec_that_no_line_gives_is_not_written() -> None:
     spec = LINES[0].spec(SHAPE)
-    for other in (replace(spec, tied_embeddings=False), replace(spec, norm_eps=1e-5), replace(spec, line=None)):
+    window = replace(spec.layers[0], attention=replace(spec.layers[0].attention, softcap=30.0))
+    for other in (replace(spec, layers=(spec.layers[0], spec.layers[1], window)), replace(spec, family="llama"), replace(spec, line=None)):
         with pytest.raises(CheckpointError, match="version line"):
             own_config(other)
 
@@ -50,6 +104,8 @@ def test_a_spec_that_no_line_gives_is_not_written() -> None:
         ("dim: 24", "dim: 18", "head_dim"),
         ("layers: 3", "layers: 1000000", "layers"),
         ("context_tokens: 64\n", "", "context_tokens"),
+        ("context_tokens: 64\n", "context_tokens: 64\nqk_norm: 1\n", "qk_norm"),
+        ("context_tokens: 64\n", "context_tokens: 64\nnorm_eps: -1\n", "norm_eps"),
         ("dim: 24", "dim: !!python/object/apply:os.getcwd []", "YAML"),
         ("dim: 24", "dim: [", "YAML"),
     ],

@@ -90,7 +90,7 @@ def test_a_refused_save_leaves_nothing(tmp_path: Path, fault: str) -> None:
     elif fault in ("path", "reserved"):
         extras["../escape" if fault == "path" else "manifest.json"] = b""
     else:
-        spec = replace(spec, norm_eps=1e-3)
+        spec = replace(spec, family="llama")
     with pytest.raises(CheckpointError):
         save(tmp_path / "out" / "model", spec, state, extras, dtype=dtype)
     assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
