@@ -44,10 +44,45 @@ class RopeSpec:
     truncate: bool = True
 
 
+class FarStore(Enum):
+    """How tokens behind the window are kept: quantised to 8 or 4 bits, in the model's own type, or not at all."""
+
+    INT8 = "int8"
+    INT4 = "int4"
+    NATIVE = "native"
+    EVICT = "evict"
+
+
+# Without a number of its own, a layer reads this many far blocks below this position, and twice as many from there on.
+FAR_BLOCKS, FAR_POSITION = 16, 32_768
+
+
+@dataclass(frozen=True, slots=True)
+class FarSpec:
+    """What a layer does with blocks behind its window: keep them in `store` and let every query choose the best `blocks` of them.
+
+    `blocks` 0 means 16, from position 32768 on 32. The choice is made at positions that are multiples of `refresh`, which divides the
+    block size, and shared by the queries that follow; the first `sink_blocks` blocks are never far. Blocks are chosen by the bounds of
+    their keys, kept for each `sub_block_tokens` tokens.
+    """
+
+    blocks: int = 0
+    store: FarStore = FarStore.INT8
+    refresh: int = 1
+    sub_block_tokens: int = 16
+    sink_blocks: int = 1
+
+    def budget(self, anchor: int) -> int:
+        """Far blocks that queries read whose anchor is the position `anchor`."""
+        if self.store is FarStore.EVICT:
+            return 0
+        return self.blocks or (FAR_BLOCKS if anchor < FAR_POSITION else 2 * FAR_BLOCKS)
+
+
 @dataclass(frozen=True, slots=True)
 class GroupedQueryAttention:
     """Multi-head attention with shared K/V heads (Ainslie et al. 2023). `window` counts the visible tokens, the query's own included;
-    None is all.
+    None is all. With `far` the window reaches back to the start of its first block, and what lies behind it is chosen by blocks.
 
     `gate`: dynamic attention: each head's output is multiplied by sigmoid(x · w_head + b_head), x being the layer's normalised input.
     `scale` None means head_dim ** −0.5.
@@ -63,6 +98,7 @@ class GroupedQueryAttention:
     gate: bool = False
     scale: float | None = None
     softcap: float | None = None
+    far: FarSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
