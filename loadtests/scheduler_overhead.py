@@ -31,6 +31,7 @@ from service.telemetry import Telemetry
 from service.types.catalog import V2_3, Shape
 from service.types.plan import SampledToken, StepResult, Want
 from service.types.request import GenerationRequest, Sampling, Stop
+from service.types.settings import SchedulerSettings
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
 GATE_MS = 2.0
@@ -70,7 +71,7 @@ class Bench:
         space = BlockSpace(layout, tuple(40_000 for _ in layout.groups))
         self.planner = Planner(space, PrefixCache(space, "0" * 64), sequences, max(STEP_TOKENS, sequences))
         metrics = Telemetry().version("v", "cpu", "none")
-        self.accounting = Accounting(metrics, spec, "float32")
+        self.accounting = Accounting(metrics, spec, "float32", SchedulerSettings())
         self.application = Application(self.planner, self.accounting, self._end)
         self.streams: list[Stream] = []
         for index in range(sequences):

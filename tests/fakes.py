@@ -205,6 +205,7 @@ class FakeBackend:
             device="fake",
             memory_bytes=(("weights", 1000),),
             phases_s=(("load", self.behaviour.start_s),),
+            limits=(("bytes", 2e9), ("flops", 5e10)),
         )
         self.plans: list[BatchPlan] = []
         self.starts = 0

@@ -24,7 +24,7 @@ from service.cli.train import build_parser
 from service.config.definition import Definition, LimitSection
 from service.config.describe import default_text
 from service.config.load import serve_parser
-from service.telemetry import METRICS, NAMESPACE
+from service.telemetry import METRICS, NAMESPACE, VLLM_NAMES, VLLM_NAMESPACE
 from service.types.catalog import LINES
 from service.types.errors import ServiceError
 from service.types.model_spec import RopeScaling
@@ -103,9 +103,16 @@ def known_flags() -> set[str]:
     return own | script_flags() | FOREIGN_FLAGS
 
 
+def without_foreign(text: str) -> str:
+    """A page without the first column of its tables of other programs' names."""
+    head, *parts = text.split("<!-- foreign -->\n")
+    tables = (part.partition("\n\n") for part in parts)
+    return head + "".join(re.sub(r"^\|[^|]*\|", "|", table, flags=re.MULTILINE) + rest for table, _, rest in tables)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_flags_exist(page: str) -> None:
-    used = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", PAGES[page]))
+    used = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", without_foreign(PAGES[page])))
     assert used - known_flags() - {"--check"} == set()
 
 
@@ -146,6 +153,18 @@ def test_metric_names_exist(page: str) -> None:
 def test_the_metrics_table_is_the_table() -> None:
     listed = [(code_spans(row[0])[0], row[1], tuple(code_spans(row[2])), row[3]) for row in table_after("docs/http.md", "metrics")]
     assert listed == [(NAMESPACE + m.name, m.kind, m.labels, m.help) for m in METRICS]
+
+
+def test_the_map_of_vllms_metrics_is_the_map() -> None:
+    listed = {
+        code_spans(ours)[0].removeprefix(NAMESPACE): code_spans(theirs)[0]
+        for theirs, ours in table_after("docs/migration.md", "vllm metrics")
+    }
+    assert listed == {ours: VLLM_NAMESPACE + theirs for ours, theirs in VLLM_NAMES.items()}
+
+
+def test_only_the_first_column_of_a_foreign_table_is_left_out() -> None:
+    assert without_foreign("a\n<!-- foreign -->\n| `--x` | `--y` |\n\n--z | --w |") == "a\n| `--y` |--z | --w |"
 
 
 # http.md.

@@ -225,7 +225,7 @@ async def test_after_a_forced_preemption(case: Reference, run_ahead: int) -> Non
     tokens, _, finish = await collect(mine)
     agree(case, tokens, None, finish)
     assert (await collect(older))[2].reason is FinishReason.LENGTH
-    rows = telemetry.render(False)[0].decode().splitlines()
+    rows = telemetry.snapshot().render(False)[0].decode().splitlines()
     assert sum(float(row.split()[-1]) for row in rows if row.startswith("deepseek_preemptions_total")) > 0
     await router.close()
 

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 from service.schedulers.accounting import StepCost
 from service.schedulers.router import Router
-from service.telemetry import METRICS, Telemetry, log_event
+from service.telemetry import METRICS, VLLM_NAMES, Telemetry, log_event
 from tests.fakes import fake_spec
 from tests.schedulers.support import ask, metric, read_all, small_backend, with_router
 
@@ -35,7 +35,7 @@ def served() -> Telemetry:
 
 
 def test_every_declared_metric_is_filled_and_carries_the_labels():
-    families = {family.name: family for family in parse(served().render()[0].decode())}
+    families = {family.name: family for family in parse(served().snapshot().render()[0].decode())}
     for row in METRICS:
         family = families[f"deepseek_{row.name}".removesuffix("_total")]
         assert family.documentation == row.help
@@ -61,12 +61,60 @@ def test_outcomes_add_up_to_what_was_accepted_and_tokens_to_what_was_billed():
 
 def test_both_formats_parse():
     telemetry = served()
-    text, kind = telemetry.render(openmetrics=True)
+    text, kind = telemetry.snapshot().render(openmetrics=True)
     assert kind.startswith("application/openmetrics-text")
     assert len(list(parse_openmetrics(text.decode()))) == len(METRICS)
-    text, kind = telemetry.render()
+    text, kind = telemetry.snapshot().render()
     assert kind.startswith("text/plain")
     assert len(list(parse(text.decode()))) >= len(METRICS)
+
+
+def test_a_snapshot_does_not_follow_what_is_counted_after_it():
+    telemetry = Telemetry()
+    metrics = telemetry.version("v", "cpu", "d")
+    counter, distribution, sizes = metrics.value("preemptions_total"), metrics.distribution("step_tokens"), [3]
+    metrics.watch("requests_running", lambda: sizes[0])
+    distribution.observe(2)
+    before = telemetry.snapshot()
+    counter.add()
+    distribution.observe(2)
+    sizes[0] = 9
+    metrics.value("requests_total", "stop").add()
+    samples = {sample.name: sample.value for family in before.collect() for sample in family.samples}
+    assert samples["deepseek_preemptions_total"] == 0 and samples["deepseek_requests_running"] == 3
+    assert samples["deepseek_step_tokens_count"] == 1 and samples["deepseek_step_tokens_sum"] == 2
+    assert "deepseek_requests_total" not in samples
+
+
+def test_vllms_names_show_the_same_numbers_with_its_labels():
+    telemetry = Telemetry("vllm")
+    metrics = telemetry.version("v", "cpu", "d")
+    metrics.value("requests_running").set(3)
+    metrics.value("requests_total", "stop").add(2)
+    metrics.value("requests_total", "cancelled").add()
+    metrics.value("model_loaded").set(1)
+    metrics.latencies("/v1/completions").first.observe(0.3)
+    list(parse_openmetrics(telemetry.snapshot().render(openmetrics=True)[0].decode()))
+    text = telemetry.snapshot().render()[0].decode()
+    parsed = {(sample.name, sample.labels.get("finished_reason")): sample for family in parse(text) for sample in family.samples}
+    assert parsed["vllm:num_requests_running", None].value == 3
+    assert parsed["vllm:num_requests_running", None].labels == {"model_name": "v", "tier": "cpu", "device": "d"}
+    assert parsed["vllm:request_success_total", "stop"].value == 2
+    assert parsed["vllm:request_success_total", "abort"].value == 1
+    assert parsed["vllm:time_to_first_token_seconds_sum", None].value == 0.3
+    assert "deepseek_requests_running" in text and "vllm:model_loaded" not in text
+    plain = Telemetry()
+    plain.version("v", "cpu", "d").value("requests_running").set(3)
+    assert "vllm:" not in plain.snapshot().render()[0].decode()
+
+
+def test_aliases_are_of_metrics_that_exist_and_of_one_kind():
+    assert set(VLLM_NAMES) <= {metric.name for metric in METRICS}
+    assert len(set(VLLM_NAMES.values())) == len(VLLM_NAMES)
+    kinds = {metric.name: metric.kind for metric in METRICS}
+    assert all(
+        (kinds[ours] == "counter") == theirs.endswith("_total") for ours, theirs in VLLM_NAMES.items() if theirs != "iteration_tokens_total"
+    )
 
 
 def test_a_distribution_counts_at_and_below_its_bounds():
@@ -100,7 +148,7 @@ def test_dropping_forgets_gauges_and_empty_counters_of_that_version_only():
         metrics.distribution("step_tokens")
     old.distribution("step_seconds", "decode").observe(0.1)
     old.drop()
-    names = [(sample.name, sample.labels["version"]) for family in telemetry.collect() for sample in family.samples]
+    names = [(sample.name, sample.labels["version"]) for family in telemetry.snapshot().collect() for sample in family.samples]
     assert ("deepseek_prompt_tokens_total", "v") in names
     assert ("deepseek_model_loaded", "v") not in names
     assert ("deepseek_model_loaded", "w") in names

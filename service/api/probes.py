@@ -1,9 +1,11 @@
 """What operators ask: /health, /live, /ready, /metrics, and the index of routes.
 
-It does not know what the states come from. Invariant: none of these waits for anything.
+It does not know what the states come from. Invariant: none of these waits for a worker; metrics are formatted off the event loop.
 """
 
 from __future__ import annotations
+
+import asyncio
 
 from fastapi import Request, Response
 
@@ -42,7 +44,8 @@ async def ready(services: Services, request: Request) -> Response:
 
 async def metrics(services: Services, request: Request) -> Response:
     """Prometheus text, or OpenMetrics when asked for."""
-    body, content_type = services.telemetry.render(OPENMETRICS in request.headers.get("accept", ""))
+    openmetrics = OPENMETRICS in request.headers.get("accept", "")
+    body, content_type = await asyncio.to_thread(services.telemetry.snapshot().render, openmetrics)
     return Response(body, headers={"content-type": content_type})
 
 

@@ -39,7 +39,7 @@ async def serve(settings: ServeSettings, child: ChildProcess, times: StartTimes)
         try:
             models = build_models(settings, child, progress)
             times.mark("models")
-            telemetry = Telemetry()
+            telemetry = Telemetry(settings.http.metrics_compat)
             router = Router(models, settings.scheduler, telemetry)
             return await _serve(settings, router, telemetry, listener, (times, progress))
         finally:
@@ -76,6 +76,7 @@ def load_request(settings: ServeSettings, manifest: Manifest, kv_bytes: int) -> 
         max_rows=scheduler.batch_size,
         max_step_tokens=scheduler.step_tokens,
         context_tokens=engine.context_tokens,
+        machine_limits=(engine.machine_bytes_per_s, engine.machine_flops_per_s),
     )
 
 

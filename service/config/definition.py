@@ -6,7 +6,7 @@ to that room. Invariant: defaults are those of `types/settings`; none is spelled
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 from pydantic import BaseModel, BeforeValidator, Field
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
@@ -18,6 +18,13 @@ ENVIRONMENT_PREFIX = "DEEPSEEK_"
 SHORT_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
 
 _HTTP, _LIMITS, _SCHEDULER, _ENGINE = HttpSettings(), HttpLimits(), SchedulerSettings(), EngineSettings()
+
+
+class Unit(NamedTuple):
+    """What a number counts: the word for its place in help texts, and the words that follow "must be"."""
+
+    metavar: str
+    words: str
 
 
 def _no_bool(value: object) -> object:
@@ -43,11 +50,15 @@ def _to_text(value: object) -> object:
 
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=1 << 40)]
 Whole = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, le=1 << 40)]
-Seconds = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, le=1e7, allow_inf_nan=False)]
-Pause = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1e7, allow_inf_nan=False)]
+SECONDS = Unit("SECONDS", "a number of seconds")
+Seconds = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, le=1e7, allow_inf_nan=False), SECONDS]
+Pause = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1e7, allow_inf_nan=False), SECONDS]
+Milliseconds = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1e9, allow_inf_nan=False), Unit("MS", "a number of milliseconds")]
+Rate = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1e18, allow_inf_nan=False), Unit("R", "a number a second, such as 27e9,")]
 Size = Annotated[int, BeforeValidator(to_bytes), Field(ge=0, le=1 << 50)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Tier = Literal["auto", "gpu", "edge", "cpu"]
+Compat = Literal["none", "vllm"]
 Texts = Annotated[list[str], NoDecode, BeforeValidator(_to_list)]
 
 
@@ -70,6 +81,9 @@ class HttpSection(BaseModel):
     api_key: Texts = Field(list(_HTTP.api_keys), description="key that clients send as a bearer token; repeatable")
     insecure: bool = Field(_HTTP.insecure, description="listen on a public address without a key")
     metrics_key: bool = Field(_HTTP.metrics_key, description="ask for the key on /metrics too")
+    metrics_compat: Compat = Field(
+        cast(Compat, _HTTP.metrics_compat), description="vllm shows metrics under vLLM's names too, for its dashboards and autoscalers"
+    )
     allowed_origins: Texts = Field(list(_HTTP.allowed_origins), description="origin of a web page that may call this service; repeatable")
     drain_s: Pause = Field(_HTTP.drain_s, description="time that running requests get to end when the service is stopped")
     access_log: bool = Field(_HTTP.access_log, description="log one line for each request")
@@ -118,6 +132,12 @@ class SchedulerSection(BaseModel):
         _SCHEDULER.run_ahead, description="steps sent to the worker ahead of the one that it executes"
     )
     prefix_cache: bool = Field(_SCHEDULER.prefix_cache, description="reuse the KV cache of equal prompt beginnings")
+    slo_ttft_ms: Milliseconds = Field(
+        _SCHEDULER.slo_ttft_ms, description="service level: longest time to the first token, counted in slo_requests_total; 0 is none"
+    )
+    slo_tpot_ms: Milliseconds = Field(
+        _SCHEDULER.slo_tpot_ms, description="service level: longest mean time of a token after the first; 0 is none"
+    )
 
 
 class EngineSection(BaseModel):
@@ -142,6 +162,12 @@ class EngineSection(BaseModel):
     load_deadline_s: Seconds = Field(_ENGINE.load_deadline_s, description="longest time that loading a checkpoint may take")
     spare_worker: bool = Field(
         _ENGINE.spare_worker, description="keep a process with its libraries loaded (some 200 MB), so that a restart is a load only"
+    )
+    machine_bytes_per_s: Rate = Field(
+        _ENGINE.machine_bytes_per_s, description="bytes a second that the machine can read from memory; 0 measures it at start-up"
+    )
+    machine_flops_per_s: Rate = Field(
+        _ENGINE.machine_flops_per_s, description="operations a second that the machine can compute; 0 measures it at start-up"
     )
 
 

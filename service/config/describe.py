@@ -10,7 +10,7 @@ import typing
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from service.config.definition import ENVIRONMENT_PREFIX, SECTIONS, to_bytes
+from service.config.definition import ENVIRONMENT_PREFIX, SECTIONS, Unit, to_bytes
 
 _UNBOUNDED = 10**7
 
@@ -28,7 +28,8 @@ def metavar(field: FieldInfo) -> str:
         return "SIZE"
     if field.annotation is bool:
         return "true|false"
-    return "N" if field.annotation is int else "SECONDS" if field.annotation is float else "TEXT"
+    unit = _unit(field)
+    return unit.metavar if unit else "N" if field.annotation is int else "TEXT"
 
 
 def expectation(field: FieldInfo) -> str:
@@ -41,7 +42,8 @@ def expectation(field: FieldInfo) -> str:
         return "a text or a list of texts"
     if field.annotation is str:
         return f"{field.description}" if any(hasattr(item, "pattern") for item in field.metadata) else "a text"
-    what = "a size such as 512MiB or 2GB" if _is_size(field) else "a whole number" if field.annotation is int else "a number of seconds"
+    unit = _unit(field)
+    what = "a size such as 512MiB or 2GB" if _is_size(field) else unit.words if unit else "a whole number"
     return what + _bounds(field)
 
 
@@ -75,6 +77,10 @@ def settings_tables() -> str:
             rows.append("| " + " | ".join(cells) + " |")
         parts.append("\n".join(rows))
     return "\n\n".join(parts)
+
+
+def _unit(field: FieldInfo) -> Unit | None:
+    return next((item for item in field.metadata if isinstance(item, Unit)), None)
 
 
 def _is_size(field: FieldInfo) -> bool:

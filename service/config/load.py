@@ -123,6 +123,7 @@ def _convert(given: Definition, origins: Sequence[_Origin]) -> ServeSettings:
         api_keys=keys,
         insecure=given.insecure,
         metrics_key=given.metrics_key,
+        metrics_compat=given.metrics_compat,
         allowed_origins=tuple(given.allowed_origins),
         drain_s=given.drain_s,
         access_log=given.access_log,

@@ -17,6 +17,7 @@ from service.checkpoints.load import load
 from service.checkpoints.manifest import read_manifest
 from service.engine.batch import Tables
 from service.engine.kv_pool import KvPool
+from service.engine.limits import machine_limits
 from service.engine.memory import MemoryPlan, Usage, available_bytes, plan_memory, resident_bytes
 from service.engine.sampler import Sampler
 from service.engine.torch_backend import TorchBackend
@@ -72,6 +73,8 @@ def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallba
     phases.end("kv")
     backend.warm_up(min(WARM_UP_TOKENS, memory.context_tokens))
     phases.end("warm_up")
+    limits = machine_limits(device, getattr(torch, dtype), request.machine_limits)
+    phases.end("limits")
     # The first step made the libraries load the rest of themselves, which belongs to the runtime.
     runtime_bytes = max(resident_bytes() - usage.weight_bytes, usage.runtime_bytes) if device.type == "cpu" else resident_bytes()
     info = BackendInfo(
@@ -88,6 +91,7 @@ def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallba
         phases_s=tuple(phases.seconds),
         dispatch=tuple(chosen().items()),
         pid=os.getpid(),
+        limits=limits,
     )
     token_flops = spec.flops(1, 0.0)
     return Loaded(backend, info, token_flops, spec.flops(1, 1.0) - token_flops)

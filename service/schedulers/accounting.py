@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from service.schedulers.planner import Planner, Step
 from service.schedulers.sequence import Sequence
+from service.schedulers.service_levels import ServiceLevels
 from service.telemetry import Distribution, VersionMetrics
 from service.types.errors import DeadlineExceeded
 from service.types.model_spec import ELEMENT_BYTES, ModelSpec
 from service.types.plan import BackendInfo, StepResult
 from service.types.request import FinishEvent, FinishReason
+from service.types.settings import SchedulerSettings
 
 
 class StepCost:
@@ -45,8 +47,9 @@ class StepCost:
 class Accounting:
     """The bound metrics of one version's loop."""
 
-    def __init__(self, metrics: VersionMetrics, spec: ModelSpec, dtype: str) -> None:
+    def __init__(self, metrics: VersionMetrics, spec: ModelSpec, dtype: str, settings: SchedulerSettings) -> None:
         self._metrics = metrics
+        self._levels = ServiceLevels(metrics, settings)
         self._cost = StepCost(spec, ELEMENT_BYTES.get(dtype, 4))
         self._generated = metrics.value("generation_tokens_total")
         self._prompt = metrics.value("prompt_tokens_total")
@@ -64,6 +67,8 @@ class Accounting:
         metrics.value("build_info", program, info.dtype).set(1)
         for phase, seconds in info.phases_s:
             metrics.value("startup_seconds", phase).set(seconds)
+        for kind, limit in info.limits:
+            metrics.value("machine_limit", kind).set(limit)
         metrics.watch("requests_running", lambda: len(planner.running))
         metrics.watch("requests_waiting", lambda: len(planner.waiting))
         metrics.watch("prefix_cache_tokens", lambda: planner.cache.cached_tokens)
@@ -123,6 +128,7 @@ class Accounting:
     def ended(self, sequence: Sequence, ending: FinishEvent, now: float) -> None:
         """The sequence ended."""
         self._metrics.value("requests_total", _outcome(ending)).add()
+        self._levels.ended(sequence, ending.reason, now)
         latencies = sequence.latencies
         latencies.duration.observe(now - sequence.arrived_s)
         if sequence.first_token_s:

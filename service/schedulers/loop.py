@@ -78,7 +78,7 @@ class Loop:
         self._planner = Planner(space, PrefixCache(space, identity.digest), 0, 0)
         self._admission = Admission(settings)
         self._metrics = telemetry.version(identity.artifact, "none", "none")
-        self._accounting = Accounting(self._metrics, identity.spec, "auto")
+        self._accounting = Accounting(self._metrics, identity.spec, "auto", settings)
         self._application = Application(self._planner, self._accounting, self._end)
         self._flying: deque[tuple[Step, asyncio.Future[StepResult]]] = deque()
         self._wake = asyncio.Event()
@@ -180,8 +180,9 @@ class Loop:
         if metrics is not self._metrics:
             self._metrics.drop()
         self._metrics = metrics
-        self._accounting = Accounting(self._metrics, identity.spec, info.dtype)
+        self._accounting = Accounting(self._metrics, identity.spec, info.dtype, settings)
         self._accounting.ready(info, __version__, self._planner)
+        self._metrics.watch("worker_silent_seconds", lambda: self.backend.health().silent_s)
         self._application = Application(self._planner, self._accounting, self._end)
         if self.state in ("loading", "restarting"):
             self.state = "ready"

@@ -117,7 +117,8 @@ class BackendInfo:
     """What a ready worker says of itself.
 
     `group_blocks` are the usable block ids per KV group: 1 … n (0 is the null block). `memory_bytes` names what was taken
-    (weights, kv:<group>, workspace, runtime). `phases_s` are the start-up phases in order with their seconds.
+    (weights, kv:<group>, workspace, runtime). `phases_s` are the start-up phases in order with their seconds. `limits` are what the
+    machine can do a second, by kind (bytes, flops).
     """
 
     kv_layout: KvLayout
@@ -133,6 +134,7 @@ class BackendInfo:
     phases_s: tuple[tuple[str, float], ...] = ()
     dispatch: tuple[tuple[str, str], ...] = ()
     pid: int = 0
+    limits: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +172,10 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LoadRequest:
-    """The first message to a worker: which checkpoint to load and how. `kv_bytes` 0 means: what the machine leaves, bounded."""
+    """The first message to a worker: which checkpoint to load and how. `kv_bytes` 0 means: what the machine leaves, bounded.
+
+    `machine_limits` are bytes read and operations a second, 0 where the worker is to measure.
+    """
 
     directory: str
     dtype: str = "auto"
@@ -180,3 +185,4 @@ class LoadRequest:
     max_rows: int = 64
     max_step_tokens: int = 512
     context_tokens: int = 0
+    machine_limits: tuple[float, float] = (0.0, 0.0)

@@ -43,6 +43,7 @@ class HttpSettings:
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     insecure: bool = False
     metrics_key: bool = False
+    metrics_compat: str = "none"
     allowed_origins: tuple[str, ...] = ()
     drain_s: float = 30.0
     access_log: bool = True
@@ -53,9 +54,9 @@ class HttpSettings:
 class SchedulerSettings:
     """Bounds and policy of one version's loop. `queue_tokens` bounds the prompt tokens waiting; `run_ahead` is 0 or 1 steps.
 
-    `stream_events` is how many undelivered events a stream may hold before its client counts as too slow. `step_tokens` is the token
-    budget of a step; `batch_size` the most
-    sequences running at once.
+    A request meets its service levels when its first token came within `slo_ttft_ms` and its others within `slo_tpot_ms` each on average;
+    0 is no target. `stream_events` is how many undelivered events a stream may hold before its client counts as too slow. `step_tokens` is
+    the token budget of a step; `batch_size` the most sequences running at once.
     """
 
     batch_size: int = 32
@@ -66,6 +67,8 @@ class SchedulerSettings:
     stream_events: int = 1024
     run_ahead: int = 0
     prefix_cache: bool = True
+    slo_ttft_ms: float = 2000.0
+    slo_tpot_ms: float = 200.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,8 @@ class EngineSettings:
     """How a worker loads and runs a checkpoint. `kv_bytes` 0: what the machine leaves, bounded by what batch_size contexts can use;
     `threads` 0: all cores.
 
-    `context_tokens` 0: the checkpoint's own. `spare_worker` keeps a second process with its libraries loaded: a restart is a load only.
+    `context_tokens` 0: the checkpoint's own. `machine_bytes_per_s` and `machine_flops_per_s` are what the machine can read and compute;
+    0: measured when the worker starts. `spare_worker` keeps a second process with its libraries loaded: a restart is a load only.
     """
 
     dtype: str = "auto"
@@ -86,6 +90,8 @@ class EngineSettings:
     step_deadline_s: float = 60.0
     load_deadline_s: float = 1800.0
     spare_worker: bool = False
+    machine_bytes_per_s: float = 0.0
+    machine_flops_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

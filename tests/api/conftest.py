@@ -80,7 +80,7 @@ class Service:
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric's samples that have these labels."""
         total = 0.0
-        for line in self.telemetry.render()[0].decode().splitlines():
+        for line in self.telemetry.snapshot().render()[0].decode().splitlines():
             if match := re.fullmatch(rf"deepseek_{name}\{{(.*)\}} (\S+)", line):
                 total += float(match[2]) if all(f'{key}="{value}"' in match[1] for key, value in labels.items()) else 0.0
         return total

@@ -129,7 +129,7 @@ def generate(requests: Iterable[GenerationRequest], backend: FakeBackend | None 
 def metric(telemetry: Telemetry, name: str, **labels: str) -> float:
     """The sum over the series of a metric whose labels include these."""
     total = 0.0
-    for family in telemetry.collect():
+    for family in telemetry.snapshot().collect():
         for sample in family.samples:
             if sample.name == f"deepseek_{name}" and all(sample.labels.get(key) == value for key, value in labels.items()):
                 total += sample.value

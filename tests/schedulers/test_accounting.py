@@ -8,6 +8,7 @@ from service.types.catalog import V2_3, Shape
 from service.types.errors import DeadlineExceeded, InternalError
 from service.types.plan import SampledToken, StepResult
 from service.types.request import FinishEvent, FinishReason
+from service.types.settings import SchedulerSettings
 from tests.fakes import fake_spec
 from tests.schedulers.support import metric
 from tests.schedulers.test_planner import add, make_planner
@@ -15,9 +16,9 @@ from tests.schedulers.test_planner import add, make_planner
 SPEC = V2_3.spec(Shape(vocab_size=300, dim=32, layers=3, heads=4, kv_heads=2, mlp_hidden=48, context_tokens=512))
 
 
-def make() -> tuple[Telemetry, Accounting]:
+def make(**settings: float) -> tuple[Telemetry, Accounting]:
     telemetry = Telemetry()
-    return telemetry, Accounting(telemetry.version("v", "cpu", "none"), fake_spec(), "float32")
+    return telemetry, Accounting(telemetry.version("v", "cpu", "none"), fake_spec(), "float32", SchedulerSettings(**settings))
 
 
 def test_more_of_anything_costs_more_and_weights_are_read_once_a_step():

@@ -12,6 +12,7 @@ from service.telemetry import Telemetry
 from service.types.errors import NumericalFailure, ServiceError
 from service.types.plan import PromptLogprobs, SampledToken, StepResult, Want
 from service.types.request import FinishReason, PromptEvent, TokenEvent, TokenLogprob
+from service.types.settings import SchedulerSettings
 from tests.fakes import END_ID, fake_spec
 from tests.schedulers.test_planner import add, make_planner
 
@@ -25,7 +26,7 @@ class Bench:
 
     def __post_init__(self) -> None:
         metrics = Telemetry().version("v", "cpu", "none")
-        self.application = Application(self.planner, Accounting(metrics, fake_spec(), "float32"), self.end)
+        self.application = Application(self.planner, Accounting(metrics, fake_spec(), "float32", SchedulerSettings()), self.end)
 
     def end(self, sequence, reason, error=None, matched=None) -> None:
         self.planner.leave(sequence, State.FINISHED)
