@@ -49,7 +49,11 @@ class Manifest:
     stored_dtype: str
     generation: GenerationDefaults
     chat_template: str | None
-    modalities: tuple[str, ...] = ("text",)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What a prompt may hold: text, and images where the network reads them."""
+        return self.spec.modalities
 
     @property
     def is_own_format(self) -> bool:

@@ -6,7 +6,7 @@ and writing then reading gives an equal spec.
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from service.checkpoints.fields import Fields, read_text
 from service.types.catalog import LINES, Shape, find_line
 from service.types.errors import CheckpointError
 from service.types.model_spec import ModelSpec, RopeScaling, RopeSpec
+from service.types.vision import VisionSpec
 
 CONFIG = "config.yaml"
 GENERATION_KEYS = ("temperature", "top_p", "top_k", "repetition_penalty")
 _SHAPE_KEYS = tuple(entry.name for entry in fields(Shape))
-_KEYS = frozenset({"version", "end_ids", "bos_id", "generation", *_SHAPE_KEYS})
+_VISION_KEYS = tuple(entry.name for entry in fields(VisionSpec))
+_KEYS = frozenset({"version", "end_ids", "bos_id", "image_id", "generation", *_SHAPE_KEYS})
 # Written even where they have their default: a reader looks for them.
 _ALWAYS = ("rope_theta", "head_dim")
 _SWITCHES = ("tied_embeddings", "qk_norm", "qkv_bias", "out_bias", "mlp_bias")
@@ -52,8 +54,13 @@ def parse_own(text: str, source: str) -> tuple[ModelSpec, Fields]:
     if line is None:
         raise config.refusal("version", f"must be one of {', '.join(repr(known.number) for known in LINES)}, in quotes")
     shape = _read_shape(config)
-    bos = config.ids("bos_id", shape.vocab_size)
-    return line.spec(shape, config.ids("end_ids", shape.vocab_size), bos[0] if bos else None), config.nested("generation")
+    if shape.vision is not None and not line.reads_images:
+        raise config.refusal("vision", f"belongs to a line that reads images, and v{line.number} does not")
+    bos, image = config.ids("bos_id", shape.vocab_size), config.ids("image_id", shape.vocab_size)
+    if len(image) != (shape.vision is not None):
+        raise config.refusal("image_id", "must be one token id with `vision`, and absent without it")
+    spec = line.spec(shape, config.ids("end_ids", shape.vocab_size), bos[0] if bos else None, image[0] if image else None)
+    return spec, config.nested("generation")
 
 
 def own_config(spec: ModelSpec, generation: dict[str, float] | None = None, version: str | None = None) -> str:
@@ -63,11 +70,12 @@ def own_config(spec: ModelSpec, generation: dict[str, float] | None = None, vers
     """
     line = find_line(version or spec.line or "")
     shape = shape_of(spec)
-    if line is None or line.spec(shape, spec.end_ids, spec.bos_id) != spec:
+    if line is None or line.spec(shape, spec.end_ids, spec.bos_id, spec.image_id) != spec:
         raise CheckpointError("this model is not one of a version line, so config.yaml cannot describe it.")
     values: dict[str, Any] = {"version": (version or line.number).removeprefix("v"), **_written(shape), "end_ids": list(spec.end_ids)}
-    if spec.bos_id is not None:
-        values["bos_id"] = spec.bos_id
+    for name in ("bos_id", "image_id"):
+        if getattr(spec, name) is not None:
+            values[name] = getattr(spec, name)
     if generation:
         values["generation"] = generation
     return str(yaml.safe_dump(values, sort_keys=False))
@@ -94,6 +102,7 @@ def shape_of(spec: ModelSpec) -> Shape:
         out_bias=attention.out_bias,
         mlp_bias=mlp.bias,
         rope=None if spec.rope == plain else spec.rope,
+        vision=spec.vision,
     )
 
 
@@ -109,6 +118,8 @@ def _written(shape: Shape) -> dict[str, Any]:
         names = [entry.name for entry in fields(RopeSpec) if entry.name in _ROPE_KEYS and entry.name != "scaling"]
         differing = {name: getattr(shape.rope, name) for name in names if getattr(shape.rope, name) != getattr(plain, name)}
         values["rope"] = {"scaling": shape.rope.scaling.value, **differing}
+    if shape.vision is not None:
+        values["vision"] = asdict(shape.vision)
     return values
 
 
@@ -132,7 +143,11 @@ def _read_shape(config: Fields) -> Shape:
         raise config.refusal("kv_heads", f"does not divide the {shape.heads} heads")
     if shape.rotary_dim < 2 or shape.rotary_dim % 2:
         raise config.refusal("head_dim", f"RoPE needs an even head dimension, not {shape.rotary_dim}")
-    return replace(shape, rope=_read_rope(config.nested("rope"), shape)) if config.has("rope") else shape
+    return replace(
+        shape,
+        rope=_read_rope(config.nested("rope"), shape) if config.has("rope") else None,
+        vision=_read_vision(config.nested("vision")) if config.has("vision") else None,
+    )
 
 
 def _read_rope(rope: Fields, shape: Shape) -> RopeSpec:
@@ -155,3 +170,15 @@ def _read_rope(rope: Fields, shape: Shape) -> RopeSpec:
     if spec.high_freq_factor <= spec.low_freq_factor:
         raise rope.refusal("high_freq_factor", "must be greater than low_freq_factor")
     return spec
+
+
+def _read_vision(config: Fields) -> VisionSpec:
+    for key in config.values:
+        if key not in _VISION_KEYS:
+            raise CheckpointError(f"{config.source}: {str(key)[:60]} is not a field of a patch encoder.")
+    vision = VisionSpec(**{name: config.integer(name, high=1 << 16) for name in _VISION_KEYS})
+    if vision.dim % vision.heads:
+        raise config.refusal("heads", f"does not divide the encoder's width of {vision.dim}")
+    if not vision.least_tokens <= vision.most_tokens <= vision.side_tokens**2:
+        raise config.refusal("most_tokens", "must lie between least_tokens and the square of side_tokens")
+    return vision

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from service.types.errors import CheckpointError
 from service.types.model_spec import LayerSpec, ModelSpec
+from service.types.vision import FusionSpec, VisionSpec
 
 HARMLESS = re.compile(r"(^|.*\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$|.*\.self_attn\.(masked_bias|bias)$")
 TIED_HEAD = "lm_head.weight"
@@ -44,6 +45,10 @@ def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     shapes["norm.weight"] = (spec.dim,)
     if not spec.tied_embeddings:
         shapes["head.weight"] = (spec.vocab_size, spec.dim)
+    if spec.vision is not None:
+        shapes.update({f"vision.{name}": shape for name, shape in _vision_shapes(spec.vision, spec.dim)})
+    if spec.fusion is not None:
+        shapes.update({f"fusion.{name}": shape for name, shape in _fusion_shapes(spec.fusion, spec.dim)})
     return shapes
 
 
@@ -104,6 +109,33 @@ def _layer_shapes(layer: LayerSpec, dim: int) -> Iterator[tuple[str, tuple[int, 
     yield "mlp_norm.weight", (dim,)
     yield from _linear("mlp.gate_up", 2 * mlp.hidden, dim, mlp.bias)
     yield from _linear("mlp.down", dim, mlp.hidden, mlp.bias)
+
+
+def _vision_shapes(vision: VisionSpec, dim: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield from _linear("patch", vision.dim, vision.patch_values, True)
+    for name in ("row_embed", "column_embed"):
+        yield f"{name}.weight", (vision.side_tokens * vision.merge, vision.dim)
+    for index in range(vision.layers):
+        layer = f"layers.{index}"
+        yield f"{layer}.attention_norm.weight", (vision.dim,)
+        yield from _linear(f"{layer}.attention.qkv", 3 * vision.dim, vision.dim, False)
+        yield from _linear(f"{layer}.attention.out", vision.dim, vision.dim, False)
+        yield f"{layer}.mlp_norm.weight", (vision.dim,)
+        yield from _linear(f"{layer}.mlp.gate_up", 2 * vision.mlp_hidden, vision.dim, False)
+        yield from _linear(f"{layer}.mlp.down", vision.dim, vision.mlp_hidden, False)
+    yield "norm.weight", (vision.dim,)
+    yield from _linear("projector.inner", dim, vision.merge**2 * vision.dim, True)
+    yield from _linear("projector.out", dim, dim, True)
+
+
+def _fusion_shapes(fusion: FusionSpec, dim: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for name in ("norm", "image_norm"):
+        yield f"{name}.weight", (dim,)
+    for name in ("query", "text"):
+        yield from _linear(name, fusion.width, dim, False)
+    yield from _linear("key_value", 2 * fusion.kv_width, dim, False)
+    yield from _linear("gates", 2 * fusion.heads, dim, True)
+    yield from _linear("out", dim, fusion.width, False)
 
 
 def _linear(name: str, outputs: int, inputs: int, bias: bool) -> Iterator[tuple[str, tuple[int, ...]]]:

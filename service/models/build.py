@@ -23,7 +23,7 @@ def init_weights(decoder: Decoder, seed: int) -> None:
     """Fill in weights to train from.
 
     Matrices are normal with variance 1 / inputs, those that write to the residual stream with that over 2 · layers (Radford et al.
-    2019); norms are 1, biases 0, head gates start at sigmoid(0) = one half.
+    2019); norms are 1, biases 0, gates start at sigmoid(0) = one half. Image tokens start about as large as those of text.
     """
     generator = torch.Generator().manual_seed(seed)
     residual_scale = (2 * len(decoder.spec.layers)) ** -0.5
@@ -38,7 +38,9 @@ def _first_value(name: str, parameter: Tensor, residual_scale: float, generator:
     if name.endswith(".bias"):
         return torch.zeros(parameter.shape)
     drawn = torch.randn(parameter.shape, generator=generator)
-    if name in ("embed.weight", "head.weight"):
+    if name == "head.weight" or name.endswith("embed.weight"):
         return drawn * EMBEDDING_STD
     std: float = parameter.shape[1] ** -0.5
+    if name == "vision.projector.out.weight":
+        return drawn * (std * EMBEDDING_STD)
     return drawn * (std * residual_scale if name.endswith((".out.weight", ".down.weight")) else std)

@@ -1,6 +1,7 @@
 """The decoder: embedding, layers, final norm and head over flat batches of tokens.
 
-It knows neither caches nor sequences: positions and an `Attend` arrive as arguments, and rotations are looked up once per forward.
+It knows neither caches nor sequences: positions, an `Attend` and the step's images arrive as arguments, and rotations are looked up once
+per forward.
 Invariant: parameter names are the names of our own checkpoint format.
 """
 
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from service.models.attention import Attend, GroupedAttention
+from service.models.fusion import GatedFusion, ImageContext
 from service.models.layers import Computed, Embedding, Kernels, Linear, RmsNorm, SwigluMlp
 from service.models.rope import RopeTable
+from service.models.vision import PatchEncoder
 from service.types.model_spec import LayerSpec, ModelSpec
 
 
@@ -46,21 +49,29 @@ class Decoder(Computed):
         self.norm = RmsNorm(spec.dim, spec.norm_eps, device, dtype)
         self.head = None if spec.tied_embeddings else Linear(spec.dim, spec.vocab_size, False, device, dtype)
         self.rope = RopeTable(spec.rope, spec.context_tokens)
+        self.vision = PatchEncoder(spec.vision, spec.dim, spec.norm_eps, device, dtype) if spec.vision is not None else None
+        self.fusion = GatedFusion(spec.fusion, spec.dim, spec.norm_eps, device, dtype) if spec.fusion is not None else None
 
-    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, positions: Tensor, attend: Attend, rows: Tensor | None = None, images: ImageContext | None = None
+    ) -> Tensor:
         """Logits [R, vocab] of all T tokens, or only of the given `rows` [R] int64 of them.
 
         `tokens` [T] int64, `positions` [T] int64 below `context_tokens`; the logits have the compute dtype.
         """
-        hidden = self.hidden(tokens, positions, attend)
+        hidden = self.hidden(tokens, positions, attend, images)
         return self.logits(hidden if rows is None else hidden.index_select(0, rows))
 
-    def hidden(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Final normalised states [T, dim]."""
+    def hidden(self, tokens: Tensor, positions: Tensor, attend: Attend, images: ImageContext | None = None) -> Tensor:
+        """Final normalised states [T, dim]. `images`: what the step's sequences show and see (None: no images anywhere)."""
         rotation = self.rope.rows(positions)
         update = self.embed(tokens)
+        if images is not None:
+            update = update.index_copy(0, images.at, images.embeddings)
         residual = torch.zeros_like(update)
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
+            if images is not None and self.fusion is not None and index == self.fusion.spec.after_layers:
+                residual = residual.index_add(0, images.rows, self.fusion(update, residual, images))
             update, residual = layer(update, residual, rotation, attend)
         normed, _ = self.norm.add(update, residual)
         return normed

@@ -6,7 +6,7 @@ in the rest. It does not know files or tensors. These lines are this project's o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from service.types.model_spec import (
     DenseMlp,
@@ -16,6 +16,7 @@ from service.types.model_spec import (
     PrecisionSpec,
     RopeSpec,
 )
+from service.types.vision import FusionSpec, VisionSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,8 @@ class Shape:
     """Sizes of one model of a line, and the few choices that a checkpoint may make otherwise than the models trained here.
 
     `head_dim` is dim / heads unless given. `rope` overrides `rope_theta`: a scaled rotation. By these choices (biases, no q/k norm, an
-    output head of its own) a model of another family becomes one of a line and computes what it did.
+    output head of its own) a model of another family becomes one of a line and computes what it did. `vision` is for
+    lines that read images.
     """
 
     vocab_size: int
@@ -42,6 +44,7 @@ class Shape:
     out_bias: bool = False
     mlp_bias: bool = False
     rope: RopeSpec | None = None
+    vision: VisionSpec | None = None
 
     @property
     def rotary_dim(self) -> int:
@@ -51,7 +54,10 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class VersionLine:
-    """One line: its number, name, what it adds, whether heads are gated, its precision policy and its shapes by name."""
+    """One line: its number, name, what it adds, whether heads are gated, its precision policy and its shapes by name.
+
+    `reads_images`: its shapes may have a patch encoder, whose image tokens are fused in after the lower half of the layers.
+    """
 
     number: str
     name: str
@@ -59,14 +65,17 @@ class VersionLine:
     gated_heads: bool
     precision: PrecisionSpec
     shapes: tuple[tuple[str, Shape], ...]
+    reads_images: bool = False
 
     @property
     def label(self) -> str:
         """The line as clients write it: `v2.3`."""
         return f"v{self.number}"
 
-    def spec(self, shape: Shape, end_ids: tuple[int, ...] = (), bos_id: int | None = None) -> ModelSpec:
-        """The network of this line in that shape."""
+    def spec(self, shape: Shape, end_ids: tuple[int, ...] = (), bos_id: int | None = None, image_id: int | None = None) -> ModelSpec:
+        """The network of this line in that shape; `image_id` only where the shape has `vision`."""
+        vision = shape.vision if self.reads_images else None
+        fusion = FusionSpec(shape.layers // 2, shape.heads, shape.kv_heads, shape.rotary_dim) if vision is not None else None
         attention = GroupedQueryAttention(
             heads=shape.heads,
             kv_heads=shape.kv_heads,
@@ -91,6 +100,9 @@ class VersionLine:
             end_ids=end_ids,
             bos_id=bos_id,
             line=self.number,
+            vision=vision,
+            fusion=fusion,
+            image_id=image_id if vision is not None else None,
         )
 
 
@@ -115,7 +127,22 @@ V2_3 = VersionLine(
     shapes=(("nano", _NANO_TEXT), ("1b", _ONE_BILLION)),
 )
 
-LINES: tuple[VersionLine, ...] = (V1_0, V2_3)
+_NANO_EYES = VisionSpec(patch=4, merge=2, dim=128, layers=3, heads=4, mlp_hidden=344, least_tokens=4, most_tokens=64, side_tokens=16)
+_LARGE_EYES = VisionSpec(
+    patch=14, merge=2, dim=1024, layers=24, heads=16, mlp_hidden=2752, least_tokens=16, most_tokens=576, side_tokens=48
+)
+
+V3_5 = VersionLine(
+    number="3.5",
+    name="enterprise",
+    essence="v2.3 that also reads images: a patch encoder, image tokens among the text tokens, gated fusion of the two modalities",
+    gated_heads=True,
+    precision=V2_3.precision,
+    shapes=(("nano", replace(_NANO_TEXT, vision=_NANO_EYES)), ("1b", replace(_ONE_BILLION, vision=_LARGE_EYES))),
+    reads_images=True,
+)
+
+LINES: tuple[VersionLine, ...] = (V1_0, V2_3, V3_5)
 
 
 def find_line(version: str) -> VersionLine | None:

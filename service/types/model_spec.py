@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import groupby
 
+from service.types.vision import FusionSpec, VisionSpec
+
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
@@ -171,7 +173,10 @@ class KvLayout:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """One decoder. `context_tokens` is the longest sequence it accepts, `end_ids` the tokens that end a text."""
+    """One decoder. `context_tokens` is the longest sequence it accepts, `end_ids` the tokens that end a text.
+
+    With `vision` it reads images: the token `image_id` marks each of their places, and `fusion` says how they are mixed in.
+    """
 
     family: str
     vocab_size: int
@@ -185,6 +190,14 @@ class ModelSpec:
     end_ids: tuple[int, ...] = ()
     bos_id: int | None = None
     line: str | None = None
+    vision: VisionSpec | None = None
+    fusion: FusionSpec | None = None
+    image_id: int | None = None
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What a prompt may hold."""
+        return ("text",) if self.vision is None else ("text", "image")
 
     def kv_layout(self, block_tokens: int = 64) -> KvLayout:
         """Group the layers by cache shape and window, in order of first appearance."""
@@ -207,11 +220,12 @@ class ModelSpec:
     def parameters(self) -> int:
         """Stored parameters; tied embeddings count once."""
         embeddings = self.vocab_size * self.dim * (1 if self.tied_embeddings else 2)
-        return embeddings + self.dim + sum(count * _layer_parameters(layer, self.dim) for layer, count in self._layer_runs())
+        seeing = sum(part.parameters(self.dim) for part in (self.vision, self.fusion) if part is not None)
+        return embeddings + self.dim + seeing + sum(count * _layer_parameters(layer, self.dim) for layer, count in self._layer_runs())
 
     @property
     def matmul_parameters(self) -> int:
-        """Parameters that take part in a matrix product for every token (the input embedding does not, the output head does)."""
+        """Parameters in a matrix product for every token (the output head, not the input embedding or what only images need)."""
         return self.vocab_size * self.dim + sum(count * _layer_matmul_parameters(layer, self.dim) for layer, count in self._layer_runs())
 
     def flops(self, tokens: int, context_tokens: float, sampled: int | None = None) -> float:
@@ -221,6 +235,21 @@ class ModelSpec:
         rows = tokens if sampled is None else sampled
         linear = 2.0 * tokens * (self.matmul_parameters - head) + 2.0 * rows * head
         return linear + 4.0 * tokens * self._attention_width(context_tokens)
+
+    def image_flops(self, tokens: int) -> float:
+        """FLOPs of making the `tokens` image tokens of one image, before any decoder layer."""
+        return sum(
+            (
+                self.vision.flops(tokens, self.dim) if self.vision is not None else 0.0,
+                self.fusion.image_flops(tokens, self.dim) if self.fusion is not None else 0.0,
+            )
+        )
+
+    def image_token_values(self) -> int:
+        """Numbers that a worker keeps for one image token beside the KV cache: its embedding, and its keys and values for the fusion."""
+        if self.vision is None:
+            return 0
+        return self.dim + (2 * self.fusion.kv_width if self.fusion is not None else 0)
 
     def bytes_read(self, sequences: int, context_tokens: float, weight_bytes: int, kv_bytes: int) -> float:
         """Bytes a decode step of `sequences` must read at least: the matmul weights once and every visible K/V entry once."""

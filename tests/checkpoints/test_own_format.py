@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 
 from service.checkpoints.own_format import own_config, read_own, shape_of
-from service.types.catalog import LINES, V2_3, Shape, VersionLine
+from service.types.catalog import LINES, V2_3, V3_5, Shape, VersionLine
 from service.types.errors import CheckpointError
 from service.types.model_spec import RopeScaling, RopeSpec
+from service.types.vision import VisionSpec
 
 SHAPE = Shape(vocab_size=61, dim=24, layers=3, heads=6, kv_heads=2, mlp_hidden=40, context_tokens=64, rope_theta=500.0, head_dim=8)
+EYES = VisionSpec(patch=2, merge=2, dim=8, layers=1, heads=2, mlp_hidden=12, least_tokens=2, most_tokens=9, side_tokens=6)
 GOOD = 'version: "2.3"\nvocab_size: 61\ndim: 24\nlayers: 3\nheads: 6\nkv_heads: 2\nmlp_hidden: 40\ncontext_tokens: 64\n'
 
 
@@ -83,6 +85,33 @@ def test_rotations_are_refused_by_name(tmp_path: Path, rope: str, name: str) -> 
 def test_the_version_decides_the_line(tmp_path: Path, line: VersionLine) -> None:
     spec, _ = read_own(written(tmp_path, GOOD.replace("2.3", line.number + ".4")))
     assert (spec.line, spec.precision) == (line.number, line.precision)
+
+
+def test_round_trip_of_a_line_that_reads_images(tmp_path: Path) -> None:
+    spec = V3_5.spec(replace(SHAPE, vision=EYES), (1,), None, 4)
+    text = own_config(spec)
+    assert read_own(written(tmp_path, text))[0] == spec and spec.vision == EYES
+    assert "vision" not in own_config(V3_5.spec(SHAPE))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "name"),
+    [
+        ("version: '3.5'", "version: '2.3'", "vision"),
+        ("image_id: 4\n", "", "image_id"),
+        ("image_id: 4", "image_id: 61", "image_id"),
+        ("patch: 2", "patch: 0", "patch"),
+        ("merge: 2", "marge: 2", "marge"),
+        ("  heads: 2", "  heads: 3", "heads"),
+        ("most_tokens: 9", "most_tokens: 1", "most_tokens"),
+        ("most_tokens: 9", "most_tokens: 99", "most_tokens"),
+    ],
+)
+def test_a_wrong_patch_encoder_is_refused_by_name(tmp_path: Path, old: str, new: str, name: str) -> None:
+    text = own_config(V3_5.spec(replace(SHAPE, vision=EYES), image_id=4))
+    assert old in text
+    with pytest.raises(CheckpointError, match=rf"config\.yaml.*\b{name}\b"):
+        read_own(written(tmp_path, text.replace(old, new, 1)))
 
 
 def test_a_spec_that_no_line_gives_is_not_written() -> None:

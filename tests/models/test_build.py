@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from service.models.build import build, init_weights
-from service.types.catalog import V2_3, Shape
+from service.types.catalog import V2_3, V3_5, Shape
 
 SHAPE = Shape(vocab_size=500, dim=64, layers=8, heads=4, kv_heads=2, mlp_hidden=96, context_tokens=64)
 
@@ -43,3 +43,12 @@ def test_on_meta_nothing_is_allocated() -> None:
     shape = Shape(vocab_size=1 << 20, dim=1 << 13, layers=64, heads=64, kv_heads=8, mlp_hidden=1 << 15, context_tokens=1 << 17)
     decoder = build(V2_3.spec(shape), "meta", torch.float32)
     assert all(parameter.is_meta for parameter in decoder.parameters())
+
+
+def test_image_tokens_begin_as_large_as_text() -> None:
+    decoder = build(V3_5.spec(dict(V3_5.shapes)["nano"], image_id=4), "cpu", torch.float32)
+    init_weights(decoder, 0)
+    pixels = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        size = decoder.vision(pixels, decoder.vision.spec.grid(16, 16)).std() / decoder.embed.weight.std()
+    assert 0.2 < size < 2

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from service.types.catalog import LINES, V1_0, V2_3, Shape, find_line
+from service.types.catalog import LINES, V1_0, V2_3, V3_5, Shape, find_line
 
 
 @pytest.mark.parametrize(("text", "line"), [("v1.0", V1_0), ("1.0", V1_0), ("v2.3", V2_3), ("2.3.7", V2_3), ("v2.3.1", V2_3)])
@@ -20,7 +22,7 @@ def test_other_names_are_no_lines(text: str) -> None:
 def test_lines_are_in_order_and_distinct() -> None:
     numbers = [tuple(map(int, line.number.split("."))) for line in LINES]
     assert numbers == sorted(set(numbers))
-    assert [line.label for line in LINES] == ["v1.0", "v2.3"]
+    assert [line.label for line in LINES] == ["v1.0", "v2.3", "v3.5"]
 
 
 def test_the_second_line_differs_from_the_first_in_precision_alone() -> None:
@@ -40,6 +42,15 @@ def test_every_shape_is_a_consistent_network(line: object) -> None:
         assert attention.heads % attention.kv_heads == 0 and attention.heads * attention.head_dim == spec.dim
         assert (spec.line, spec.end_ids, spec.bos_id, len(spec.layers)) == (line.number, (3,), 1, shape.layers)  # type: ignore[attr-defined]
         assert attention.gate == line.gated_heads  # type: ignore[attr-defined]
+
+
+def test_the_third_line_is_the_second_with_eyes() -> None:
+    for (name, second), (other, third) in zip(V2_3.shapes, V3_5.shapes, strict=True):
+        assert (name, second) == (other, replace(third, vision=None))
+        blind, seeing = V2_3.spec(second), V3_5.spec(third, image_id=4)
+        assert replace(seeing, line="2.3", vision=None, fusion=None, image_id=None) == blind
+        assert seeing.fusion is not None and 0 < seeing.fusion.after_layers < len(seeing.layers)
+        assert V2_3.spec(third, image_id=4) == blind  # a line that does not read images has no encoder
 
 
 def test_a_head_dimension_of_its_own() -> None:
