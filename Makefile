@@ -10,11 +10,14 @@ ARGS ?=
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
 
-$(VENV)/.serve: pyproject.toml constraints.txt
+NATIVE := setup.py $(wildcard service/kernels/native/*.c service/kernels/native/*.h)
+
+$(VENV)/.serve: pyproject.toml constraints.txt $(NATIVE)
 	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or 3.12 is needed; name one with PYTHON=/path/to/python"; exit 2; }
 	@test -x $(BIN)/python || { echo "setup: creating $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
 	@echo "setup: installing what serving needs (the first time takes a minute or two)"
 	@$(INSTALL) --editable '.[torch]'
+	@ls service/kernels/native/_native.*.* >/dev/null 2>&1 || echo "setup: the compiled CPU kernels were not built (is there a C compiler?); torch computes alone"
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.serve
@@ -44,4 +47,4 @@ docs: $(VENV)/.test ## write docs/cli.md from the commands' own definitions
 	@$(BIN)/python -m service.cli.docs
 
 clean: ## remove the virtual environment and caches
-	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info
+	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info service/kernels/native/*.so

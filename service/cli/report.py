@@ -77,7 +77,7 @@ class LoadProgress:
 
 
 def memory_table(artifact: str, info: BackendInfo, full_context_tokens: int) -> str:
-    """The exact budget of one version's worker, a line for each use, and whether the checkpoint's whole context fits into it."""
+    """The exact budget of one version's worker, each use, whether the checkpoint's whole context fits, and the kernels in use."""
     context = f"context {info.context_tokens} tokens"
     if info.context_tokens < full_context_tokens:
         context += f" of the checkpoint's {full_context_tokens}: --kv_bytes and --context_tokens set it"
@@ -89,6 +89,8 @@ def memory_table(artifact: str, info: BackendInfo, full_context_tokens: int) -> 
         lines.append(f"  {name:<24}{size / _MIB:>10.1f} MiB{note}")
     total = sum(size for _, size in info.memory_bytes)
     lines.append(f"  {'total':<24}{total / _MIB:>10.1f} MiB")
+    if info.kernels:
+        lines.append(f"  {'kernels':<24}{info.kernels}")
     return "\n".join(lines)
 
 

@@ -22,6 +22,7 @@ from service.engine.memory import MemoryPlan, Usage, available_bytes, plan_memor
 from service.engine.sampler import Sampler
 from service.engine.torch_backend import TorchBackend
 from service.kernels.dispatch import chosen
+from service.kernels.native.binding import describe
 from service.models.decoder import Decoder
 from service.types.errors import CapacityError
 from service.types.model_spec import ELEMENT_BYTES, KvLayout, ModelSpec
@@ -92,6 +93,7 @@ def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallba
         dispatch=tuple(chosen().items()),
         pid=os.getpid(),
         limits=limits,
+        kernels=describe() if device.type == "cpu" else "",
     )
     token_flops = spec.flops(1, 0.0)
     return Loaded(backend, info, token_flops, spec.flops(1, 1.0) - token_flops)

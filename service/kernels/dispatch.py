@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from service.kernels import elementwise, kv_store, linear, paged_attention, reference
+from service.kernels.native import binding as native
+from service.kernels.native import elementwise as native_elementwise
 
 Kernel = Callable[..., Any]
 Condition = Callable[["Place"], str | None]
@@ -48,6 +50,12 @@ def _on_cpu(place: Place) -> str | None:
     return None if place.device == "cpu" else f"it runs on a CPU only, not on {place.device}"
 
 
+def _native(place: Place) -> str | None:
+    if place.dtype not in native.ELEMENTS:
+        return f"it computes float32, bfloat16 and float16 only, not {place.dtype}"
+    return _on_cpu(place) or native.absent()
+
+
 @cache
 def _onednn() -> bool:
     return linear.onednn_available()
@@ -66,8 +74,13 @@ def _onednn_sixteen_bits(place: Place) -> str | None:
 
 
 TABLE: Mapping[str, tuple[Implementation, ...]] = {
-    "rms_norm": (Implementation("torch", elementwise.rms_norm, _anywhere), Implementation("reference", reference.rms_norm, _anywhere)),
+    "rms_norm": (
+        Implementation("native", native_elementwise.rms_norm, _native),
+        Implementation("torch", elementwise.rms_norm, _anywhere),
+        Implementation("reference", reference.rms_norm, _anywhere),
+    ),
     "add_rms_norm": (
+        Implementation("native", native_elementwise.add_rms_norm, _native),
         Implementation("torch", elementwise.add_rms_norm, _anywhere),
         Implementation("reference", reference.add_rms_norm, _anywhere),
     ),
@@ -76,7 +89,11 @@ TABLE: Mapping[str, tuple[Implementation, ...]] = {
         Implementation("torch", elementwise.apply_rope, _anywhere),
         Implementation("reference", reference.apply_rope, _anywhere),
     ),
-    "swiglu": (Implementation("torch", elementwise.swiglu, _anywhere), Implementation("reference", reference.swiglu, _anywhere)),
+    "swiglu": (
+        Implementation("native", native_elementwise.swiglu, _native),
+        Implementation("torch", elementwise.swiglu, _anywhere),
+        Implementation("reference", reference.swiglu, _anywhere),
+    ),
     "head_gate": (Implementation("torch", elementwise.head_gate, _anywhere), Implementation("reference", reference.head_gate, _anywhere)),
     "write_kv": (Implementation("torch", kv_store.write_kv, _anywhere), Implementation("reference", reference.write_kv, _anywhere)),
     "paged_attention": (
@@ -149,6 +166,18 @@ class Dispatch:
             for (operation, place), choice in sorted(self._choices.items(), key=str)
         }
 
+    def passed_over(self) -> dict[str, str]:
+        """Better implementations that could not be used, and why: `operation[device,dtype] name` -> sentence; none where forced."""
+        found = {}
+        for operation, place in sorted(self._choices, key=str):
+            chosen_name = self._choices[operation, place].name
+            for implementation in () if operation in self._forced else self._implementations(operation):
+                if implementation.name == chosen_name:
+                    break
+                key = f"{operation}[{place.device},{str(place.dtype).removeprefix('torch.')}] {implementation.name}"
+                found[key] = implementation.refuses(place) or ""
+        return found
+
     def take_counts(self) -> dict[tuple[str, str], int]:
         """Calls per (operation, implementation) since the last take; only those that were called."""
         counts: dict[tuple[str, str], int] = {}
@@ -181,4 +210,5 @@ _PROCESS = Dispatch(TABLE)
 resolve = _PROCESS.resolve
 force = _PROCESS.force
 chosen = _PROCESS.chosen
+passed_over = _PROCESS.passed_over
 take_counts = _PROCESS.take_counts

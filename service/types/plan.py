@@ -118,7 +118,7 @@ class BackendInfo:
 
     `group_blocks` are the usable block ids per KV group: 1 … n (0 is the null block). `memory_bytes` names what was taken
     (weights, kv:<group>, workspace, runtime). `phases_s` are the start-up phases in order with their seconds. `limits` are what the
-    machine can do a second, by kind (bytes, flops).
+    machine can do a second, by kind (bytes, flops). `kernels` says whether the compiled kernels are in use, and for which instruction set.
     """
 
     kv_layout: KvLayout
@@ -135,6 +135,7 @@ class BackendInfo:
     dispatch: tuple[tuple[str, str], ...] = ()
     pid: int = 0
     limits: tuple[tuple[str, float], ...] = ()
+    kernels: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -43,6 +44,8 @@ def test_the_budget_has_a_line_for_each_use() -> None:
     assert float(parent_memory_line().split()[-2]) > 5
     shrunk = memory_table("v2.3@0123456789ab", info, 4096).splitlines()[0]
     assert "context 2048 tokens of the checkpoint's 4096" in shrunk
+    compiled = memory_table("v2.3@0123456789ab", replace(info, kernels="compiled for avx2"), 4096).splitlines()[-1]
+    assert compiled.split(maxsplit=1) == ["kernels", "compiled for avx2"]
 
 
 @pytest.mark.parametrize(

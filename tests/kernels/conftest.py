@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from service.kernels import paged_attention as kernel
 from service.kernels import reference
+from service.kernels.native import binding
 
+needs_native = pytest.mark.skipif(binding.absent() is not None, reason="the compiled kernels are not built")
 GARBAGE = (-(2**31), -1, 2**31 - 1)
+
+
+@pytest.fixture(params=binding.LEVELS)
+def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The compiled kernels of each instruction set that this machine has, the best one again afterwards."""
+    loaded = binding.compiled()
+    if isinstance(loaded, str) or loaded.choose(request.param) != request.param:
+        pytest.skip("not on this machine")
+    yield request.param
+    loaded.choose(binding.LEVELS[-1])
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,61 @@
+/* Norms and activations over rows, one pass each; computed in float32 whatever the type in memory. */
+#include "vector.h"
+
+INLINE void add_rms_norm_rows(enum element type, const void *x, const void *residual, const void *weight, float eps, void *out,
+                              void *total, int64_t begin, int64_t end, int64_t size) {
+    int64_t whole = size / WIDTH * WIDTH, rest = size - whole;
+    for (int64_t row = begin; row < end; row++) {
+        int64_t at = row * size;
+        /* The norm is that of the stored sum, so that it does not depend on who adds. */
+        vfloat squares = splat(0.0f);
+        const void *summed = residual ? total : x;
+        for (int64_t i = 0; i < whole; i += WIDTH) {
+            vfloat v = load(type, x, at + i);
+            if (residual) {
+                store(type, total, at + i, v + load(type, residual, at + i));
+                v = load(type, total, at + i);
+            }
+            squares += v * v;
+        }
+        if (rest) {
+            vfloat v = load_some(type, x, at + whole, rest);
+            if (residual) {
+                store_some(type, total, at + whole, v + load_some(type, residual, at + whole, rest), rest);
+                v = load_some(type, total, at + whole, rest);
+            }
+            squares += v * v;
+        }
+        vfloat inverse = splat(1.0f / sqrtf(sum_lanes(squares) / (float)size + eps));
+        for (int64_t i = 0; i < whole; i += WIDTH) store(type, out, at + i, load(type, summed, at + i) * inverse * load(type, weight, i));
+        if (rest)
+            store_some(type, out, at + whole, load_some(type, summed, at + whole, rest) * inverse * load_some(type, weight, whole, rest),
+                       rest);
+    }
+}
+
+static void add_rms_norm(enum element type, const void *x, const void *residual, const void *weight, float eps, void *out, void *total,
+                         int64_t begin, int64_t end, int64_t size) {
+    if (type == FLOAT32) add_rms_norm_rows(FLOAT32, x, residual, weight, eps, out, total, begin, end, size);
+    if (type == BFLOAT16) add_rms_norm_rows(BFLOAT16, x, residual, weight, eps, out, total, begin, end, size);
+    if (type == FLOAT16) add_rms_norm_rows(FLOAT16, x, residual, weight, eps, out, total, begin, end, size);
+}
+
+INLINE vfloat silu_times(vfloat gate, vfloat up) { return gate / (splat(1.0f) + vexp2(gate * splat(-LOG2_E))) * up; }
+
+INLINE void swiglu_rows(enum element type, const void *gate_up, void *out, int64_t begin, int64_t end, int64_t size) {
+    int64_t whole = size / WIDTH * WIDTH, rest = size - whole;
+    for (int64_t row = begin; row < end; row++) {
+        int64_t gate = row * 2 * size, up = gate + size, at = row * size;
+        for (int64_t i = 0; i < whole; i += WIDTH)
+            store(type, out, at + i, silu_times(load(type, gate_up, gate + i), load(type, gate_up, up + i)));
+        if (rest)
+            store_some(type, out, at + whole,
+                       silu_times(load_some(type, gate_up, gate + whole, rest), load_some(type, gate_up, up + whole, rest)), rest);
+    }
+}
+
+static void swiglu(enum element type, const void *gate_up, void *out, int64_t begin, int64_t end, int64_t size) {
+    if (type == FLOAT32) swiglu_rows(FLOAT32, gate_up, out, begin, end, size);
+    if (type == BFLOAT16) swiglu_rows(BFLOAT16, gate_up, out, begin, end, size);
+    if (type == FLOAT16) swiglu_rows(FLOAT16, gate_up, out, begin, end, size);
+}

@@ -1,0 +1,55 @@
+"""Norms and activations by the compiled kernels: one pass over memory where torch makes several. No gradients.
+
+The signatures are those of `reference.py`. It does not know layers. Invariant: results have the type of x, no argument is changed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from service.kernels.native.binding import ELEMENTS, functions
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root mean square norm over the last dimension: x [..., D], weight [D] of the same type -> [..., D]."""
+    x, weight = x.contiguous(), weight.contiguous()
+    out = torch.empty_like(x)
+    _norm(x, None, weight, eps, out, None)
+    return out
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + residual), x + residual); all [..., D] of one type."""
+    x, residual, weight = x.contiguous(), residual.contiguous(), weight.contiguous()
+    out, total = torch.empty_like(x), torch.empty_like(x)
+    _norm(x, residual, weight, eps, out, total)
+    return out, total
+
+
+def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor, total: Tensor | None) -> None:
+    size = x.shape[-1]
+    if weight.dtype != x.dtype or weight.shape != (size,) or (residual is not None and residual.shape != x.shape):
+        raise ValueError(f"x {tuple(x.shape)} {x.dtype} does not fit the weight {tuple(weight.shape)} {weight.dtype} or the residual")
+    functions().native_add_rms_norm(
+        ELEMENTS[x.dtype],
+        x.data_ptr(),
+        None if residual is None else residual.data_ptr(),
+        weight.data_ptr(),
+        eps,
+        out.data_ptr(),
+        None if total is None else total.data_ptr(),
+        x.numel() // max(size, 1),
+        size,
+        torch.get_num_threads(),
+    )
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up: gate_up [..., 2·hidden] (gate first) -> [..., hidden]."""
+    gate_up = gate_up.contiguous()
+    size = gate_up.shape[-1] // 2
+    out = gate_up.new_empty(*gate_up.shape[:-1], size)
+    rows = out.numel() // max(size, 1)
+    functions().native_swiglu(ELEMENTS[gate_up.dtype], gate_up.data_ptr(), out.data_ptr(), rows, size, torch.get_num_threads())
+    return out

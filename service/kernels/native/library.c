@@ -1,0 +1,143 @@
+/* The library's face: which instruction set is used, torch's threads, and the exported functions that share rows among them.
+ *
+ * Threads come from the OpenMP runtime that torch itself calls: its entry points arrive as addresses, so that there is one pool and not two,
+ * and this library needs no OpenMP to be built. Without them everything runs on the calling thread.
+ */
+#include <stdatomic.h>
+
+#include "native.h"
+
+const struct kernels *native_kernels = NULL;
+
+typedef void (*parallel_entry)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
+typedef int (*thread_number_entry)(void);
+static parallel_entry parallel = NULL;
+static thread_number_entry thread_number = NULL;
+
+EXPORTED int native_abi(void) { return NATIVE_ABI; }
+
+/* The first 16 hex digits of the SHA-256 of the sources, in order of their names. */
+#ifndef NATIVE_SOURCES
+#define NATIVE_SOURCES ""
+#endif
+EXPORTED const char *native_sources(void) { return NATIVE_SOURCES; }
+
+/* GOMP_parallel and omp_get_thread_num of the runtime to use, or NULL for one thread. */
+EXPORTED void native_use_threads(void *parallel_address, void *thread_number_address) {
+    parallel = (parallel_entry)parallel_address;
+    thread_number = (thread_number_entry)thread_number_address;
+}
+
+/* 0 baseline, 1 AVX2, 2 AVX-512: the best that this machine can run. */
+static int best_level(void) {
+#if defined(HAS_X86_KERNELS)
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
+        return 2;
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+/* Use the best kernels up to `level` (see best_level; 2 for the best there are) and give their name. */
+EXPORTED const char *native_choose(int level) {
+    int best = best_level();
+    level = level < best ? level : best;
+    native_kernels = &kernels_baseline;
+#if defined(HAS_X86_KERNELS)
+    if (level == 1) native_kernels = &kernels_avx2;
+    if (level == 2) native_kernels = &kernels_avx512;
+#endif
+    return native_kernels->name;
+}
+
+struct team {
+    native_task task;
+    void *context;
+    int64_t count;
+    atomic_llong next;
+};
+
+static void work(void *data) {
+    struct team *team = data;
+    int thread = thread_number();
+    for (;;) {
+        int64_t index = atomic_fetch_add_explicit(&team->next, 1, memory_order_relaxed);
+        if (index >= team->count) return;
+        team->task(team->context, index, thread);
+    }
+}
+
+void native_parallel(native_task task, void *context, int64_t count, int threads) {
+    if (!parallel || threads < 2 || count < 2) {
+        for (int64_t index = 0; index < count; index++) task(context, index, 0);
+        return;
+    }
+    struct team team = {.task = task, .context = context, .count = count};
+    atomic_init(&team.next, 0);
+    /* Always the whole team: a pool that changes its size starts and ends threads. */
+    parallel(work, &team, (unsigned)threads, 0);
+}
+
+struct spans {
+    native_span span;
+    void *context;
+    int64_t count, grain;
+};
+
+static void run_span(void *data, int64_t index, int thread) {
+    (void)thread;
+    struct spans *spans = data;
+    int64_t begin = index * spans->grain, end = begin + spans->grain;
+    spans->span(spans->context, begin, end < spans->count ? end : spans->count);
+}
+
+void native_parallel_spans(native_span span, void *context, int64_t count, int64_t grain, int threads) {
+    int64_t even = (count + threads - 1) / (threads > 0 ? threads : 1);
+    struct spans spans = {span, context, count, even > grain ? even : grain};
+    native_parallel(run_span, &spans, (count + spans.grain - 1) / spans.grain, threads);
+}
+
+struct norm {
+    int type;
+    float eps;
+    const void *x, *residual, *weight;
+    void *out, *total;
+    int64_t size;
+};
+
+static void norm_span(void *context, int64_t begin, int64_t end) {
+    struct norm *n = context;
+    native_kernels->add_rms_norm((enum element)n->type, n->x, n->residual, n->weight, n->eps, n->out, n->total, begin, end, n->size);
+}
+
+/* Elements below which a second thread costs more than it saves. */
+#define GRAIN_ELEMENTS 16384
+
+static int64_t grain_rows(int64_t size) { return size < GRAIN_ELEMENTS ? GRAIN_ELEMENTS / (size > 0 ? size : 1) : 1; }
+
+EXPORTED void native_add_rms_norm(int type, const void *x, const void *residual, const void *weight, float eps, void *out, void *total,
+                                  int64_t rows, int64_t size, int threads) {
+    struct norm context = {type, eps, x, residual, weight, out, total, size};
+    native_parallel_spans(norm_span, &context, rows, grain_rows(size), threads);
+}
+
+struct gated {
+    int type;
+    const void *gate_up;
+    void *out;
+    int64_t size;
+};
+
+static void gated_span(void *context, int64_t begin, int64_t end) {
+    struct gated *g = context;
+    native_kernels->swiglu((enum element)g->type, g->gate_up, g->out, begin, end, g->size);
+}
+
+EXPORTED void native_swiglu(int type, const void *gate_up, void *out, int64_t rows, int64_t size, int threads) {
+    struct gated context = {type, gate_up, out, size};
+    native_parallel_spans(gated_span, &context, rows, grain_rows(size), threads);
+}
