@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import resource
 import time
 from typing import Any, NoReturn
 
@@ -18,6 +17,7 @@ from jinja2.ext import loopcontrols as loop_controls
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from service.inputs.child_memory import limit_memory
 from service.inputs.template_messages import Ready, Refused, Render, Rendered, Reply, Request, Warm
 from service.processes import ChannelClosed, ChildChannel
 
@@ -88,12 +88,6 @@ def render(request: Render) -> Reply:
         return Refused("failed")
 
 
-def _limit_memory(extra_bytes: int) -> None:
-    with open("/proc/self/statm", encoding="ascii") as file:
-        current = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (current + extra_bytes, current + extra_bytes))
-
-
 def main() -> None:
     """Answer until the parent is gone."""
     channel = ChildChannel.open(Request)
@@ -101,7 +95,7 @@ def main() -> None:
         while True:
             message = channel.receive()
             if isinstance(message, Warm):
-                _limit_memory(message.memory_bytes)
+                limit_memory(message.memory_bytes)
                 channel.send(Ready())
             else:
                 channel.send(render(message))
