@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
 
-.PHONY: help setup serve test test-all check docs clean
+.PHONY: help setup serve test test-all check docs image image-test clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -37,14 +37,22 @@ test-all: $(VENV)/.test ## run the tests, the slow ones too
 	@$(BIN)/python -m pytest $(ARGS)
 
 check: $(VENV)/.test ## lint, types, import contracts, and the measures of the code
-	@$(BIN)/ruff check service tests loadtests
-	@$(BIN)/ruff format --check service tests loadtests
+	@$(BIN)/ruff check service tests loadtests docker
+	@$(BIN)/ruff format --check service tests loadtests docker
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --config importlinter.ini
 	@$(BIN)/python -m tests.house.measures
 
 docs: $(VENV)/.test ## write docs/cli.md from the commands' own definitions
 	@$(BIN)/python -m service.cli.docs
+
+IMAGE ?= localhost/deepseek-service:cpu
+
+image: ## build the cpu image with buildah (BASE=, WHEELS= or TORCH_INDEX= for torch's CPU build, KIND=gpu for another)
+	@TAG=$(if $(KIND),localhost/deepseek-service:$(KIND),$(IMAGE)) docker/image.sh $(or $(KIND),cpu)
+
+image-test: ## run the built cpu image and try what its users rely on (root, buildah, python3)
+	@IMAGE=$(IMAGE) python3 docker/image_test.py
 
 clean: ## remove the virtual environment and caches
 	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info service/kernels/native/*.so

@@ -18,6 +18,7 @@ LEAST = {
     "tests/api": 285,
     "tests/checkpoints": 280,
     "tests/cli": 59,
+    "tests/deploy": 20,
     "tests/engine": 84,
     "tests/house": 72,
     "tests/inputs": 36,
