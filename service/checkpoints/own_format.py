@@ -56,6 +56,8 @@ def parse_own(text: str, source: str) -> tuple[ModelSpec, Fields]:
     shape = _read_shape(config)
     if shape.vision is not None and not line.reads_images:
         raise config.refusal("vision", f"belongs to a line that reads images, and v{line.number} does not")
+    if shape.shared_layers > 1 and not line.shares_weights:
+        raise config.refusal("shared_layers", f"belongs to a line that shares weights, and v{line.number} does not")
     bos, image = config.ids("bos_id", shape.vocab_size), config.ids("image_id", shape.vocab_size)
     if len(image) != (shape.vision is not None):
         raise config.refusal("image_id", "must be one token id with `vision`, and absent without it")
@@ -103,6 +105,7 @@ def shape_of(spec: ModelSpec) -> Shape:
         mlp_bias=mlp.bias,
         rope=None if spec.rope == plain else spec.rope,
         vision=spec.vision,
+        shared_layers=1 if spec.sharing is None else spec.sharing.owners.count(0),
     )
 
 
@@ -135,6 +138,7 @@ def _read_shape(config: Fields) -> Shape:
         rope_theta=config.number("rope_theta", 10_000.0, low=1.0),
         head_dim=config.integer("head_dim", 0, low=0),
         norm_eps=config.number("norm_eps", 1e-6, low=0.0, high=1.0),
+        shared_layers=config.integer("shared_layers", 1),
     )
     plain = {entry.name: entry.default for entry in fields(Shape)}
     switches: dict[str, Any] = {name: config.flag(name, bool(plain[name])) for name in _SWITCHES}

@@ -41,7 +41,8 @@ def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter of the decoder of `spec`, in order."""
     shapes: dict[str, tuple[int, ...]] = {"embed.weight": (spec.vocab_size, spec.dim)}
     for index, layer in enumerate(spec.layers):
-        shapes.update({f"layers.{index}.{name}": shape for name, shape in _layer_shapes(layer, spec.dim)})
+        own = _layer_shapes(layer, spec.dim) if spec.owner(index) == index else _norm_shapes(spec.dim)
+        shapes.update({f"layers.{index}.{name}": shape for name, shape in own})
     shapes["norm.weight"] = (spec.dim,)
     if not spec.tied_embeddings:
         shapes["head.weight"] = (spec.vocab_size, spec.dim)
@@ -109,6 +110,11 @@ def _layer_shapes(layer: LayerSpec, dim: int) -> Iterator[tuple[str, tuple[int, 
     yield "mlp_norm.weight", (dim,)
     yield from _linear("mlp.gate_up", 2 * mlp.hidden, dim, mlp.bias)
     yield from _linear("mlp.down", dim, mlp.hidden, mlp.bias)
+
+
+def _norm_shapes(dim: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield "attention_norm.weight", (dim,)
+    yield "mlp_norm.weight", (dim,)
 
 
 def _vision_shapes(vision: VisionSpec, dim: int) -> Iterator[tuple[str, tuple[int, ...]]]:

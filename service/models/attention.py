@@ -24,17 +24,14 @@ class Attend(Protocol):
 
 
 class GroupedAttention(Computed):
-    """The attention sublayer of layer `index`: qkv, optional q/k norm, RoPE, attend, optional head gate, out.
+    """The attention sublayer of one layer, or of several that share weights: qkv, optional q/k norm, RoPE, attend, optional head gate, out.
 
     `qkv` holds the query heads, then the key heads, then the value heads, [(heads + 2 · kv_heads) · head_dim, dim].
     """
 
-    def __init__(
-        self, spec: GroupedQueryAttention, dim: int, eps: float, index: int, device: torch.device | str, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, spec: GroupedQueryAttention, dim: int, eps: float, device: torch.device | str, dtype: torch.dtype) -> None:
         super().__init__()
         self.spec = spec
-        self.index = index
         width = spec.heads * spec.head_dim
         self.qkv = Linear(dim, width + 2 * spec.kv_heads * spec.head_dim, spec.qkv_bias, device, dtype)
         self.out = Linear(width, dim, spec.out_bias, device, dtype)
@@ -42,8 +39,8 @@ class GroupedAttention(Computed):
         self.key_norm = RmsNorm(spec.head_dim, eps, device, dtype) if spec.qk_norm else None
         self.gate = Linear(dim, spec.heads, True, device, dtype) if spec.gate else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        """Normalised layer input [T, dim] -> [T, dim]; `cos`, `sin` [T, rotary_dim / 2]."""
+    def forward(self, x: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """Normalised input [T, dim] of layer number `layer` -> [T, dim]; `cos`, `sin` [T, rotary_dim / 2]."""
         spec, tokens = self.spec, x.shape[0]
         turning_heads = spec.heads + spec.kv_heads
         heads: Tensor = self.qkv(x).view(tokens, turning_heads + spec.kv_heads, spec.head_dim)
@@ -51,7 +48,7 @@ class GroupedAttention(Computed):
         if self.query_norm is not None and self.key_norm is not None:
             turning = torch.cat((self.query_norm(heads[:, : spec.heads]), self.key_norm(heads[:, spec.heads : turning_heads])), dim=1)
         turned = self.kernels.rotate(turning, cos, sin)
-        seen = attend(self.index, turned[:, : spec.heads], turned[:, spec.heads :], value)
+        seen = attend(layer, turned[:, : spec.heads], turned[:, spec.heads :], value)
         if self.gate is not None:
             seen = self.kernels.head_gate(seen, self.gate(x))
         update: Tensor = self.out(seen.reshape(tokens, spec.heads * spec.head_dim))

@@ -9,33 +9,44 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from service.models.attention import Attend, GroupedAttention
 from service.models.fusion import GatedFusion, ImageContext
 from service.models.layers import Computed, Embedding, Kernels, Linear, RmsNorm, SwigluMlp
 from service.models.rope import RopeTable
 from service.models.vision import PatchEncoder
-from service.types.model_spec import LayerSpec, ModelSpec
+from service.types.model_spec import ModelSpec
 
 
 class DecoderLayer(nn.Module):
-    """One pre-norm layer: attention and feed-forward, each added to the residual stream."""
+    """One pre-norm layer: attention and feed-forward, each added to the residual stream.
 
-    def __init__(self, spec: LayerSpec, model: ModelSpec, index: int, device: torch.device | str, dtype: torch.dtype) -> None:
+    With an `owner` the layer has norms of its own and computes with that layer's weights; they are registered there and nowhere else.
+    """
+
+    def __init__(self, index: int, model: ModelSpec, owner: DecoderLayer | None, device: torch.device | str, dtype: torch.dtype) -> None:
         super().__init__()
+        self.index = index
         self.attention_norm = RmsNorm(model.dim, model.norm_eps, device, dtype)
-        self.attention = GroupedAttention(spec.attention, model.dim, model.norm_eps, index, device, dtype)
         self.mlp_norm = RmsNorm(model.dim, model.norm_eps, device, dtype)
-        self.mlp = SwigluMlp(spec.mlp, model.dim, device, dtype)
+        if owner is None:
+            spec = model.layers[index]
+            self.attention = GroupedAttention(spec.attention, model.dim, model.norm_eps, device, dtype)
+            self.mlp = SwigluMlp(spec.mlp, model.dim, device, dtype)
+            self.sublayers = (self.attention, self.mlp)
+        else:
+            self.sublayers = owner.sublayers
 
     def forward(self, update: Tensor, residual: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, Tensor]:
         """(pending update, residual) -> the same after this layer, all [T, dim]; the stream's value is their sum.
 
         Adding late lets one op do "add, then norm".
         """
+        attention, mlp = self.sublayers
         x, residual = self.attention_norm.add(update, residual)
-        x, residual = self.mlp_norm.add(self.attention(x, *rotation, attend), residual)
-        return self.mlp(x), residual
+        x, residual = self.mlp_norm.add(attention(x, self.index, *rotation, attend), residual)
+        return mlp(x), residual
 
 
 class Decoder(Computed):
@@ -45,7 +56,12 @@ class Decoder(Computed):
         super().__init__()
         self.spec = spec
         self.embed = Embedding(spec.vocab_size, spec.dim, device, dtype)
-        self.layers = nn.ModuleList(DecoderLayer(layer, spec, index, device, dtype) for index, layer in enumerate(spec.layers))
+        layers: list[DecoderLayer] = []
+        for index in range(len(spec.layers)):
+            owner = None if spec.owner(index) == index else layers[spec.owner(index)]
+            layers.append(DecoderLayer(index, spec, owner, device, dtype))
+        self.layers = nn.ModuleList(layers)
+        self._recompute = False
         self.norm = RmsNorm(spec.dim, spec.norm_eps, device, dtype)
         self.head = None if spec.tied_embeddings else Linear(spec.dim, spec.vocab_size, False, device, dtype)
         self.rope = RopeTable(spec.rope, spec.context_tokens)
@@ -72,7 +88,10 @@ class Decoder(Computed):
         for index, layer in enumerate(self.layers):
             if images is not None and self.fusion is not None and index == self.fusion.spec.after_layers:
                 residual = residual.index_add(0, images.rows, self.fusion(update, residual, images))
-            update, residual = layer(update, residual, rotation, attend)
+            if self._recompute and torch.is_grad_enabled():
+                update, residual = checkpoint(layer, update, residual, rotation, attend, use_reentrant=False)
+            else:
+                update, residual = layer(update, residual, rotation, attend)
         normed, _ = self.norm.add(update, residual)
         return normed
 
@@ -80,6 +99,11 @@ class Decoder(Computed):
         """[R, dim] final states -> [R, vocab]. A tied head multiplies with the embedding as it is, so that no second copy is kept."""
         logits: Tensor = self.kernels.linear(hidden, self.embed.weight) if self.head is None else self.head(hidden)
         return logits
+
+    def gradient_checkpointing_enable(self, on: bool = True) -> None:
+        """Keep only each layer's input for the backward pass and compute the rest again (Chen et al. 2016): a layer more of arithmetic for
+        most of the activations' memory."""
+        self._recompute = on
 
     def use(self, kernels: Kernels) -> None:
         """Compute with these kernels from now on."""

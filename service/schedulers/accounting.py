@@ -24,7 +24,7 @@ class StepCost:
         head = spec.vocab_size * spec.dim
         self._flops_a_token = 2.0 * (spec.matmul_parameters - head)
         self._flops_a_sample = 2.0 * head
-        self._weight_bytes = float(spec.matmul_parameters * element_bytes)
+        self._weight_bytes = float(spec.matmul_parameters_read * element_bytes)
         widths: dict[int, list[float]] = {}
         for layer in spec.layers:
             attention = layer.attention

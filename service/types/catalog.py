@@ -15,6 +15,7 @@ from service.types.model_spec import (
     ModelSpec,
     PrecisionSpec,
     RopeSpec,
+    SharingSpec,
 )
 from service.types.vision import FusionSpec, VisionSpec
 
@@ -25,7 +26,7 @@ class Shape:
 
     `head_dim` is dim / heads unless given. `rope` overrides `rope_theta`: a scaled rotation. By these choices (biases, no q/k norm, an
     output head of its own) a model of another family becomes one of a line and computes what it did. `vision` is for
-    lines that read images.
+    lines that read images, `shared_layers` > 1 (so many consecutive layers have one set of weights) for lines that share them.
     """
 
     vocab_size: int
@@ -45,6 +46,7 @@ class Shape:
     mlp_bias: bool = False
     rope: RopeSpec | None = None
     vision: VisionSpec | None = None
+    shared_layers: int = 1
 
     @property
     def rotary_dim(self) -> int:
@@ -57,6 +59,7 @@ class VersionLine:
     """One line: its number, name, what it adds, whether heads are gated, its precision policy and its shapes by name.
 
     `reads_images`: its shapes may have a patch encoder, whose image tokens are fused in after the lower half of the layers.
+    `shares_weights`: in its shapes consecutive layers may compute with one set of weights.
     """
 
     number: str
@@ -66,6 +69,7 @@ class VersionLine:
     precision: PrecisionSpec
     shapes: tuple[tuple[str, Shape], ...]
     reads_images: bool = False
+    shares_weights: bool = False
 
     @property
     def label(self) -> str:
@@ -103,6 +107,7 @@ class VersionLine:
             vision=vision,
             fusion=fusion,
             image_id=image_id if vision is not None else None,
+            sharing=SharingSpec.runs(shape.layers, shape.shared_layers) if self.shares_weights and shape.shared_layers > 1 else None,
         )
 
 
@@ -142,7 +147,22 @@ V3_5 = VersionLine(
     reads_images=True,
 )
 
-LINES: tuple[VersionLine, ...] = (V1_0, V2_3, V3_5)
+_NANO_LIGHT = Shape(
+    vocab_size=4096, dim=96, layers=8, heads=4, kv_heads=2, mlp_hidden=224, context_tokens=2048, head_dim=32, shared_layers=8
+)
+_REFERENCE_LIGHT = Shape(vocab_size=32_000, dim=512, layers=12, heads=8, kv_heads=4, mlp_hidden=1536, context_tokens=4096, shared_layers=6)
+
+V4_8 = VersionLine(
+    number="4.8",
+    name="light",
+    essence="a small decoder whose consecutive layers share their weights, trained for int8 and distilled from v5.2",
+    gated_heads=True,
+    precision=PrecisionSpec(compute="auto", train_compute="float32"),
+    shapes=(("nano", _NANO_LIGHT), ("reference", _REFERENCE_LIGHT)),
+    shares_weights=True,
+)
+
+LINES: tuple[VersionLine, ...] = (V1_0, V2_3, V3_5, V4_8)
 
 
 def find_line(version: str) -> VersionLine | None:

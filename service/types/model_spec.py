@@ -120,6 +120,21 @@ class LayerSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class SharingSpec:
+    """Cross-layer weight sharing: layer i computes with the attention and feed-forward weights of layer `owners[i]` ≤ i.
+
+    Norms before the sublayers stay each layer's own, and so does every layer's K/V cache: shared weights are not a shared cache.
+    """
+
+    owners: tuple[int, ...]
+
+    @classmethod
+    def runs(cls, layers: int, length: int) -> SharingSpec:
+        """Every `length` consecutive layers share one set of weights."""
+        return cls(tuple(index // length * length for index in range(layers)))
+
+
+@dataclass(frozen=True, slots=True)
 class PrecisionSpec:
     """Which type each kind of arithmetic uses. `compute` is the type of weights and activations when served (`auto`: what the device
     computes fast).
@@ -175,7 +190,8 @@ class KvLayout:
 class ModelSpec:
     """One decoder. `context_tokens` is the longest sequence it accepts, `end_ids` the tokens that end a text.
 
-    With `vision` it reads images: the token `image_id` marks each of their places, and `fusion` says how they are mixed in.
+    With `vision` it reads images: the token `image_id` marks each of their places, and `fusion` says how they are mixed in. With
+    `sharing` layers compute with weights of other layers.
     """
 
     family: str
@@ -193,6 +209,7 @@ class ModelSpec:
     vision: VisionSpec | None = None
     fusion: FusionSpec | None = None
     image_id: int | None = None
+    sharing: SharingSpec | None = None
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -221,12 +238,26 @@ class ModelSpec:
         """Stored parameters; tied embeddings count once."""
         embeddings = self.vocab_size * self.dim * (1 if self.tied_embeddings else 2)
         seeing = sum(part.parameters(self.dim) for part in (self.vision, self.fusion) if part is not None)
-        return embeddings + self.dim + seeing + sum(count * _layer_parameters(layer, self.dim) for layer, count in self._layer_runs())
+        borrowed = sum(_layer_parameters(layer, self.dim) - 2 * self.dim for layer in self._borrowing_layers())
+        layers = sum(count * _layer_parameters(layer, self.dim) for layer, count in self._layer_runs())
+        return embeddings + self.dim + seeing + layers - borrowed
 
     @property
     def matmul_parameters(self) -> int:
-        """Parameters in a matrix product for every token (the output head, not the input embedding or what only images need)."""
+        """Parameters in a matrix product for every token (the output head, not the input embedding or what only images need).
+
+        Weights that layers share are multiplied with once for each of these layers.
+        """
         return self.vocab_size * self.dim + sum(count * _layer_matmul_parameters(layer, self.dim) for layer, count in self._layer_runs())
+
+    @property
+    def matmul_parameters_read(self) -> int:
+        """The same with shared weights counted once: what a step must read at least."""
+        return self.matmul_parameters - sum(_layer_matmul_parameters(layer, self.dim) for layer in self._borrowing_layers())
+
+    def owner(self, index: int) -> int:
+        """The layer whose weights layer `index` computes with: itself unless they are shared."""
+        return index if self.sharing is None else self.sharing.owners[index]
 
     def flops(self, tokens: int, context_tokens: float, sampled: int | None = None) -> float:
         """FLOPs of computing `tokens` positions that see `context_tokens` each on average; the head runs on `sampled` rows (all by
@@ -258,7 +289,7 @@ class ModelSpec:
             attention = layer.attention
             seen = context_tokens if attention.window is None else min(context_tokens, attention.window)
             visible += count * seen * attention.kv_heads * 2 * attention.head_dim
-        return float(self.matmul_parameters * weight_bytes) + sequences * visible * kv_bytes
+        return float(self.matmul_parameters_read * weight_bytes) + sequences * visible * kv_bytes
 
     def _attention_width(self, context_tokens: float) -> float:
         total = 0.0
@@ -267,6 +298,9 @@ class ModelSpec:
             seen = context_tokens if attention.window is None else min(context_tokens, attention.window)
             total += count * attention.heads * attention.head_dim * seen
         return total
+
+    def _borrowing_layers(self) -> list[LayerSpec]:
+        return [] if self.sharing is None else [layer for index, layer in enumerate(self.layers) if self.sharing.owners[index] != index]
 
     def _layer_runs(self) -> list[tuple[LayerSpec, int]]:
         return [(layer, len(list(run))) for layer, run in groupby(self.layers)]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from service.checkpoints.own_format import own_config, read_own, shape_of
-from service.types.catalog import LINES, V2_3, V3_5, Shape, VersionLine
+from service.types.catalog import LINES, V2_3, V3_5, V4_8, Shape, VersionLine
 from service.types.errors import CheckpointError
 from service.types.model_spec import RopeScaling, RopeSpec
 from service.types.vision import VisionSpec
@@ -55,6 +55,14 @@ def test_what_a_checkpoint_may_choose_comes_back(tmp_path: Path, line: VersionLi
 def test_every_rotation_comes_back(tmp_path: Path, kind: RopeScaling) -> None:
     spec = V2_3.spec(replace(SHAPE, rope=RopeSpec(500.0, 8, kind, 2.0, 32)))
     assert read_own(written(tmp_path, own_config(spec)))[0] == spec
+
+
+def test_shared_layers_come_back_and_belong_to_their_line(tmp_path: Path) -> None:
+    spec = V4_8.spec(replace(SHAPE, shared_layers=2))
+    text = own_config(spec)
+    assert "shared_layers: 2" in text and read_own(written(tmp_path, text))[0] == spec
+    with pytest.raises(CheckpointError, match=r"config\.yaml.*shared_layers.*v2\.3 does not"):
+        read_own(written(tmp_path, GOOD + "shared_layers: 2\n"))
 
 
 def test_a_patch_of_the_line_is_written(tmp_path: Path) -> None:

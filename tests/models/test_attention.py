@@ -63,7 +63,7 @@ def test_gradients_reach_queries_keys_and_values() -> None:
 
 def test_the_gate_scales_each_head() -> None:
     """With one head's gate shut its share of the output disappears; a wide open gate equals no gate."""
-    module = GroupedAttention(replace(SPEC, gate=True), 12, 1e-6, 0, "cpu", torch.float32)
+    module = GroupedAttention(replace(SPEC, gate=True), 12, 1e-6, "cpu", torch.float32)
     generator = torch.Generator().manual_seed(4)
     for parameter in module.parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
@@ -71,7 +71,7 @@ def test_the_gate_scales_each_head() -> None:
     cos, sin = torch.ones(3, DIM // 2), torch.zeros(3, DIM // 2)
 
     def attend(layer: int, query: Tensor, key: Tensor, _: Tensor) -> Tensor:
-        assert layer == 0
+        assert layer == 7
         assert query.shape == (3, HEADS, DIM)
         assert key.shape == (3, KV, DIM)
         return value
@@ -82,4 +82,4 @@ def test_the_gate_scales_each_head() -> None:
     module.gate.bias.data[1] = -100.0
     kept = value.clone()
     kept[:, 1] = 0
-    torch.testing.assert_close(module(x, cos, sin, attend), module.out(kept.flatten(1)))
+    torch.testing.assert_close(module(x, 7, cos, sin, attend), module.out(kept.flatten(1)))

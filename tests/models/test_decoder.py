@@ -9,11 +9,12 @@ from service.checkpoints.pieces import parameter_shapes
 from service.models.attention import DenseAttend
 from service.models.build import build, init_weights
 from service.models.decoder import Decoder
-from service.types.catalog import LINES, V1_0, V2_3, Shape, VersionLine
+from service.types.catalog import LINES, V1_0, V2_3, V4_8, Shape, VersionLine
 from service.types.model_spec import DenseMlp, GroupedQueryAttention, LayerSpec, ModelSpec, RopeSpec
 
 SHAPE = Shape(vocab_size=61, dim=24, layers=3, heads=6, kv_heads=2, mlp_hidden=40, context_tokens=64, head_dim=8)
 LENGTH = 12
+SHARED = V4_8.spec(replace(SHAPE, layers=5, shared_layers=2))
 
 
 def decoder_of(spec: ModelSpec, seed: int = 0) -> Decoder:
@@ -37,15 +38,15 @@ def mixed_spec() -> ModelSpec:
 
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line.label)
-@pytest.mark.parametrize("shape", ["nano", "1b"])
-def test_counted_parameters_are_the_specs(line: VersionLine, shape: str) -> None:
-    spec = line.spec(dict(line.shapes)[shape])
+@pytest.mark.parametrize("shape", [0, 1])
+def test_counted_parameters_are_the_specs(line: VersionLine, shape: int) -> None:
+    spec = line.spec(line.shapes[shape][1])
     decoder = build(spec, "meta", torch.float32)
     assert sum(parameter.numel() for parameter in decoder.parameters()) == spec.parameters
     assert decoder.weight_bytes == 4 * spec.parameters
 
 
-@pytest.mark.parametrize("spec", [mixed_spec(), V2_3.spec(SHAPE), replace(mixed_spec(), tied_embeddings=True)])
+@pytest.mark.parametrize("spec", [mixed_spec(), V2_3.spec(SHAPE), SHARED, replace(mixed_spec(), tied_embeddings=True)])
 def test_parameter_names_and_shapes_are_the_formats(spec: ModelSpec) -> None:
     decoder = build(spec, "meta", torch.float32)
     assert {name: tuple(value.shape) for name, value in decoder.state_dict().items()} == parameter_shapes(spec)
@@ -88,6 +89,36 @@ def test_the_gate_of_dynamic_attention_changes_the_output() -> None:
     for layer in decoder.layers:
         layer.attention.gate = None
     assert (logits_of(decoder, tokens) - gated).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_shared_layers_compute_what_unshared_ones_with_equal_weights_do() -> None:
+    shared, tokens = decoder_of(SHARED), torch.arange(LENGTH)
+    unshared = build(replace(SHARED, sharing=None), "cpu", torch.float32)
+    state = shared.state_dict()
+    owners = SHARED.sharing.owners if SHARED.sharing else ()
+    for name in unshared.state_dict():
+        if name not in state:
+            _, index, rest = name.split(".", 2)
+            state[name] = state[f"layers.{owners[int(index)]}.{rest}"]
+    unshared.load_state_dict(state)
+    assert torch.equal(logits_of(shared, tokens), logits_of(unshared, tokens))
+
+
+def test_checkpointing_gives_the_same_loss_and_gradients_from_less_memory() -> None:
+    tokens = torch.arange(LENGTH)
+    plain, recomputing = decoder_of(SHARED), decoder_of(SHARED)
+    recomputing.gradient_checkpointing_enable()
+    kept: list[list[int]] = [[], []]
+    for decoder, sizes in zip((plain, recomputing), kept, strict=True):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, sizes=sizes: sizes.append(tensor.nbytes) or tensor, lambda tensor: tensor
+        ):
+            loss = torch.nn.functional.cross_entropy(logits_of(decoder, tokens)[:-1], tokens[1:])
+        loss.backward()
+    for one, two in zip(plain.parameters(), recomputing.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad)
+    assert sum(kept[1]) < 0.7 * sum(kept[0])
 
 
 def test_a_training_step_moves_every_parameter() -> None:

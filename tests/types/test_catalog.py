@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from service.types.catalog import LINES, V1_0, V2_3, V3_5, Shape, find_line
+from service.types.catalog import LINES, V1_0, V2_3, V3_5, V4_8, Shape, find_line
 
 
 @pytest.mark.parametrize(("text", "line"), [("v1.0", V1_0), ("1.0", V1_0), ("v2.3", V2_3), ("2.3.7", V2_3), ("v2.3.1", V2_3)])
@@ -22,7 +22,7 @@ def test_other_names_are_no_lines(text: str) -> None:
 def test_lines_are_in_order_and_distinct() -> None:
     numbers = [tuple(map(int, line.number.split("."))) for line in LINES]
     assert numbers == sorted(set(numbers))
-    assert [line.label for line in LINES] == ["v1.0", "v2.3", "v3.5"]
+    assert [line.label for line in LINES] == ["v1.0", "v2.3", "v3.5", "v4.8"]
 
 
 def test_the_second_line_differs_from_the_first_in_precision_alone() -> None:
@@ -39,7 +39,9 @@ def test_every_shape_is_a_consistent_network(line: object) -> None:
     for _, shape in line.shapes:  # type: ignore[attr-defined]
         spec = line.spec(shape, end_ids=(3,), bos_id=1)  # type: ignore[attr-defined]
         attention = spec.layers[0].attention
-        assert attention.heads % attention.kv_heads == 0 and attention.heads * attention.head_dim == spec.dim
+        assert attention.heads % attention.kv_heads == 0 and attention.heads * attention.head_dim == (
+            shape.head_dim * shape.heads or spec.dim
+        )
         assert (spec.line, spec.end_ids, spec.bos_id, len(spec.layers)) == (line.number, (3,), 1, shape.layers)  # type: ignore[attr-defined]
         assert attention.gate == line.gated_heads  # type: ignore[attr-defined]
 
@@ -51,6 +53,15 @@ def test_the_third_line_is_the_second_with_eyes() -> None:
         assert replace(seeing, line="2.3", vision=None, fusion=None, image_id=None) == blind
         assert seeing.fusion is not None and 0 < seeing.fusion.after_layers < len(seeing.layers)
         assert V2_3.spec(third, image_id=4) == blind  # a line that does not read images has no encoder
+
+
+def test_the_light_line_saves_its_share_by_sharing() -> None:
+    for _, shape in V4_8.shapes:
+        light, unshared = V4_8.spec(shape), V4_8.spec(replace(shape, shared_layers=1))
+        assert light.sharing is not None and unshared.sharing is None and light.layers == unshared.layers
+        assert light.parameters <= (1 - 0.58) * unshared.parameters
+        assert light.matmul_parameters == unshared.matmul_parameters  # shared weights still are multiplied with in every layer
+    assert V2_3.spec(dict(V4_8.shapes)["nano"]).sharing is None  # a line that does not share has weights for every layer
 
 
 def test_a_head_dimension_of_its_own() -> None:

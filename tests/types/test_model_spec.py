@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.types.model_spec import DenseMlp, GroupedQueryAttention, KvGroup, KvLayout, LayerSpec, ModelSpec, RopeSpec
+from service.types.model_spec import DenseMlp, GroupedQueryAttention, KvGroup, KvLayout, LayerSpec, ModelSpec, RopeSpec, SharingSpec
 
 ATTENTION = GroupedQueryAttention(heads=4, kv_heads=2, head_dim=8)
 MLP = DenseMlp(48)
@@ -28,6 +28,15 @@ def test_parameters_counted_by_hand() -> None:
     vectors = (32 + 32) + 32 + 2 * 8 + (32 * 4 + 4)
     assert spec_of(everything).parameters == spec_of(ATTENTION).parameters + vectors
     assert spec_of(ATTENTION, mlp=DenseMlp(48, bias=True)).parameters == spec_of(ATTENTION).parameters + 2 * 48 + 32
+
+
+def test_shared_weights_are_stored_and_read_once_and_computed_with_each_time() -> None:
+    shared = replace(spec_of(*[ATTENTION] * 5), sharing=SharingSpec.runs(5, 2))
+    assert shared.sharing.owners == (0, 0, 2, 2, 4) and [shared.owner(index) for index in range(5)] == [0, 0, 2, 2, 4]
+    assert shared.parameters == 2 * 100 * 32 + 32 + 3 * MATRICES + 5 * 2 * 32
+    assert shared.matmul_parameters == 100 * 32 + 5 * MATRICES and shared.matmul_parameters_read == 100 * 32 + 3 * MATRICES
+    assert shared.bytes_read(1, 0, weight_bytes=4, kv_bytes=2) == 4 * (100 * 32 + 3 * MATRICES)
+    assert shared.kv_layout().groups[0].layers == (0, 1, 2, 3, 4)  # every layer keeps a cache of its own
 
 
 def test_matmul_parameters_leave_out_the_embedding() -> None:
