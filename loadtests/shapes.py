@@ -24,6 +24,16 @@ SHAPES: dict[str, dict[str, int]] = {
         "vocab": 32_000,
         "context": 16_384,
     },
+    "llama-1b": {
+        "hidden": 2048,
+        "layers": 20,
+        "heads": 16,
+        "kv_heads": 8,
+        "head_dim": 128,
+        "mlp": 5504,
+        "vocab": 32_000,
+        "context": 4_096,
+    },
     "llama-60m": {"hidden": 512, "layers": 8, "heads": 8, "kv_heads": 2, "head_dim": 64, "mlp": 1408, "vocab": 32_000, "context": 8_192},
 }
 

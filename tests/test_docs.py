@@ -20,6 +20,7 @@ from service.api.app import ROUTES
 from service.api.fields import FOREIGN_PARTS, HARMLESS, MESSAGE_UNSUPPORTED, UNSUPPORTED
 from service.checkpoints.hugging_face import FAMILIES
 from service.cli.benchmark import benchmark_parser
+from service.cli.convert import convert_parser
 from service.cli.train import build_parser
 from service.config.definition import Definition, LimitSection
 from service.config.describe import default_text
@@ -34,7 +35,12 @@ from tests.pages import PAGES, ROOT, blocks, code_spans, table_after
 ROOMS = {path.name for path in (ROOT / "service").iterdir()}
 # Of other programs, and what stands for any flag.
 FOREIGN_FLAGS = {"--name", "--no_name", "--help", "--about", "--constraint"}
-PARSERS = {"deepseek-serve": serve_parser, "deepseek-benchmark": benchmark_parser, "deepseek-train": build_parser}
+PARSERS = {
+    "deepseek-serve": serve_parser,
+    "deepseek-benchmark": benchmark_parser,
+    "deepseek-train": build_parser,
+    "deepseek-convert": convert_parser,
+}
 
 
 # What a page points at exists.

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from service.checkpoints.digests import file_digest, list_digest, sampled_digest
 from service.checkpoints.fields import Fields, read_object, read_text
@@ -72,6 +71,14 @@ def read_manifest(directory: Path) -> Manifest:
     raise CheckpointError(f"{directory} holds no model: it has neither {CONFIG} nor config.json.")
 
 
+def read_description(config: Path) -> tuple[ModelSpec, GenerationDefaults]:
+    """What a config.yaml or config.json says of its model, with what its neighbours add; no weights. Raises CheckpointError."""
+    if config.suffix in (".yaml", ".yml"):
+        spec, generation = read_own(config)
+        return spec, generation_defaults(generation)
+    return _describe_hugging_face(config)
+
+
 def verify(manifest: Manifest) -> None:
     """Compare every file of a checkpoint in our own format, weights included, with its SHA-256. Raises CheckpointError."""
     if not manifest.is_own_format:
@@ -106,21 +113,25 @@ def _read_own(directory: Path) -> Manifest:
         weight_files=weights.files,
         weight_bytes=_weight_bytes(spec, stored_dtype),
         stored_dtype=stored_dtype,
-        generation=_defaults(generation),
-        chat_template=_chat_template(directory),
+        generation=generation_defaults(generation),
+        chat_template=find_chat_template(directory),
     )
 
 
-def _read_hugging_face(directory: Path) -> Manifest:
-    config = read_object(directory / "config.json")
+def _describe_hugging_face(path: Path) -> tuple[ModelSpec, GenerationDefaults]:
+    directory = path.parent
     generation = Fields({}, "")
     if (directory / "generation_config.json").is_file():
         generation = Fields(read_object(directory / "generation_config.json"), str(directory / "generation_config.json"))
-    spec = read_config(config, str(directory / "config.json"))
+    spec = read_config(read_object(path), str(path))
     end_ids = generation.ids("eos_token_id", spec.vocab_size) or spec.end_ids or _tokenizer_end(directory, spec.vocab_size)
-    spec = replace(spec, end_ids=end_ids)
+    return replace(spec, end_ids=end_ids), generation_defaults(generation)
+
+
+def _read_hugging_face(directory: Path) -> Manifest:
+    spec, generation = _describe_hugging_face(directory / "config.json")
     weights = find_weight_files(directory)
-    stored_dtype = _check_hugging_face(spec, weights, config)
+    stored_dtype = _check_hugging_face(spec, weights, directory)
     return Manifest(
         directory=directory,
         spec=spec,
@@ -130,17 +141,18 @@ def _read_hugging_face(directory: Path) -> Manifest:
         weight_files=weights.files,
         weight_bytes=_weight_bytes(spec, stored_dtype),
         stored_dtype=stored_dtype,
-        generation=_defaults(generation),
-        chat_template=_chat_template(directory),
+        generation=generation,
+        chat_template=find_chat_template(directory),
     )
 
 
-def _check_hugging_face(spec: ModelSpec, weights: WeightFiles, config: Mapping[str, Any]) -> str:
+def _check_hugging_face(spec: ModelSpec, weights: WeightFiles, directory: Path) -> str:
     """The stored dtype; safetensors are checked now, `.bin` files when loaded, since only torch can read them."""
     if weights.safetensors:
         tensors = read_tensors(weights)
         match_hugging_face(spec, {name: tensor.shape for name, tensor in tensors.items()})
         return _stored_dtype(tensors)
+    config = read_object(directory / "config.json")
     stored = config.get("torch_dtype") or config.get("dtype")
     return stored if isinstance(stored, str) and stored in DTYPES.values() else "float32"
 
@@ -176,7 +188,8 @@ def _weight_bytes(spec: ModelSpec, stored_dtype: str) -> int:
     return spec.parameters * ELEMENT_BYTES[stored_dtype]
 
 
-def _defaults(generation: Fields) -> GenerationDefaults:
+def generation_defaults(generation: Fields) -> GenerationDefaults:
+    """The sampling defaults of a configuration. Raises CheckpointError."""
     return GenerationDefaults(
         temperature=generation.optional_number("temperature", high=100.0),
         top_p=generation.optional_number("top_p", high=1.0),
@@ -185,7 +198,7 @@ def _defaults(generation: Fields) -> GenerationDefaults:
     )
 
 
-def _chat_template(directory: Path) -> str | None:
+def find_chat_template(directory: Path) -> str | None:
     """The default chat template: its own file first, as `transformers` reads it, then the tokenizer's configuration."""
     for name in ("chat_template.jinja", "additional_chat_templates/default.jinja"):
         if (directory / name).is_file():

@@ -7,7 +7,6 @@ which would make a load seem to need twice the model. Invariant: a reader holds 
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from io import FileIO
@@ -17,10 +16,12 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from service.checkpoints.stored_tensors import StoredTensor, WeightFiles, read_tensors, require_float
+from service.checkpoints.bin_files import is_archive, read_bin
+from service.checkpoints.stored_tensors import DTYPES, StoredTensor, WeightFiles, read_tensors, require_float
 from service.types.errors import CheckpointError
 
 CHUNK_BYTES = 8 * 1024 * 1024
+REMAP_BYTES = 256 * 1024 * 1024
 
 
 class WeightReader(Protocol):
@@ -29,6 +30,9 @@ class WeightReader(Protocol):
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shape by name."""
+
+    def dtype(self, name: str) -> str:
+        """The float dtype in which a tensor is stored. Raises CheckpointError for any other."""
 
     def chunks(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """(first element, flat values in the stored dtype) in order; a chunk is valid until the next is asked for."""
@@ -55,6 +59,10 @@ class SafetensorsReader:
         """Shape by name."""
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
+    def dtype(self, name: str) -> str:
+        """The dtype in which a tensor is stored. Raises CheckpointError when it is not a float type that is served."""
+        return require_float(self._tensors[name])
+
     def chunks(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """(first element, flat values) in order; the values lie in a buffer that the next chunk overwrites."""
         tensor = self._tensors[name]
@@ -78,51 +86,53 @@ class SafetensorsReader:
 
 
 class BinReader:
-    """Reads the tensors of `.bin` files with torch.load(weights_only=True), mapped where the file's kind allows it."""
+    """Reads the tensors of `.bin` files through torch's weights-only loader, mapped where the file's kind allows it.
+
+    Mapped pages count as resident, so after REMAP_BYTES a file is mapped anew: a tensor handed out must not be kept.
+    """
 
     def __init__(self, weights: WeightFiles) -> None:
-        self._tensors: dict[str, Tensor] = {}
+        self._files: dict[str, Path] = {}
+        self._open: dict[Path, dict[str, Tensor]] = {}
+        self._given_bytes = 0
         for file in weights.files:
-            for name, tensor in _load_bin(file).items():
-                if name in self._tensors:
+            self._open[file] = read_bin(file).tensors
+            for name in self._open[file]:
+                if name in self._files:
                     raise CheckpointError(f"{name} is in {file.name} and in another file.")
-                self._tensors[name] = tensor
+                self._files[name] = file
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._tensors.clear()
+        self._open.clear()
+        self._files.clear()
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shape by name."""
-        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        return {name: tuple(self._open[file][name].shape) for name, file in self._files.items()}
+
+    def dtype(self, name: str) -> str:
+        """The dtype in which a tensor is stored. Raises CheckpointError when it is not a float type that is served."""
+        stored = str(self._open[self._files[name]][name].dtype).removeprefix("torch.")
+        if stored not in DTYPES.values():
+            raise CheckpointError(f"{name} is stored as {stored}, which is not served.")
+        return stored
 
     def chunks(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """(first element, flat values in the stored dtype) in order."""
-        tensor = self._tensors[name]
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise CheckpointError(f"{name} is stored as {str(tensor.dtype).removeprefix('torch.')}, which is not served.")
+        self.dtype(name)
+        self._remap(self._files[name])
+        tensor = self._open[self._files[name]][name]
         flat, step = tensor.reshape(-1), CHUNK_BYTES // tensor.element_size()
         for start in range(0, math.prod(tensor.shape), step):
             yield start, flat[start : start + step]
+        self._given_bytes += tensor.numel() * tensor.element_size()
 
-
-def _load_bin(file: Path) -> dict[str, Tensor]:
-    try:
-        if file.stat().st_size == 0:
-            raise CheckpointError(f"{file} is empty: copy or download it again.")
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{file} holds more than tensors or is damaged, and is not loaded: convert it to safetensors.") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"{file} is damaged: copy or download it again.") from error
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise CheckpointError(f"{file} does not hold a plain dictionary of tensors.")
-    return state
-
-
-def _is_zip(file: Path) -> bool:
-    with file.open("rb") as stream:
-        return stream.read(2) == b"PK"
+    def _remap(self, file: Path) -> None:
+        if self._given_bytes >= REMAP_BYTES and is_archive(file):
+            self._given_bytes = 0
+            del self._open[file]
+            self._open[file] = read_bin(file).tensors

@@ -1,0 +1,152 @@
+"""What a conversion changes, decided from two specs alone: parameters copied, filled in or left out, and what a reader of the model loses.
+
+It does not know values or files, and needs no torch. Invariants: what is filled in leaves the function as it was; a difference between the
+specs that this file does not understand is refused, so that a new kind of layer is never converted by accident.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+from service.checkpoints.own_format import shape_of
+from service.checkpoints.pieces import parameter_shapes
+from service.types.catalog import VersionLine
+from service.types.errors import CheckpointError
+from service.types.model_spec import GroupedQueryAttention, ModelSpec, RopeScaling, RopeSpec
+
+# sigmoid(32) is 1 in float32 and in every narrower type, and 32 is a number of each of them.
+OPEN_GATE = 32.0
+
+
+class Neutral(NamedTuple):
+    """Parameters that change nothing while they hold `value`; `what` names them in a report."""
+
+    pattern: re.Pattern[str]
+    value: float
+    what: str
+
+
+NEUTRALS = (
+    Neutral(re.compile(r"layers\.\d+\.attention\.gate\.weight"), 0.0, "head gates, open"),
+    Neutral(re.compile(r"layers\.\d+\.attention\.gate\.bias"), OPEN_GATE, "head gates, open"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Another context: `tokens` of it (0: as it is), reached by `scaling` of the rotation (None: the rotation stays)."""
+
+    tokens: int = 0
+    scaling: RopeScaling | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionPlan:
+    """From `source` to `target`. `losses` need the user's consent, `notes` do not; `filled` and `dropped` are parameters by name."""
+
+    source: ModelSpec
+    target: ModelSpec
+    copied: tuple[str, ...]
+    filled: Mapping[str, Neutral]
+    dropped: tuple[str, ...]
+    losses: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def plan_conversion(source: ModelSpec, line: VersionLine, stretch: Stretch = Stretch()) -> ConversionPlan:
+    """How a model becomes one of `line`. Raises CheckpointError when it cannot, whatever the user consents to."""
+    target = _stretched(source, line, stretch)
+    losses, notes = _differences(source, target)
+    before, after = parameter_shapes(source), parameter_shapes(target)
+    copied, filled = [], {}
+    for name, shape in after.items():
+        if name in before:
+            if before[name] != shape:
+                raise CheckpointError(f"{name} is {list(before[name])} and {line.label} has {list(shape)}: the two cannot be converted.")
+            copied.append(name)
+            continue
+        neutral = neutral_of(name)
+        if neutral is None:
+            raise CheckpointError(f"{line.label} needs {name}, which this model lacks and nothing neutral can stand for.")
+        filled[name] = neutral
+    dropped = tuple(name for name in before if name not in after)
+    return ConversionPlan(source, target, tuple(copied), filled, dropped, tuple(losses), tuple(notes))
+
+
+def neutral_of(name: str) -> Neutral | None:
+    """The neutral value of a parameter, if it has one."""
+    return next((neutral for neutral in NEUTRALS if neutral.pattern.fullmatch(name)), None)
+
+
+def _stretched(source: ModelSpec, line: VersionLine, stretch: Stretch) -> ModelSpec:
+    """The spec of the line in the source's shape, its context as asked."""
+    shape, context = shape_of(source), stretch.tokens or source.context_tokens
+    if stretch.scaling is not None and context <= source.context_tokens:
+        raise CheckpointError(f"a scaled rotation is for a context longer than the model's {source.context_tokens} tokens.")
+    if context > source.context_tokens and source.rope.scaling is not RopeScaling.DEFAULT:
+        raise CheckpointError(
+            f"the model's rotation is scaled already ({source.rope.scaling.value}): it reaches {source.context_tokens}, not {context}."
+        )
+    if stretch.scaling not in (None, RopeScaling.DEFAULT):
+        rope = RopeSpec(
+            theta=source.rope.theta,
+            rotary_dim=source.rope.rotary_dim,
+            scaling=stretch.scaling,
+            factor=context / source.context_tokens,
+            original_context=source.context_tokens,
+        )
+        shape = replace(shape, rope=rope)
+    return line.spec(replace(shape, context_tokens=context), source.end_ids, source.bos_id)
+
+
+def _differences(source: ModelSpec, target: ModelSpec) -> tuple[list[str], list[str]]:
+    """What is lost and what merely differs, in words. Raises CheckpointError for a difference that has none."""
+    losses, notes = [], []
+    old, new = source.context_tokens, target.context_tokens
+    if new < old:
+        losses.append(f"prompts of more than {new} tokens are refused; the context was {old}")
+    elif new > old:
+        notes.append(_longer(target.rope, old, new))
+    if source.precision != target.precision:
+        notes.append(f"served in {target.precision.compute}, as the line's policy says (was {source.precision.compute})")
+    understood = {"family", "line", "layers", "rope", "context_tokens", "precision"}
+    for entry in fields(ModelSpec):
+        if entry.name not in understood and getattr(source, entry.name) != getattr(target, entry.name):
+            raise CheckpointError(f"{entry.name} is {getattr(source, entry.name)} here, which a model of the line cannot have.")
+    said: dict[str, None] = {}
+    for before, after in zip(source.layers, target.layers, strict=True):
+        if before.mlp != after.mlp:
+            raise CheckpointError("the layers' feed-forward parts differ from each other, which a model of the line cannot have.")
+        said.update(dict.fromkeys(_attention_losses(before.attention, after.attention, min(old, new))))
+    return [*losses, *said], notes
+
+
+def _longer(rope: RopeSpec, old: int, new: int) -> str:
+    if rope.scaling is RopeScaling.DEFAULT:
+        return f"the context grows from {old} to {new} tokens over positions that were never trained: tune the model before relying on them"
+    kept = "unchanged" if rope.scaling is RopeScaling.DYNAMIC else "changed too, as this scaling does"
+    return f"the context grows from {old} to {new} tokens by {rope.scaling.value} scaling; answers within {old} tokens are {kept}"
+
+
+def _attention_losses(before: GroupedQueryAttention, after: GroupedQueryAttention, context: int) -> Iterator[str]:
+    """Losses of one layer; a gate is a matter of parameters and none."""
+    if _window(before, context) != _window(after, context):
+        yield _window_words(_window(before, context), _window(after, context))
+    for entry in fields(GroupedQueryAttention):
+        if entry.name not in ("gate", "window") and getattr(before, entry.name) != getattr(after, entry.name):
+            raise CheckpointError(
+                f"an attention layer's {entry.name} is {getattr(before, entry.name)}, which a model of the line cannot have."
+            )
+
+
+def _window(attention: GroupedQueryAttention, context: int) -> int | None:
+    """The window, or None where it covers the context."""
+    return None if attention.window is None or attention.window >= context else attention.window
+
+
+def _window_words(before: int | None, after: int | None) -> str:
+    seen = "all tokens before it" if after is None else f"{after} tokens"
+    return f"a token sees {seen} where it saw {'all' if before is None else before}"
