@@ -7,7 +7,7 @@ specs that this file does not understand is refused, so that a new kind of layer
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -60,6 +60,8 @@ def plan_conversion(source: ModelSpec, line: VersionLine, stretch: Stretch = Str
     """How a model becomes one of `line`. Raises CheckpointError when it cannot, whatever the user consents to."""
     target = _stretched(source, line, stretch)
     losses, notes = _differences(source, target)
+    if line.reads_images and target.vision is None:
+        notes.append("the model reads text only: it has no patch encoder")
     before, after = parameter_shapes(source), parameter_shapes(target)
     copied, filled = [], {}
     for name, shape in after.items():
@@ -99,12 +101,13 @@ def _stretched(source: ModelSpec, line: VersionLine, stretch: Stretch) -> ModelS
             original_context=source.context_tokens,
         )
         shape = replace(shape, rope=rope)
-    return line.spec(replace(shape, context_tokens=context), source.end_ids, source.bos_id)
+    return line.spec(replace(shape, context_tokens=context), source.end_ids, source.bos_id, source.image_id)
 
 
 def _differences(source: ModelSpec, target: ModelSpec) -> tuple[list[str], list[str]]:
     """What is lost and what merely differs, in words. Raises CheckpointError for a difference that has none."""
-    losses, notes = [], []
+    losses: list[str] = []
+    notes: list[str] = []
     old, new = source.context_tokens, target.context_tokens
     if new < old:
         losses.append(f"prompts of more than {new} tokens are refused; the context was {old}")
@@ -113,15 +116,20 @@ def _differences(source: ModelSpec, target: ModelSpec) -> tuple[list[str], list[
     if source.precision != target.precision:
         notes.append(f"served in {target.precision.compute}, as the line's policy says (was {source.precision.compute})")
     understood = {"family", "line", "layers", "rope", "context_tokens", "precision"}
+    if source.vision is not None and target.vision is None:
+        losses.append("images are no longer read")
+        understood |= {"vision", "fusion", "image_id"}
     for entry in fields(ModelSpec):
         if entry.name not in understood and getattr(source, entry.name) != getattr(target, entry.name):
             raise CheckpointError(f"{entry.name} is {getattr(source, entry.name)} here, which a model of the line cannot have.")
-    said: dict[str, None] = {}
     for before, after in zip(source.layers, target.layers, strict=True):
         if before.mlp != after.mlp:
             raise CheckpointError("the layers' feed-forward parts differ from each other, which a model of the line cannot have.")
-        said.update(dict.fromkeys(_attention_losses(before.attention, after.attention, min(old, new))))
-    return [*losses, *said], notes
+        _require_known_attention(before.attention, after.attention)
+        lost, noted = _seen(before.attention, after.attention, min(old, new))
+        losses += [text for text in lost if text not in losses]
+        notes += [text for text in noted if text not in notes]
+    return losses, notes
 
 
 def _longer(rope: RopeSpec, old: int, new: int) -> str:
@@ -131,15 +139,23 @@ def _longer(rope: RopeSpec, old: int, new: int) -> str:
     return f"the context grows from {old} to {new} tokens by {rope.scaling.value} scaling; answers within {old} tokens are {kept}"
 
 
-def _attention_losses(before: GroupedQueryAttention, after: GroupedQueryAttention, context: int) -> Iterator[str]:
-    """Losses of one layer; a gate is a matter of parameters and none."""
-    if _window(before, context) != _window(after, context):
-        yield _window_words(_window(before, context), _window(after, context))
+def _require_known_attention(before: GroupedQueryAttention, after: GroupedQueryAttention) -> None:
+    """A gate is a matter of parameters, `_seen` knows windows; any other difference is refused."""
     for entry in fields(GroupedQueryAttention):
-        if entry.name not in ("gate", "window") and getattr(before, entry.name) != getattr(after, entry.name):
+        if entry.name not in ("gate", "window", "far") and getattr(before, entry.name) != getattr(after, entry.name):
             raise CheckpointError(
                 f"an attention layer's {entry.name} is {getattr(before, entry.name)}, which a model of the line cannot have."
             )
+
+
+def _seen(before: GroupedQueryAttention, after: GroupedQueryAttention, context: int) -> tuple[list[str], list[str]]:
+    """(losses, notes) of what a token sees. Only to see less by far blocks, as a line's own way to long prompts, needs no consent."""
+    was, now = _window(before, context), _window(after, context)
+    if was == now and (was is None or before.far == after.far):
+        return [], []
+    if was is None and after.far is not None:
+        return [], [f"prompts of more than {now} tokens are read through a window of {now} and the best blocks behind it"]
+    return [f"a token sees {_seen_words(after, now)} where it saw {_seen_words(before, was)}"], []
 
 
 def _window(attention: GroupedQueryAttention, context: int) -> int | None:
@@ -147,6 +163,7 @@ def _window(attention: GroupedQueryAttention, context: int) -> int | None:
     return None if attention.window is None or attention.window >= context else attention.window
 
 
-def _window_words(before: int | None, after: int | None) -> str:
-    seen = "all tokens before it" if after is None else f"{after} tokens"
-    return f"a token sees {seen} where it saw {'all' if before is None else before}"
+def _seen_words(attention: GroupedQueryAttention, window: int | None) -> str:
+    if window is None:
+        return "all tokens before it"
+    return f"{window} tokens" if attention.far is None else f"{window} tokens and the best blocks behind them ({attention.far.store.value})"

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 
 from service.checkpoints.convert_plan import Stretch, neutral_of, plan_conversion
 from service.checkpoints.pieces import parameter_shapes
-from service.types.catalog import LINES, V1_0, V2_3, Shape
+from service.types.catalog import LINES, V1_0, V2_3, V3_5, Shape, VersionLine
 from service.types.errors import CheckpointError
-from service.types.model_spec import DenseMlp, ModelSpec, RopeScaling
+from service.types.model_spec import DenseMlp, FarSpec, ModelSpec, RopeScaling
+from service.types.vision import VisionSpec
 
 SHAPE = Shape(vocab_size=30, dim=24, layers=3, heads=6, kv_heads=2, mlp_hidden=40, context_tokens=64, head_dim=8)
 
@@ -28,7 +29,7 @@ def changed(spec: ModelSpec, layer: int | None = None, **attention: Any) -> Mode
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line.label)
 def test_a_line_to_itself_is_a_copy(line: Any) -> None:
     plan = plan_conversion(line.spec(SHAPE, (3,), 1), line)
-    assert plan.source == plan.target and not (plan.filled or plan.dropped or plan.losses or plan.notes)
+    assert plan.source == plan.target and not (plan.filled or plan.dropped or plan.losses)
     assert set(plan.copied) == set(parameter_shapes(plan.target))
 
 
@@ -46,12 +47,41 @@ def test_gates_are_filled_and_dropped() -> None:
 def test_a_window_counts_within_the_context(window: int, losses: int) -> None:
     plan = plan_conversion(changed(V1_0.spec(SHAPE), window=window), V2_3)
     assert len(plan.losses) == losses
-    assert not losses or plan.losses == (f"a token sees all tokens before it where it saw {window}",)
+    assert not losses or plan.losses == (f"a token sees all tokens before it where it saw {window} tokens",)
 
 
 def test_each_loss_is_said_once() -> None:
     spec = changed(changed(V1_0.spec(SHAPE), window=5), layer=1, window=6)
     assert len(plan_conversion(spec, V2_3, Stretch(32)).losses) == 3
+
+
+def test_far_blocks_come_with_a_note_and_go_with_a_loss() -> None:
+    full, far = V1_0.spec(SHAPE), changed(V1_0.spec(SHAPE), window=16, far=FarSpec())
+    sparse = _Sparse(**{entry.name: getattr(V1_0, entry.name) for entry in fields(V1_0)})
+    up = plan_conversion(full, sparse)
+    assert up.target == far and not up.losses
+    assert up.notes == ("prompts of more than 16 tokens are read through a window of 16 and the best blocks behind it",)
+    down = plan_conversion(far, V1_0)
+    assert down.losses == ("a token sees all tokens before it where it saw 16 tokens and the best blocks behind them (int8)",)
+    assert not plan_conversion(far, V1_0, Stretch(16)).losses[1:]
+
+
+class _Sparse(VersionLine):
+    """A line whose layers have a window and far blocks."""
+
+    def spec(self, *arguments: Any) -> ModelSpec:
+        return changed(super().spec(*arguments), window=16, far=FarSpec())
+
+
+def test_images_are_a_loss_where_a_line_reads_none() -> None:
+    vision = VisionSpec(patch=4, merge=2, dim=8, layers=1, heads=2, mlp_hidden=8, least_tokens=1, most_tokens=4, side_tokens=2)
+    seeing = V3_5.spec(replace(SHAPE, vision=vision), image_id=7)
+    assert plan_conversion(seeing, V3_5).target == seeing
+    plan = plan_conversion(seeing, V2_3)
+    assert plan.losses == ("images are no longer read",) and plan.target == V2_3.spec(SHAPE)
+    assert {name.partition(".")[0] for name in plan.dropped} == {"vision", "fusion"}
+    plan = plan_conversion(V2_3.spec(SHAPE), V3_5)
+    assert plan.target.vision is None and plan.notes == ("the model reads text only: it has no patch encoder",)
 
 
 @pytest.mark.parametrize("change", [{"scale": 0.5}, {"softcap": 30.0}], ids=str)
