@@ -4,8 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
+# Machines with a GPU bring a torch of their own; it is used as it is.
+GPU_PYTHON ?= python3
 
-.PHONY: help setup serve test test-all check docs image image-test clean
+.PHONY: help setup serve test test-all check gpu-check docs image image-test clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -42,6 +44,10 @@ check: $(VENV)/.test ## lint, types, import contracts, and the measures of the c
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --config importlinter.ini
 	@$(BIN)/python -m tests.house.measures
+
+gpu-check: ## run the kernels' tests on the GPU; GPU_PYTHON needs torch, triton, numpy, pytest and hypothesis, nothing else of ours
+	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "make: $(GPU_PYTHON) finds no CUDA device; name an interpreter whose torch does with GPU_PYTHON="; exit 2; }
+	@$(GPU_PYTHON) -m pytest -p no:cacheprovider tests/kernels $(ARGS)
 
 docs: $(VENV)/.test ## write docs/cli.md from the commands' own definitions
 	@$(BIN)/python -m service.cli.docs

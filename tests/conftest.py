@@ -26,6 +26,9 @@ if "torch" not in MISSING:
     import torch
 
     torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        # Read by triton when it is first imported: without a device its kernels are interpreted on CPU tensors.
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 class FileWithLibraries(pytest.Module):

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, wraps
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +59,34 @@ def _native(place: Place) -> str | None:
 
 
 @cache
+def _triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _triton_gpu(place: Place) -> str | None:
+    if place.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"it computes bfloat16, float16 and float32 only, not {place.dtype}"
+    if place.device != "cuda":
+        return f"it runs on a GPU only, not on {place.device}"
+    return None if _triton() else "triton is not installed"
+
+
+def _gpu(like: Kernel, room: str) -> Implementation:
+    """The function of the same name and arguments in service.kernels.gpu.<room>, imported at its first call: triton may be missing."""
+
+    @cache
+    def found() -> Kernel:
+        kernel: Kernel = getattr(import_module(f"service.kernels.gpu.{room}"), like.__name__)
+        return kernel
+
+    @wraps(like)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return found()(*args, **kwargs)
+
+    return Implementation("triton", call, _triton_gpu)
+
+
+@cache
 def _onednn() -> bool:
     return linear.onednn_available()
 
@@ -98,6 +128,7 @@ TABLE: Mapping[str, tuple[Implementation, ...]] = {
     "write_kv": (Implementation("torch", kv_store.write_kv, _anywhere), Implementation("reference", reference.write_kv, _anywhere)),
     "paged_attention": (
         Implementation("cpu", paged_attention.paged_attention, _on_cpu),
+        _gpu(reference.paged_attention, "paged_attention"),
         Implementation("reference", reference.paged_attention, _anywhere),
     ),
     "linear": (

@@ -102,3 +102,28 @@ def test_the_process_has_one_set_of_choices() -> None:
     best = "torch" if binding.absent() else "native"
     assert dispatch.take_counts() == {("swiglu", best): 1}
     assert dispatch.chosen()["swiglu[cpu,float32]"] == best
+
+
+@pytest.mark.parametrize("operation", [name for name, choices in TABLE.items() if any(choice.name == "triton" for choice in choices)])
+def test_a_gpu_computes_with_triton_where_it_is_installed(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_triton", lambda: True)
+    choices = Dispatch(TABLE)
+    choices.resolve(operation, "cuda", torch.bfloat16)
+    assert choices.chosen() == {f"{operation}[cuda,bfloat16]": "triton"}
+    choices.force(operation, "triton")
+    with pytest.raises(DispatchError, match="on a GPU only, not on cpu"):
+        choices.resolve(operation, "cpu", torch.float32)
+    monkeypatch.setattr(dispatch, "_triton", lambda: False)
+    with pytest.raises(DispatchError, match="triton is not installed"):
+        choices.resolve(operation, "cuda", torch.float32)
+    choices.force(operation, None)
+    choices.resolve(operation, "cuda", torch.float32)
+    assert choices.chosen()[f"{operation}[cuda,float32]"] != "triton"
+
+
+@pytest.mark.parametrize("operation", [name for name, choices in TABLE.items() if any(choice.name == "triton" for choice in choices)])
+def test_the_gpu_function_takes_the_arguments_of_the_reference(operation: str) -> None:
+    pytest.importorskip("triton")
+    call = next(choice.kernel for choice in TABLE[operation] if choice.name == "triton")
+    found = inspect.getclosurevars(call).nonlocals["found"]()
+    assert list(inspect.signature(found).parameters) == list(inspect.signature(call).parameters)

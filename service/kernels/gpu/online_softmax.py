@@ -1,0 +1,71 @@
+"""The arithmetic that all attention kernels share: one tile of keys, the merge of two splits, the end of a row.
+
+It does not know tables, windows or where tiles come from. Invariant: a tile of which a row sees nothing leaves that row's state as it is,
+bit for bit, and a row's keys are always summed in the same order: tiles upwards inside a split, then splits upwards. So whether a row is
+computed in a prefill tile or as a decode row, alone or in a batch, in one slice or in many, its arithmetic is the same.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def start_rows(ROWS: tl.constexpr, BLOCK_VALUE: tl.constexpr):
+    """(maximum [ROWS], sum [ROWS], weighted values [ROWS, BLOCK_VALUE]) of rows that have seen nothing, float32."""
+    b_max = tl.full([ROWS], float("-inf"), tl.float32)
+    return b_max, tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, BLOCK_VALUE], tl.float32)
+
+
+@triton.jit
+def attend_tile(
+    b_query, b_keys, b_values, b_key_scale, b_value_scale, m_seen, b_max, b_sum, b_acc, scale, cap,
+    CAPPED: tl.constexpr, MASKED: tl.constexpr, QUANTISED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The state after one tile: query [M, D], keys [N, D], values [N, Dv], seen [M, N].
+
+    Scores are kept in units of log2: `scale` is the softmax scale times log2(e), with a cap the scale over the cap, and `cap` then the cap
+    times log2(e). Quantised keys and values have one scale a token, float32 [N]: they go into the scores and the weights, not the tiles.
+    """
+    b_scores = tl.dot(b_query, tl.trans(b_keys.to(b_query.dtype)), input_precision=PRECISION)  # [M, N]
+    if QUANTISED:
+        b_scores = b_scores * b_key_scale[None, :]
+    b_scores = b_scores * scale
+    if CAPPED:
+        b_scores = (2.0 * tl.sigmoid(2.0 * b_scores) - 1.0) * cap
+    if MASKED:
+        b_scores = tl.where(m_seen, b_scores, float("-inf"))
+    b_new = tl.maximum(b_max, tl.max(b_scores, 1))
+    # Rows that have seen nothing yet: exp2(−inf − 0) is 0, exp2(−inf + inf) would be NaN.
+    b_peak = tl.where(b_new == float("-inf"), 0.0, b_new) if MASKED else b_new
+    b_weights = tl.exp2(b_scores - b_peak[:, None])  # [M, N]
+    b_shrink = tl.exp2(b_max - b_peak)
+    b_sum = b_sum * b_shrink + tl.sum(b_weights, 1)
+    if QUANTISED:
+        b_weights = b_weights * b_value_scale[None, :]
+    b_acc = tl.dot(b_weights.to(b_query.dtype), b_values.to(b_query.dtype), b_acc * b_shrink[:, None], input_precision=PRECISION)
+    return b_new, b_sum, b_acc
+
+
+@triton.jit
+def merge_rows(b_max, b_sum, b_acc, b_split_max, b_split_sum, b_split_acc):
+    """The state of rows [M] after one more split."""
+    b_new = tl.maximum(b_max, b_split_max)
+    b_peak = tl.where(b_new == float("-inf"), 0.0, b_new)
+    b_old, b_add = tl.exp2(b_max - b_peak), tl.exp2(b_split_max - b_peak)
+    b_acc = b_acc * b_old[:, None] + b_split_acc * b_add[:, None]
+    return b_new, b_sum * b_old + b_split_sum * b_add, b_acc
+
+
+@triton.jit
+def finish_rows(b_max, b_sum, b_acc, b_sinks, SINKS: tl.constexpr):
+    """Outputs [M, Dv] float32; a learned sink (its logit times log2(e), [M]) takes part in the sum. Rows that saw nothing give 0."""
+    if SINKS:
+        b_peak = tl.maximum(b_max, b_sinks)
+        b_shrink = tl.exp2(b_max - b_peak)
+        b_sum = b_sum * b_shrink + tl.exp2(b_sinks - b_peak)
+        b_acc = b_acc * b_shrink[:, None]
+    return b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]

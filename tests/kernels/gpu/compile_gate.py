@@ -1,0 +1,82 @@
+"""Compile every GPU kernel for a chip that need not be here, and report registers, spills, shared memory and the kind of matrix product.
+
+Run as `python -m tests.kernels.gpu.compile_gate 90`: one JSON object a line and kernel. It needs triton and torch, no GPU; the tests run it
+as a child, because in their own process kernels are interpreted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tests.kernels.gpu.kernel_shapes import SHAPES, Shape
+
+# `num_ctas`, tensor maps and the like add nothing here; shared memory that a block may have, by capability.
+SHARED_BYTES = {80: 163 << 10, 87: 163 << 10, 90: 227 << 10}
+
+
+class Compiled(NamedTuple):
+    """What ptxas made of one kernel: registers a thread, bytes of stack (spills), shared bytes, whether it multiplies by warp group."""
+
+    name: str
+    capability: int
+    registers: int
+    stack_bytes: int
+    local_bytes: int
+    shared_bytes: int
+    wgmma: bool
+    mma: bool
+
+
+def compile_shape(shape: Shape, capability: int) -> Compiled:
+    """Compile one kernel for sm_`capability`. Raises what the compiler raises."""
+    function = shape.function()
+    signature = {name: shape.types.get(name, "constexpr") for name in function.arg_names}
+    constants = {name: value for name, value in shape.constants.items() if name in signature}
+    attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in shape.aligned(signature)}
+    source = ASTSource(function, signature, constants, attributes)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": shape.warps, "num_stages": shape.stages})
+    usage = resource_usage(made.asm["cubin"])
+    ptx = made.asm["ptx"]
+    return Compiled(shape.name, capability, *usage, made.metadata.shared, "wgmma.mma_async" in ptx, "mma.sync" in ptx)
+
+
+def resource_usage(cubin: bytes) -> tuple[int, int, int]:
+    """(registers, stack bytes, local bytes) of the one kernel in a cubin."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", done.stdout)
+    if found is None:
+        raise ValueError(f"cuobjdump said nothing of registers: {done.stdout[-500:]}")
+    return int(found[1]), int(found[2]), int(found[3])
+
+
+def compile_all(capability: int, pattern: str = "") -> Iterator[Compiled]:
+    """Every shape whose name contains `pattern`, two at a time."""
+    shapes = [shape for shape in SHAPES if pattern in shape.name and capability in shape.capabilities]
+    with ProcessPoolExecutor(2) as pool:
+        yield from pool.map(compile_shape, shapes, [capability] * len(shapes))
+
+
+def report(row: Compiled) -> dict[str, Any]:
+    """The row as JSON takes it."""
+    return row._asdict()
+
+
+if __name__ == "__main__":
+    for row in compile_all(int(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else ""):
+        print(json.dumps(report(row)), flush=True)

@@ -1,0 +1,37 @@
+"""The GPU kernels run on the device where there is one, else in Triton's interpreter on CPU tensors: same tests, smaller shapes.
+
+The interpreter (tests/conftest.py chooses it before triton is imported) computes bfloat16 wrongly: that type is tested on a device only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ON_DEVICE = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_DEVICE else "cpu")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16) if ON_DEVICE else (torch.float32, torch.float16)
+
+
+def moved(batch: Any) -> Any:
+    """A dataclass of tensors with all of them on the device under test."""
+    tensors = {name: value.to(DEVICE) for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    return replace(batch, **tensors)
+
+
+def check_error(actual: Tensor, expected: Tensor, plain: Tensor, dtype: torch.dtype) -> None:
+    """The error rule: float32 within 1e-5 of the largest value; 16 bits at most twice as far from the float64 answer `expected` as the same
+    computation in that type's plain torch, `plain`, and two roundings of each value besides."""
+    assert actual.dtype == dtype and actual.shape == expected.shape and torch.isfinite(actual).all()
+    if not expected.numel():
+        return
+    error = (actual.double() - expected.double()).abs()
+    largest = expected.double().abs().max()
+    if dtype == torch.float32:
+        assert error.max() <= 1e-5 * largest.clamp(min=1e-30), f"off by {error.max():.3g}, largest value {largest:.3g}"
+        return
+    allowed = 2 * (plain.double() - expected.double()).abs().max() + 2 * torch.finfo(dtype).eps * expected.double().abs()
+    assert (error <= allowed).all(), f"off by {error.max():.3g}, plain torch by {(plain.double() - expected.double()).abs().max():.3g}"

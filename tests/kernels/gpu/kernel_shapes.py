@@ -1,0 +1,99 @@
+"""The kernels and shapes that the compile gate builds: argument types, constants, warps and stages as the host functions choose them.
+
+Each shape names what it must fulfil: the stack it may use (spilled registers), and whether it must multiply by warp group on sm_90.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import torch
+
+from service.kernels.gpu.paged_attention import decode_tile, tile_of
+
+# Stack that a float32 kernel may use: its products are not those of tensor cores, and it is the path to compare with, not to serve on.
+FLOAT32_STACK = 1024
+TORCH_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ALL = (80, 87, 90)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One kernel of service.kernels.gpu.<module> at one shape."""
+
+    name: str
+    module: str
+    kernel: str
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    warps: int = 4
+    stages: int = 3
+    stack_bytes: int = 0
+    wgmma: bool = False
+    capabilities: tuple[int, ...] = field(default=ALL)
+
+    def function(self) -> Any:
+        """The kernel."""
+        return getattr(importlib.import_module(f"service.kernels.gpu.{self.module}"), self.kernel)
+
+    def aligned(self, signature: Mapping[str, str]) -> list[str]:
+        """Arguments that are divisible by 16 at run time: pointers and strides."""
+        return [name for name, kind in signature.items() if kind.startswith("*") or (name.startswith("stride_") and kind != "constexpr")]
+
+
+def attention_types(kind: str) -> dict[str, str]:
+    """Types of the arguments of the dense attention kernels for queries of `kind`."""
+    data = {name: f"*{kind}" for name in ("p_query", "p_keys", "p_values", "p_out")}
+    integers = ("p_tables", "p_query_starts", "p_context_lengths", "p_tile_ends", "p_split_ends")
+    floats = ("p_peaks", "p_sums", "p_parts")
+    types = data | dict.fromkeys(integers, "*i32") | dict.fromkeys(floats, "*fp32") | {"p_sinks": f"*{kind}"}
+    types |= {"sequences": "i32", "scale": "fp32", "cap": "fp32"}
+    parts = ("query_token", "query_head", "out_token", "out_head", "table")
+    parts += tuple(f"{store}_{part}" for store in ("key", "value") for part in ("block", "head", "token"))
+    return types | {f"stride_{part}": "i32" for part in parts}
+
+
+def attention_constants(dim: int, group: int, window: int, **changes: Any) -> dict[str, Any]:
+    """Constants of the dense attention kernels."""
+    block = 1 << (dim - 1).bit_length()
+    constants = {
+        "SEQUENCES": 64, "GROUP": group, "KEY_DIM": dim, "VALUE_DIM": dim, "BLOCK_KEY": block, "BLOCK_VALUE": block,
+        "BLOCK_TOKENS": 64, "SPLIT_BLOCKS": 8, "WINDOW": window, "CAPPED": False, "SINKS": False, "PRECISION": "tf32",
+    }  # fmt: skip
+    return constants | changes
+
+
+def dense_shapes() -> list[Shape]:
+    """Prefill and decode over head sizes, types, windows, caps and sinks."""
+    shapes = []
+    cases = [("bf16", dim, 4, 0, {}) for dim in (64, 80, 96, 128, 256)]
+    cases += [
+        ("bf16", 64, 4, 2048, {}),
+        ("bf16", 128, 4, 2048, {}),
+        ("fp16", 128, 7, 0, {}),
+        ("fp32", 64, 4, 0, {}),
+        ("fp32", 128, 1, 0, {}),
+    ]
+    cases += [("bf16", 128, 8, 0, {"CAPPED": True, "SINKS": True})]
+    for (kind, dim, group, window, extra), chip in product(cases, ALL):
+        name = f"{kind}-d{dim}-g{group}-w{window}" + "".join(f"-{key.lower()}" for key in extra)
+        constants = attention_constants(dim, group, window, **extra, **({"PRECISION": "ieee"} if kind == "fp32" else {}))
+        types, stack = attention_types(kind), FLOAT32_STACK if kind == "fp32" else 0
+        for kernel, module, tile in (
+            ("prefill", "dense_tiles", tile_of(TORCH_TYPES[kind], dim, chip)),
+            ("decode", "dense_rows", decode_tile(TORCH_TYPES[kind], dim, group)),
+        ):
+            rows = {"ROWS": tile.rows}
+            shapes.append(
+                Shape(f"{kernel}-{name}", module, f"{kernel}_kernel", types, constants | rows, *tile[1:], stack, tile.rows >= 64, (chip,))
+            )
+    reduce_types = attention_types("bf16")
+    shapes.append(Shape("reduce-d128", "dense_rows", "reduce_kernel", reduce_types, attention_constants(128, 4, 0), 1, 3))
+    return shapes
+
+
+SHAPES: list[Shape] = dense_shapes()

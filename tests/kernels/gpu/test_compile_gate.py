@@ -1,0 +1,66 @@
+"""Every kernel compiles for sm_80, sm_87 and sm_90 within registers and shared memory, and Hopper multiplies by warp group where it can."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from tests.house.source import ROOT
+from tests.kernels.gpu.compile_gate import SHARED_BYTES
+from tests.kernels.gpu.kernel_shapes import SHAPES, Shape
+
+# Enough to see that kernels still compile in the quick suite; all of them are built by `make test-all`.
+QUICK = ("decode-bf16-d64-g4-w0", "prefill-bf16-d128-g4-w2048")
+
+
+@cache
+def gate(capability: int, pattern: str = "") -> dict[str, dict[str, Any]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_DEFAULT_FP_FUSION": "1"}
+    command = [sys.executable, "-m", "tests.kernels.gpu.compile_gate", str(capability), pattern]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {row["name"]: row for row in map(json.loads, done.stdout.splitlines())}
+
+
+def faults(shape: Shape, row: dict[str, Any]) -> list[str]:
+    found = []
+    if row["stack_bytes"] > shape.stack_bytes or row["local_bytes"]:
+        found.append(f"{shape.name}: {row['stack_bytes']} bytes of stack, {row['local_bytes']} local")
+    if row["shared_bytes"] > SHARED_BYTES[row["capability"]]:
+        found.append(f"{shape.name}: {row['shared_bytes']} bytes of shared memory")
+    if shape.wgmma and row["capability"] == 90 and not row["wgmma"]:
+        found.append(f"{shape.name}: no wgmma")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("capability", [80, 87, 90])
+def test_every_kernel_fits_the_chip(capability: int) -> None:
+    rows = gate(capability)
+    shapes = [shape for shape in SHAPES if capability in shape.capabilities]
+    assert {shape.name for shape in shapes} == set(rows)
+    assert [fault for shape in shapes for fault in faults(shape, rows[shape.name])] == []
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_few_kernels_fit_hopper(name: str) -> None:
+    shape = next(shape for shape in SHAPES if shape.name == name and 90 in shape.capabilities)
+    assert faults(shape, gate(90, name)[name]) == []
+
+
+def test_the_gate_sees_faults() -> None:
+    shape = next(shape for shape in SHAPES if shape.wgmma)
+    sound = {"stack_bytes": 0, "local_bytes": 0, "shared_bytes": 1000, "capability": 90, "wgmma": True}
+    assert faults(shape, sound) == []
+    for change in ({"stack_bytes": 8}, {"local_bytes": 4}, {"shared_bytes": 228 << 10}, {"wgmma": False}):
+        assert len(faults(shape, sound | change)) == 1
+    assert faults(shape, sound | {"wgmma": False, "capability": 80}) == []

@@ -1,0 +1,213 @@
+"""Dense paged attention on the GPU's kernels against the float64 reference: poisoned memory, boundaries, invariances, planted faults."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from service.kernels import reference
+from service.kernels.gpu import paged_attention as kernel
+from tests.kernels.conftest import PagedBatch, make_batch
+from tests.kernels.gpu.conftest import DEVICE, DTYPES, ON_DEVICE, check_error, moved
+
+MIXED = ([33, 1, 16, 47, 0, 17, 40, 15], [1, 1, 1, 7, 1, 0, 40, 15])
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splits and tiles so small that few tokens fill several."""
+    monkeypatch.setattr(kernel, "SPLIT_TOKENS", 32)
+    if not ON_DEVICE:
+        monkeypatch.setattr(kernel, "tile_of", lambda dtype, size, capability: kernel.Tile(16, 4, 1))
+
+
+@pytest.fixture
+def rows_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's products go to BLAS, whose bits depend on where in a tile a row lies; these compute each row by itself."""
+    if not ON_DEVICE:
+        monkeypatch.setattr(np, "matmul", lambda a, b, dtype: np.einsum("ij,jk->ik", a, b, dtype=dtype))
+
+
+def batch_of(contexts: list[int], counts: list[int], **changes: Any) -> PagedBatch:
+    return make_batch(contexts, counts, **({"block_tokens": 16} | changes))
+
+
+def run(batch: PagedBatch, **changes: Any) -> Tensor:
+    return moved(batch).run(kernel.paged_attention, **changes).cpu()
+
+
+def check(batch: PagedBatch) -> None:
+    check_error(run(batch), batch.reference(), batch.run(sixteen_bit_attention), batch.query.dtype)
+
+
+def sixteen_bit_attention(query: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    """The reference computed in the type of its inputs: what the error of a kernel is measured by."""
+    return reference.paged_attention(query, *arguments, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 1, 15, 16, 17, 33, 100])
+def test_a_mixed_batch_equals_the_reference(window: int | None, dtype: torch.dtype) -> None:
+    check(batch_of(*MIXED, window=window, dtype=dtype))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (3, 1), (8, 2), (7, 1), (8, 1)])
+@pytest.mark.parametrize("size", [64, 80, 96, 128, 256])
+def test_head_shapes(heads: int, kv_heads: int, size: int) -> None:
+    check(batch_of([35, 8], [1, 5], heads=heads, kv_heads=kv_heads, size=size, window=20, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("window", [None, 18])
+@pytest.mark.parametrize("scoring", [{"softcap": 1.5}, {"sink_logits": torch.tensor([0.5, -3.0, 4.0, 0.0])}, {"value_size": 24}])
+def test_score_cap_sinks_and_wider_values(window: int | None, scoring: dict[str, Any]) -> None:
+    batch = batch_of(*MIXED, window=window, **scoring)
+    check(batch)
+    if "value_size" not in scoring:
+        assert not torch.allclose(run(batch), run(replace(batch, softcap=None, sink_logits=None)), atol=1e-3)
+
+
+@pytest.mark.parametrize("poison", [float("inf"), 3.0])
+def test_what_no_row_sees_does_not_matter(poison: float) -> None:
+    assert torch.equal(run(batch_of(*MIXED, window=18, poison=poison)), run(batch_of(*MIXED, window=18)))
+
+
+@pytest.mark.parametrize("block_tokens", [16, 32, 64, 128])
+def test_block_sizes(block_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "SPLIT_TOKENS", 128)
+    check(batch_of([block_tokens + 1, block_tokens], [1, 3], block_tokens=block_tokens, window=None))
+
+
+@pytest.mark.parametrize("window", [None, 18])
+@pytest.mark.parametrize("size", [1, 3, 16])
+def test_slices_equal_one_pass_bit_for_bit(size: int, window: int | None, rows_apart: None) -> None:
+    whole = batch_of([75], [75], poison=1.0, window=window)
+    expected = run(whole)
+    parts = []
+    for start in range(0, 75, size):
+        end = min(start + size, 75)
+        starts, lengths = torch.tensor([0, end - start], dtype=torch.int32), torch.tensor([end], dtype=torch.int32)
+        parts.append(run(replace(whole, query=whole.query[start:end], query_starts=starts, context_lengths=lengths)))
+        if start > 40:
+            break
+    assert torch.equal(torch.cat(parts), expected[:end])
+
+
+def test_alone_equals_in_a_batch_bit_for_bit() -> None:
+    batch = batch_of(*MIXED, window=18)
+    together = run(batch)
+    for sequence in range(len(MIXED[0])):
+        first, last = batch.query_starts[sequence : sequence + 2].tolist()
+        alone = replace(
+            batch,
+            query=batch.query[first:last],
+            block_tables=batch.block_tables[sequence : sequence + 1],
+            query_starts=torch.tensor([0, last - first], dtype=torch.int32),
+            context_lengths=batch.context_lengths[sequence : sequence + 1],
+        )
+        assert torch.equal(run(alone), together[first:last])
+
+
+def test_permuting_physical_blocks_changes_nothing() -> None:
+    batch = batch_of(*MIXED)
+    count = batch.key_blocks.shape[0]
+    order = torch.cat((torch.zeros(1, dtype=torch.int64), torch.randperm(count - 1) + 1))
+    places = torch.empty_like(order)
+    places[order] = torch.arange(count)
+    valid = (batch.block_tables > 0) & (batch.block_tables < count)
+    tables = torch.where(valid, places[batch.block_tables.clamp(0, count - 1).long()].to(torch.int32), batch.block_tables)
+    other = replace(batch, key_blocks=batch.key_blocks[order], value_blocks=batch.value_blocks[order], block_tables=tables)
+    assert torch.equal(run(other), run(batch))
+
+
+def test_constant_values_come_out_unchanged() -> None:
+    batch = batch_of(*MIXED, window=18)
+    out = run(replace(batch, value_blocks=torch.full_like(batch.value_blocks, 0.75)))
+    seen = batch.reference().abs().sum(dim=(1, 2)) > 0
+    torch.testing.assert_close(out[seen], torch.full_like(out[seen], 0.75), rtol=1e-6, atol=0)
+
+
+def test_rows_that_see_nothing_are_zero_with_sinks_too() -> None:
+    out = run(batch_of([0, 0, 5], [1, 3, 1], sink_logits=torch.ones(4)))
+    assert not out[:4].any() and out[4].any()
+
+
+def test_a_sequence_that_holds_nan_spoils_only_itself() -> None:
+    batch = batch_of([17, 20, 9], [1, 3, 1])
+    clean, keys = run(batch), batch.key_blocks.clone()
+    keys[int(batch.block_tables[1, 0]), :, 3] = float("nan")
+    spoilt = run(replace(batch, key_blocks=keys))
+    assert spoilt[1:4].isnan().any() and torch.equal(spoilt[[0, 4]], clean[[0, 4]])
+
+
+def test_blocks_far_past_int32_elements() -> None:
+    batch = batch_of([20], [1], heads=2, kv_heads=1, poison=0.0, dtype=torch.float16)
+    near = run(replace(batch, value_blocks=batch.key_blocks))
+    storage = torch.empty(32772 * 65536, dtype=torch.float16, device=DEVICE)
+    far = torch.as_strided(storage, (32772, 1, 16, 16), (65536, 256, 16, 1))
+    table, target = batch.block_tables.clone(), torch.tensor([32768, 32770])
+    far[target.to(DEVICE)] = batch.key_blocks[table[0, :2].long()].to(DEVICE)
+    table[0, :2] = target.to(torch.int32)
+    assert torch.equal(run(replace(batch, key_blocks=far, value_blocks=far, block_tables=table)), near)
+
+
+def test_a_plan_made_ahead_gives_the_same_and_counts_the_work() -> None:
+    batch = batch_of(*MIXED, window=18)
+    tile = kernel.tile_of(torch.float32, 16, 90)
+    plan = kernel.plan_attention(batch.query_starts, batch.context_lengths, window=18, group=2, tile=tile, device=DEVICE)
+    tokens = tile.rows // 2
+    assert plan.tiles == sum(-(-count // tokens) for count in MIXED[1] if count > 1)
+    # Contexts 33, 1, 16 and 0 decode; of 33 tokens positions 15 … 32 are seen, in two splits of 32.
+    assert plan.split_ends.tolist() == [2, 3, 4, 4, 5, 5, 5, 5]
+    planned = moved(batch).run(lambda *tensors, **options: kernel.paged_attention(*tensors, **options, plan=plan)).cpu()
+    assert torch.equal(planned, run(batch))
+
+
+@pytest.mark.parametrize("fault", ["mask", "scale", "order"])
+def test_planted_faults_are_seen(fault: str) -> None:
+    batch = batch_of([47, 33], [7, 1], window=18)
+    broken = {"mask": {"window": 17}, "scale": {"scale": batch.scale * 1.02}, "order": {"query": batch.query.flip(1)}}[fault]
+    with pytest.raises(AssertionError):
+        check_error(run(batch, **broken), batch.reference(), batch.run(sixteen_bit_attention), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"key_blocks": torch.zeros(4, 2, 16, 16, dtype=torch.float64)}, "share one of"),
+        ({"key_blocks": torch.zeros(4, 2, 8, 16)}, "must agree and hold"),
+        ({"query": torch.zeros(1, 3, 16)}, "does not divide"),
+        ({"query": torch.zeros(1, 4, 32)[..., ::2]}, "contiguous"),
+    ],
+)
+def test_what_cannot_be_computed_is_refused(change: dict[str, Tensor], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        replace(batch_of([5], [1]), **change).run(kernel.paged_attention)
+
+
+def test_more_heads_than_a_tile_has_rows_are_refused() -> None:
+    starts, lengths = torch.tensor([0, 2]), torch.tensor([2])
+    with pytest.raises(ValueError, match="use at most 16"):
+        kernel.plan_attention(starts, lengths, window=None, group=17, tile=kernel.Tile(16, 4, 1), device="cpu")
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 70), st.integers(0, 20)), min_size=1, max_size=4),
+    st.one_of(st.none(), st.integers(1, 80)),
+    st.sampled_from([16, 32]),
+    st.sampled_from([(1, 1), (3, 1), (4, 2)]),
+)
+def test_any_batch_equals_the_reference(
+    sequences: list[tuple[int, int]], window: int | None, block_tokens: int, heads: tuple[int, int]
+) -> None:
+    contexts, counts = [context for context, _ in sequences], [min(context, count) for context, count in sequences]
+    check(batch_of(contexts, counts, window=window, block_tokens=block_tokens, heads=heads[0], kv_heads=heads[1]))
