@@ -7,7 +7,7 @@ ARGS ?=
 # Machines with a GPU bring a torch of their own; it is used as it is.
 GPU_PYTHON ?= python3
 
-.PHONY: help setup serve test test-all check gpu-check docs image image-test clean
+.PHONY: help setup serve test test-all tools check gpu-check docs image image-test clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -36,11 +36,15 @@ test: $(VENV)/.test ## run the tests
 	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 test-all: $(VENV)/.test ## run the tests, the slow ones too
+	@$(MAKE) --no-print-directory tools || echo "test-all: what needs Prometheus is skipped"
 	@$(BIN)/python -m pytest $(ARGS)
 
+tools: ## unpack Debian's Prometheus and promtool into .tools, for the tests of deploy/
+	@test -x .tools/usr/bin/promtool || deploy/fetch.sh prometheus
+
 check: $(VENV)/.test ## lint, types, import contracts, and the measures of the code
-	@$(BIN)/ruff check service tests loadtests docker
-	@$(BIN)/ruff format --check service tests loadtests docker
+	@$(BIN)/ruff check service tests loadtests docker deploy
+	@$(BIN)/ruff format --check service tests loadtests docker deploy
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --config importlinter.ini
 	@$(BIN)/python -m tests.house.measures
@@ -62,3 +66,4 @@ image-test: ## run the built cpu image and try what its users rely on (root, bui
 
 clean: ## remove the virtual environment and caches
 	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info service/kernels/native/*.so
+	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info .tools
