@@ -7,6 +7,7 @@ every metric is in `METRICS`; every series carries `version`, `tier` and `device
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from bisect import bisect_left
@@ -17,13 +18,15 @@ import msgspec
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.openmetrics.exposition import ALLOWUTF8
 from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST as OPENMETRICS_CONTENT_TYPE
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.registry import Collector
 
 NAMESPACE = "deepseek_"
 VLLM_NAMESPACE = "vllm:"
-_openmetrics_text: Callable[[CollectorRegistry], bytes] = generate_openmetrics
+# As they are: the library's default escaping writes the colon of vLLM's names as an underscore.
+_openmetrics_text: Callable[[CollectorRegistry], bytes] = functools.partial(generate_openmetrics, escaping=ALLOWUTF8)
 VERSION_LABELS = ("version", "tier", "device")
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0)

@@ -94,8 +94,9 @@ def test_vllms_names_show_the_same_numbers_with_its_labels():
     metrics.value("requests_total", "cancelled").add()
     metrics.value("model_loaded").set(1)
     metrics.latencies("/v1/completions").first.observe(0.3)
-    list(parse_openmetrics(telemetry.snapshot().render(openmetrics=True)[0].decode()))
     text = telemetry.snapshot().render()[0].decode()
+    for line in text.splitlines():
+        assert line.startswith("#") or line.split(" ")[0] in telemetry.snapshot().render(openmetrics=True)[0].decode()
     parsed = {(sample.name, sample.labels.get("finished_reason")): sample for family in parse(text) for sample in family.samples}
     assert parsed["vllm:num_requests_running", None].value == 3
     assert parsed["vllm:num_requests_running", None].labels == {"model_name": "v", "tier": "cpu", "device": "d"}

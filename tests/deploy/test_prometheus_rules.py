@@ -26,7 +26,7 @@ def promtool(tmp_path: Path, *tests: dict[str, Any]) -> None:
     """Run tests of promtool's own form over all rules."""
     files = [str(path) for path in RULES.values()]
     path = tmp_path / "rules.test.yml"
-    path.write_text(yaml.safe_dump({"rule_files": files, "evaluation_interval": "30s", "tests": list(tests)}), "utf-8")
+    path.write_text(yaml.safe_dump({"rule_files": files, "evaluation_interval": "1m", "tests": list(tests)}), "utf-8")
     done = subprocess.run([program("promtool"), "test", "rules", str(path)], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
 
