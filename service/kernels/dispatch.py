@@ -106,26 +106,42 @@ def _onednn_sixteen_bits(place: Place) -> str | None:
 TABLE: Mapping[str, tuple[Implementation, ...]] = {
     "rms_norm": (
         Implementation("native", native_elementwise.rms_norm, _native),
+        _gpu(reference.rms_norm, "elementwise"),
         Implementation("torch", elementwise.rms_norm, _anywhere),
         Implementation("reference", reference.rms_norm, _anywhere),
     ),
     "add_rms_norm": (
         Implementation("native", native_elementwise.add_rms_norm, _native),
+        _gpu(reference.add_rms_norm, "elementwise"),
         Implementation("torch", elementwise.add_rms_norm, _anywhere),
         Implementation("reference", reference.add_rms_norm, _anywhere),
     ),
-    "rotate": (Implementation("torch", elementwise.rotate, _anywhere), Implementation("reference", reference.rotate, _anywhere)),
+    "rotate": (
+        _gpu(reference.rotate, "elementwise"),
+        Implementation("torch", elementwise.rotate, _anywhere),
+        Implementation("reference", reference.rotate, _anywhere),
+    ),
     "apply_rope": (
+        _gpu(reference.apply_rope, "elementwise"),
         Implementation("torch", elementwise.apply_rope, _anywhere),
         Implementation("reference", reference.apply_rope, _anywhere),
     ),
     "swiglu": (
         Implementation("native", native_elementwise.swiglu, _native),
+        _gpu(reference.swiglu, "elementwise"),
         Implementation("torch", elementwise.swiglu, _anywhere),
         Implementation("reference", reference.swiglu, _anywhere),
     ),
-    "head_gate": (Implementation("torch", elementwise.head_gate, _anywhere), Implementation("reference", reference.head_gate, _anywhere)),
-    "write_kv": (Implementation("torch", kv_store.write_kv, _anywhere), Implementation("reference", reference.write_kv, _anywhere)),
+    "head_gate": (
+        _gpu(reference.head_gate, "elementwise"),
+        Implementation("torch", elementwise.head_gate, _anywhere),
+        Implementation("reference", reference.head_gate, _anywhere),
+    ),
+    "write_kv": (
+        _gpu(reference.write_kv, "kv_store"),
+        Implementation("torch", kv_store.write_kv, _anywhere),
+        Implementation("reference", reference.write_kv, _anywhere),
+    ),
     "paged_attention": (
         Implementation("cpu", paged_attention.paged_attention, _on_cpu),
         _gpu(reference.paged_attention, "paged_attention"),
