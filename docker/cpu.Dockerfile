@@ -16,7 +16,7 @@ RUN --mount=type=bind,from=wheels,target=/wheels \
     --mount=type=secret,id=pip,target=/etc/pip.conf \
     --mount=type=secret,id=ca,target=/etc/pip-ca.pem \
     docker/install.sh dependencies
-COPY README.md LICENSE /build/
+COPY setup.py README.md LICENSE /build/
 COPY service /build/service
 RUN --mount=type=bind,from=wheels,target=/wheels \
     --mount=type=secret,id=pip,target=/etc/pip.conf \

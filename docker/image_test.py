@@ -120,6 +120,7 @@ class TheImage(unittest.TestCase):
         with run.mounted(IMAGE) as (_, root):
             for tool in ("usr/bin/gcc", "usr/bin/pip", "opt/deepseek/bin/pip", "usr/bin/curl", "etc/pip.conf", "etc/pip-ca.pem", "wheels"):
                 self.assertFalse((root / tool).exists(), tool)
+            self.assertEqual(len(list(root.glob("opt/deepseek/lib/python3*/site-packages/service/kernels/native/*.so"))), 1)
             files = [path for path in root.rglob("*") if path.is_file() and not path.is_symlink()]
             self.assertEqual([path for path in files if path.stat().st_mode & 0o6000], [])
 
