@@ -20,7 +20,8 @@ from service.schedulers.router import Model, Router
 from service.telemetry import Telemetry
 from service.types.catalog import V2_3, Shape
 from service.types.errors import StartupError
-from service.types.model_spec import KvGroup, KvLayout, ModelSpec
+from service.types.kv_layout import FarSpec, FarStore, KvGroup, KvLayout
+from service.types.model_spec import ModelSpec
 from service.types.plan import (
     BackendHealth,
     BackendInfo,
@@ -172,10 +173,30 @@ class FakeBehaviour:
     stalled: bool = False
 
 
-def layout(block_tokens: int = 4, windows: Sequence[int | None] = (None,)) -> KvLayout:
-    """A cache layout with one group a window."""
-    groups = tuple(KvGroup(f"group{index}", (index,), 1, 8, 8, window) for index, window in enumerate(windows))
-    return KvLayout(groups, block_tokens)
+@dataclass(frozen=True)
+class Far:
+    """A window whose layers keep what lies behind it: a near and a far group."""
+
+    window: int
+    refresh: int = 1
+    store: FarStore = FarStore.INT8
+
+    @property
+    def spec(self) -> FarSpec:
+        return FarSpec(store=self.store, refresh=self.refresh, sub_block_tokens=2)
+
+
+def layout(block_tokens: int = 4, windows: Sequence[int | Far | None] = (None,)) -> KvLayout:
+    """A cache layout with one group a window, and one more for each `Far` that keeps anything."""
+    groups: list[KvGroup] = []
+    for layer, window in enumerate(windows):
+        if not isinstance(window, Far):
+            groups.append(KvGroup(f"group{layer}", (layer,), 1, 8, 8, window))
+            continue
+        groups.append(KvGroup(f"near{layer}", (layer,), 1, 8, 8, window.window, window.spec))
+        if window.spec.store is not FarStore.EVICT:
+            groups.append(KvGroup(f"far{layer}", (layer,), 1, 8, 8, window.window, window.spec, len(groups) - 1))
+    return KvLayout(tuple(groups), block_tokens)
 
 
 class FakeBackend:
@@ -192,6 +213,7 @@ class FakeBackend:
     ) -> None:
         self.behaviour = behaviour or FakeBehaviour()
         self.layout = kv_layout or layout(64)
+        self._written = [index for index, group in enumerate(self.layout.groups) if group.source is None]
         blocks = tuple(group_blocks) if group_blocks is not None else (4096,) * len(self.layout.groups)
         self.info = BackendInfo(
             kv_layout=self.layout,
@@ -311,29 +333,39 @@ class FakeBackend:
         require(opening.row not in self.rows, f"row {opening.row} is open already")
         require(0 <= opening.row < self.info.max_rows, f"row {opening.row} does not exist")
         require(0 < opening.prompt_tokens <= len(opening.tokens) <= self.info.context_tokens, "lengths of an opened sequence")
-        groups = len(self.layout.groups)
-        self.rows[opening.row] = FakeRow(opening, list(opening.tokens), [[] for _ in range(groups)], [0] * groups)
+        starts = [0 if group.far is None or group.source is None else group.far.sink_blocks for group in self.layout.groups]
+        self.rows[opening.row] = FakeRow(opening, list(opening.tokens), [[0] * start for start in starts], starts)
 
     def _change_tables(self, plan: BatchPlan) -> None:
+        opened = {opening.row for opening in plan.open}
         for row, group, first, blocks in plan.append:
             table = self.rows[row].tables[group]
-            require(first == len(table) or not table, f"row {row} group {group}: append at {first}, table has {len(table)}")
+            require(first == len(table) or row in opened, f"row {row} group {group}: append at {first}, table has {len(table)}")
             require(all(1 <= block <= self.info.group_blocks[group] for block in blocks), "a block id out of range")
-            if not table:
+            if first > len(table):
                 self.rows[row].released[group] = first
             table += [0] * (first - len(table)) + list(blocks)
         for row, group, before in plan.release:
-            window = self.layout.groups[group].window
+            kind = self.layout.groups[group]
             entry = self.rows[row]
-            require(window is not None, "a release in a group without a window")
+            require(kind.window is not None and kind.source is None, "a release in a group without a window")
             require(entry.released[group] < before <= len(entry.tables[group]), "a release that goes back or beyond the table")
-            entry.tables[group][:before] = [0] * before
+            entry.tables[group][kind.sink_blocks : before] = [0] * (before - kind.sink_blocks)
             entry.released[group] = before
+        for row, group, sources, targets in plan.demote:
+            source = self.layout.groups[group].source
+            require(source is not None and len(sources) == len(targets), "a demotion into a group that is not far")
+            held = [block for entry in self.rows.values() for block in entry.tables[group]]
+            for near, far in zip(sources, targets, strict=True):
+                require(self._fill[source][near] == self.layout.block_tokens, "a block becomes far before it is full")
+                require(far in self.rows[row].tables[group] and held.count(far) == 1, "a shared far block is written")
+                self._fill[group][far] = self.layout.block_tokens
+                self._digest[group][far] = hash(("far", self._digest[source][near]))
 
     def _check_sharing(self, plan: BatchPlan) -> None:
         """A block that is about to be written is in one table only, once."""
         size = self.layout.block_tokens
-        for group in range(len(self.layout.groups)):
+        for group in self._written:
             holders: dict[int, int] = {}
             for row in self.rows.values():
                 for block in row.tables[group]:
@@ -354,6 +386,7 @@ class FakeBackend:
             require(piece.start % self.layout.block_tokens == 0, "a prefix hit that is no full block")
             row.written = piece.start
         require(piece.start == row.written, f"row {piece.row}: positions {piece.start} after {row.written}")
+        require(piece.length <= (self.layout.slice_tokens or piece.length), "a slice longer than a window whose blocks become far")
         require(end <= len(row.tokens), f"row {piece.row}: position {end - 1} has no token yet")
         for position in range(piece.start, end):
             self._write(row, position)
@@ -368,7 +401,7 @@ class FakeBackend:
 
     def _write(self, row: FakeRow, position: int) -> None:
         size = self.layout.block_tokens
-        for group in range(len(self.layout.groups)):
+        for group in self._written:
             table, fill = row.tables[group], self._fill[group]
             block, offset = table[position // size], position % size
             before = 0
@@ -392,7 +425,10 @@ class FakeBackend:
         seen = [opening.sampling.seed, opening.sampling.choice, length]
         for group in range(len(self.layout.groups)):
             table, fill, digest = row.tables[group], self._fill[group], self._digest[group]
-            for at in range(self._first_visible(group, length - 1) // size, (length - 1) // size + 1):
+            kind = self.layout.groups[group]
+            first, end = self.layout.first_read(kind, length - 1), self.layout.entries(kind, length - 1)
+            require(kind.source is None or len(table) == end, f"a far table of {len(table)} entries instead of {end}")
+            for at in (*range(min(kind.sink_blocks, first)), *range(first, end)):
                 block = table[at]
                 require(block != 0, "a released entry is read")
                 require(fill[block] == min(size, length - at * size), "a visible block is not written or holds too much")

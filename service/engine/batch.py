@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from service.types.model_spec import KvLayout
+from service.types.kv_layout import KvLayout
 from service.types.plan import BatchPlan, OpenSequence, Slice, Want
 
 Ints = NDArray[np.int64]
@@ -27,8 +27,9 @@ class PlanError(ValueError):
 class Batch(NamedTuple):
     """One step's arrays: S slices, T tokens, G groups.
 
-    `query_starts` int32 [S + 1], `context_lengths` int32 [S], `block_tables` G × int32 [S, M], `block_ids` G × int64 [T] and `offsets`
-    int64 [T] say where each token's K/V goes. `sampled` int64 [R] are the slices that want a token.
+    `query_starts` int32 [S + 1], `context_lengths` int32 [S], `block_tables` G × int32 [S, M], `block_ids` G × int64 [T] (empty for far
+    groups, which no token is written to) and `offsets` int64 [T] say where each token's K/V goes. `sampled` int64 [R] are the slices that
+    want a token.
     """
 
     rows: Ints
@@ -59,7 +60,7 @@ class Tables:
         self.opened: list[OpenSequence | None] = [None] * max_rows
 
     def apply(self, plan: BatchPlan) -> None:
-        """Close, open, append and release, in this order."""
+        """Close, open, append and release, in this order; what the plan demotes is looked at, not done."""
         for row in plan.close:
             self._check_row(row)
             self.opened[row] = None
@@ -71,12 +72,21 @@ class Tables:
         for row, group, first, blocks in plan.append:
             self._check_row(row, group)
             table = self.blocks[group]
-            if first < 0 or first + len(blocks) > table.shape[1] or not all(0 < block <= self._group_blocks[group] for block in blocks):
-                raise PlanError(f"row {row}: no such table entries or blocks in group {group}")
+            if first < 0 or first + len(blocks) > table.shape[1]:
+                raise PlanError(f"row {row}: no such table entries in group {group}")
+            self._check_blocks(row, group, blocks)
             table[row, first : first + len(blocks)] = blocks
         for row, group, before in plan.release:
             self._check_row(row, group)
-            self.blocks[group][row, : max(before, 0)] = 0
+            sinks = self._layout.groups[group].sink_blocks
+            self.blocks[group][row, sinks : max(before, sinks)] = 0
+        for row, group, sources, targets in plan.demote:
+            self._check_row(row, group)
+            near = self._layout.groups[group].source
+            if near is None or len(sources) != len(targets):
+                raise PlanError(f"row {row}: blocks cannot be demoted into group {group}")
+            self._check_blocks(row, near, sources)
+            self._check_blocks(row, group, targets)
 
     def batch(self, slices: Sequence[Slice]) -> Batch:
         """The arrays of these slices. Their tokens must be known and their blocks there."""
@@ -94,7 +104,10 @@ class Tables:
         block_tokens = self._layout.block_tokens
         index, offsets = np.divmod(positions, block_tokens)
         width = -(-int(ends.max()) // block_tokens)
-        block_ids = tuple(blocks[token_rows, index].astype(np.int64) for blocks in self.blocks)
+        block_ids = tuple(
+            np.zeros(0, np.int64) if group.source is not None else blocks[token_rows, index].astype(np.int64)
+            for group, blocks in zip(self._layout.groups, self.blocks, strict=True)
+        )
         if any((ids == 0).any() for ids in block_ids):
             raise PlanError("a slice's tokens have no block")
         return Batch(
@@ -132,6 +145,10 @@ class Tables:
         self.known[row] = length
         for table in self.blocks:
             table[row] = 0
+
+    def _check_blocks(self, row: int, group: int, blocks: Sequence[int]) -> None:
+        if not all(0 < block <= self._group_blocks[group] for block in blocks):
+            raise PlanError(f"row {row}: no such blocks in group {group}")
 
     def _check_row(self, row: int, group: int = 0) -> None:
         if not 0 <= row < len(self.known) or not 0 <= group < len(self.blocks):

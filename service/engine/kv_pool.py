@@ -1,6 +1,7 @@
 """The physical KV blocks: one allocation of keys and one of values for every group of layers.
 
-A block of a layer is [Hkv, block_tokens, D], contiguous for each K/V head. It does not know who owns a block. Invariants: block 0 is the
+A block of a layer is [Hkv, block_tokens, D], contiguous for each K/V head; far groups keep theirs quantised, with bounds of the keys. It
+does not know who owns a block. Invariants: block 0 is the
 null block, never written and never read; memory that the budget names is really taken, in the background while no step runs.
 """
 
@@ -9,11 +10,14 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from service.types.model_spec import KvLayout
+from service.kernels.dispatch import resolve
+from service.kernels.reference_sparse import FarBlocks
+from service.types.kv_layout import FarSpec, FarStore, KvGroup, KvLayout
 
 _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
 _STEP_BYTES = 2 << 20
@@ -24,27 +28,55 @@ class KvPool:
 
     def __init__(self, layout: KvLayout, group_blocks: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self.layout = layout
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
-        for group, count in zip(layout.groups, group_blocks, strict=True):
-            shape = (len(group.layers), count + 1, group.kv_heads, layout.block_tokens)
-            self._keys.append(torch.empty((*shape, group.key_dim), dtype=dtype, device=device))
-            self._values.append(torch.empty((*shape, group.value_dim), dtype=dtype, device=device))
-        self._places = {layer: (g, at) for g, group in enumerate(layout.groups) for at, layer in enumerate(group.layers)}
+        self._near: dict[int, tuple[Tensor, Tensor]] = {}
+        self._far: dict[int, FarBlocks] = {}
+        self._places: dict[int, tuple[int, int]] = {}
+        self._far_places: dict[int, tuple[int, int]] = {}
+        for index, (group, count) in enumerate(zip(layout.groups, group_blocks, strict=True)):
+            empty = _Empty((len(group.layers), count + 1, group.kv_heads), dtype, device)
+            if group.source is not None and group.far is not None:
+                self._far[index] = _far_blocks(group, group.far, layout.block_tokens, empty)
+            else:
+                self._near[index] = empty(layout.block_tokens, group.key_dim), empty(layout.block_tokens, group.value_dim)
+            places = self._places if group.source is None else self._far_places
+            places.update({layer: (index, at) for at, layer in enumerate(group.layers)})
+        self._demote = resolve("demote", device, dtype)
 
     def group_of(self, layer: int) -> int:
-        """The index of the layer's group in the layout."""
+        """The index of the layer's group in the layout: the near one where there are two."""
         return self._places[layer][0]
+
+    def far_group_of(self, layer: int) -> int | None:
+        """The index of the layer's far group, or None."""
+        return self._far_places[layer][0] if layer in self._far_places else None
 
     def blocks_of(self, layer: int) -> tuple[Tensor, Tensor]:
         """The layer's keys [N, Hkv, block_tokens, D] and values [N, Hkv, block_tokens, Dv]; writing to them writes the pool."""
         group, at = self._places[layer]
-        return self._keys[group][at], self._values[group][at]
+        keys, values = self._near[group]
+        return keys[at], values[at]
+
+    def far_of(self, layer: int) -> FarBlocks:
+        """The layer's far store; it must have one."""
+        group, at = self._far_places[layer]
+        store = self._far[group]
+        key_scales = None if store.key_scales is None else store.key_scales[at]
+        value_scales = None if store.value_scales is None else store.value_scales[at]
+        return FarBlocks(store.keys[at], store.values[at], key_scales, value_scales, store.bounds[at], store.bound_scales[at])
+
+    def demote(self, group: int, sources: Tensor, targets: Tensor) -> None:
+        """Copy blocks `sources` [n] int64 of a far group's near group into its blocks `targets` [n], for every layer."""
+        for layer in self.layout.groups[group].layers:
+            self._demote(*self.blocks_of(layer), self.far_of(layer), sources, targets)
 
     @property
     def reserved_bytes(self) -> int:
         """Bytes of all blocks, the null blocks included."""
-        return sum(tensor.nbytes for tensor in (*self._keys, *self._values))
+        return sum(tensor.nbytes for tensor in self._tensors())
+
+    def _tensors(self) -> list[Tensor]:
+        stores = (*self._near.values(), *self._far.values())
+        return [tensor for store in stores for tensor in store if tensor is not None]
 
     def populate(self, idle: threading.Event) -> threading.Thread:
         """Have the kernel back all blocks with memory, 2 MiB at a time while `idle` is set; contents stay as they are.
@@ -62,7 +94,7 @@ class KvPool:
             return
         libc = ctypes.CDLL(None, use_errno=True)
         page = 4096
-        for tensor in (*self._keys, *self._values):
+        for tensor in self._tensors():
             if tensor.device.type != "cpu":
                 continue
             first = -(-tensor.data_ptr() // page) * page
@@ -73,3 +105,24 @@ class KvPool:
                 size = min(_STEP_BYTES, end - at)
                 if libc.madvise(ctypes.c_void_p(at), ctypes.c_size_t(size), _MADV_POPULATE_WRITE) != 0:
                     return
+
+
+class _Empty(NamedTuple):
+    """Makes uninitialised tensors of all layers, blocks and heads of one group."""
+
+    heads: tuple[int, int, int]
+    dtype: torch.dtype
+    device: torch.device
+
+    def __call__(self, *shape: int, kind: torch.dtype | None = None) -> Tensor:
+        return torch.empty((*self.heads, *shape), dtype=kind or self.dtype, device=self.device)
+
+
+def _far_blocks(group: KvGroup, spec: FarSpec, tokens: int, empty: _Empty) -> FarBlocks:
+    parts = 1 + tokens // spec.sub_block_tokens
+    bounds = empty(parts, 2, group.key_dim, kind=torch.int8), empty(kind=torch.float16)
+    if spec.store is FarStore.NATIVE:
+        return FarBlocks(empty(tokens, group.key_dim), empty(tokens, group.value_dim), None, None, *bounds)
+    kind, share = (torch.uint8, 2) if spec.store is FarStore.INT4 else (torch.int8, 1)
+    keys, values = (empty(tokens, size // share, kind=kind) for size in (group.key_dim, group.value_dim))
+    return FarBlocks(keys, values, empty(tokens, kind=torch.float16), empty(tokens, kind=torch.float16), *bounds)

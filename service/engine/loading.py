@@ -25,7 +25,8 @@ from service.kernels.dispatch import chosen
 from service.kernels.native.binding import describe
 from service.models.decoder import Decoder
 from service.types.errors import CapacityError
-from service.types.model_spec import ELEMENT_BYTES, KvLayout, ModelSpec
+from service.types.kv_layout import KvLayout
+from service.types.model_spec import ELEMENT_BYTES, ModelSpec
 from service.types.plan import BackendInfo, LoadRequest
 
 WARM_UP_TOKENS = 16

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from service.types.errors import CapacityError
-from service.types.model_spec import KvGroup, KvLayout, ModelSpec
+from service.types.kv_layout import KvGroup, KvLayout
+from service.types.model_spec import ModelSpec
 from service.types.plan import LoadRequest
 
 # Of what the machine leaves free, unless the user names a number.
@@ -93,8 +94,8 @@ def _context(spec: ModelSpec, request: LoadRequest) -> int:
 
 
 def _spare_blocks(layout: KvLayout, group: KvGroup, context: int, request: LoadRequest) -> int:
-    """Blocks beyond the sequences' own: a window's sequence holds a whole chunk more while a step runs."""
-    if group.window is None:
+    """Blocks beyond the sequences' own: a window's sequence holds a whole slice more while a step runs."""
+    if group.window is None or group.source is not None:
         return 0
     full = -(-context // layout.block_tokens)
     return min(full - layout.blocks_for(group, context), -(-request.max_step_tokens // layout.block_tokens))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from service.kernels import elementwise, kv_store, linear, paged_attention, reference
+from service.kernels import elementwise, far_store, kv_store, linear, paged_attention, reference, reference_sparse, window_sparse
 from service.kernels.native import binding as native
 from service.kernels.native import elementwise as native_elementwise
 
@@ -146,6 +146,18 @@ TABLE: Mapping[str, tuple[Implementation, ...]] = {
         Implementation("cpu", paged_attention.paged_attention, _on_cpu),
         _gpu(reference.paged_attention, "paged_attention"),
         Implementation("reference", reference.paged_attention, _anywhere),
+    ),
+    "demote": (
+        Implementation("torch", far_store.demote, _anywhere),
+        Implementation("reference", reference_sparse.demote, _anywhere),
+    ),
+    "choose_far": (
+        Implementation("cpu", far_store.choose_far, _on_cpu),
+        Implementation("reference", reference_sparse.choose_far, _anywhere),
+    ),
+    "window_sparse_attention": (
+        Implementation("cpu", window_sparse.window_sparse_attention, _on_cpu),
+        Implementation("reference", reference_sparse.window_sparse_attention, _anywhere),
     ),
     "linear": (
         Implementation("onednn", linear.onednn_linear, _onednn_float32),

@@ -10,7 +10,8 @@ Invariant: a block that no row sees is never read, and whatever unused slots of 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,23 +86,35 @@ def plan_attention(
     decoding = decoding if together else decoding[:0]
     lengths = contexts[decoding]
     first_seen = torch.zeros_like(lengths) if window is None else (lengths - window).clamp_(min=0)
-    first_block = first_seen // block_tokens
-    pairs = (lengths - 1) // block_tokens - first_block + 1
-    offsets = torch.zeros(len(decoding) + 1, dtype=torch.int64)
-    torch.cumsum(pairs, 0, out=offsets[1:])
-    sequences = torch.repeat_interleave(torch.arange(len(decoding)), pairs)
-    blocks = torch.arange(len(sequences)) - (offsets[:-1] - first_block)[sequences]
-    ids = block_tables[decoding[sequences], blocks].to(torch.int64)
-    positions = blocks[:, None] * block_tokens + torch.arange(block_tokens)
-    hidden = (positions >= lengths[sequences, None]) | (positions < first_seen[sequences, None])
     tiles: list[PrefillTile] = []
     for sequence in (counts > (1 if together else 0)).nonzero().squeeze(1).tolist():
         first, last, context = int(starts[sequence]), int(starts[sequence + 1]), int(contexts[sequence])
         tiles.extend(_tiles(block_tables[sequence], first, last, context, block_tokens, window))
+    pairs = plan_pairs(block_tables[decoding], lengths, first_seen, sink_blocks=0, block_tokens=block_tokens)
+    return replace(pairs, rows=starts[:-1][decoding], tiles=tuple(tiles))
+
+
+def plan_pairs(tables: Tensor, lengths: Tensor, first_seen: Tensor, *, sink_blocks: int, block_tokens: int) -> AttentionPlan:
+    """The pairs of decoding sequences with `tables` [S, M] that see lengths [S] tokens from first_seen [S] on, and their sinks.
+
+    Rows are 0 … S − 1 and there are no tiles.
+    """
+    count = len(lengths)
+    gaps = (first_seen // block_tokens - sink_blocks).clamp_(min=0)
+    pairs = (lengths - 1) // block_tokens - gaps + 1
+    offsets = torch.zeros(count + 1, dtype=torch.int64)
+    torch.cumsum(pairs, 0, out=offsets[1:])
+    sequences = torch.repeat_interleave(torch.arange(count), pairs)
+    blocks = torch.arange(len(sequences)) - offsets[:-1][sequences]
+    blocks += torch.where(blocks < sink_blocks, 0, gaps[sequences])
+    ids = tables[sequences, blocks].to(torch.int64)
+    positions = blocks[:, None] * block_tokens + torch.arange(block_tokens)
+    hidden = positions >= lengths[sequences, None]
+    hidden |= (positions < first_seen[sequences, None]) & (blocks >= sink_blocks)[:, None]
     bias = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
     consecutive = len(ids) > 0 and bool((ids[1:] - ids[:-1] == 1).all())
     run = int(ids[0]) if consecutive else None
-    return AttentionPlan(starts[:-1][decoding], sequences, ids, hidden, bias, offsets, run, tuple(tiles))
+    return AttentionPlan(torch.arange(count), sequences, ids, hidden, bias, offsets, run, ())
 
 
 def _tiles(table: Tensor, first: int, last: int, context: int, block_tokens: int, window: int | None) -> list[PrefillTile]:
@@ -156,21 +169,35 @@ def paged_attention(
 
 
 def _decode(query: Tensor, key_blocks: Tensor, value_blocks: Tensor, plan: AttentionPlan, scoring: Scoring) -> Tensor:
-    """Query rows [S, Hq, D], one a sequence, over the plan's pairs: [S, Hq, Dv] in the type of query.
+    """Query rows [S, Hq, D], one a sequence, over the plan's pairs: [S, Hq, Dv] in the type of query."""
+    kv_heads, (count, heads, size) = key_blocks.shape[1], query.shape
+    packed = (query.float() * scoring.scale).view(count, kv_heads, heads // kv_heads, size)
+    mixed = attend_pairs(packed, key_blocks, value_blocks, plan, scoring)
+    return mixed.total.div_(mixed.sums.unsqueeze(-1)).view(count, heads, -1).to(query.dtype)
+
+
+class Partial(NamedTuple):
+    """Attention to some of the keys, still to be divided: total [..., Dv], the sum of the weights and the score they are relative to."""
+
+    total: Tensor
+    sums: Tensor
+    highest: Tensor
+
+
+def attend_pairs(query: Tensor, key_blocks: Tensor, value_blocks: Tensor, plan: AttentionPlan, scoring: Scoring) -> Partial:
+    """Scaled rows [S, Hkv, G, D] float32 over the plan's pairs: the parts are [S, Hkv, G, …] float32.
 
     Unused slots get weight 0 by adding −infinity to their scores, so only NaN or infinity there can disturb the result. It then shows in
     the sum, and the rows are computed again with unused slots overwritten: what is rare pays, and the common case needs no extra pass.
     """
-    kv_heads, (count, heads, size) = key_blocks.shape[1], query.shape
-    packed = (query.float() * scoring.scale).view(count, kv_heads, heads // kv_heads, size)
-    result = _attend(packed, key_blocks, value_blocks, plan, scoring, clean=False)
-    if not math.isfinite(result.sum().item()):
-        result = _attend(packed, key_blocks, value_blocks, plan, scoring, clean=True)
-    return result.to(query.dtype)
+    result = _attend(query, key_blocks, value_blocks, plan, scoring, clean=False)
+    if not math.isfinite(result.total.sum().item()):
+        result = _attend(query, key_blocks, value_blocks, plan, scoring, clean=True)
+    return result
 
 
-def _attend(query: Tensor, key_blocks: Tensor, value_blocks: Tensor, plan: AttentionPlan, scoring: Scoring, *, clean: bool) -> Tensor:
-    """Scaled rows [S, Hkv, G, D] over the plan's pairs: [S, Hq, Dv] float32; `clean` overwrites unused slots instead of weighing them 0."""
+def _attend(query: Tensor, key_blocks: Tensor, value_blocks: Tensor, plan: AttentionPlan, scoring: Scoring, *, clean: bool) -> Partial:
+    """`attend_pairs`; `clean` overwrites unused slots instead of weighing them 0."""
     count, kv_heads, group, size = query.shape
     pairs, tokens, value_size = len(plan.ids), key_blocks.shape[2], value_blocks.shape[3]
     step = max(1, min(pairs, GATHER_BYTES // (kv_heads * tokens * max(size, value_size) * 4)))
@@ -182,7 +209,7 @@ def _attend(query: Tensor, key_blocks: Tensor, value_blocks: Tensor, plan: Atten
         torch.bmm(packed[span], keys.view(-1, tokens, size).transpose(1, 2), out=scores[span])
     if clean:
         scores.view(pairs, kv_heads, group, tokens).masked_fill_(plan.hidden[:, None, None, :], 0.0)
-    sums = _weigh(scores.view(pairs, kv_heads, group, tokens), plan, scoring)
+    sums, highest = _weigh(scores.view(pairs, kv_heads, group, tokens), plan, scoring)
     partial = _WORKSPACE.take("partial", pairs * kv_heads, group, value_size)
     for start in range(0, pairs, step):
         values = _pick(value_blocks, plan, start, start + step)
@@ -191,7 +218,7 @@ def _attend(query: Tensor, key_blocks: Tensor, value_blocks: Tensor, plan: Atten
         span = slice(start * kv_heads, (start + step) * kv_heads)
         torch.bmm(scores[span], values.view(-1, tokens, value_size), out=partial[span])
     total = torch.embedding_bag(partial.view(pairs, -1), torch.arange(pairs), plan.offsets[:-1], False, 0)[0]
-    return total.view(count, kv_heads, group, value_size).div_(sums.unsqueeze(-1)).view(count, kv_heads * group, value_size)
+    return Partial(total.view(count, kv_heads, group, value_size), sums, highest)
 
 
 def _pick(blocks: Tensor, plan: AttentionPlan, start: int, end: int) -> Tensor:
@@ -205,8 +232,8 @@ def _pick(blocks: Tensor, plan: AttentionPlan, start: int, end: int) -> Tensor:
     return picked.copy_(blocks.index_select(0, ids))
 
 
-def _weigh(scores: Tensor, plan: AttentionPlan, scoring: Scoring) -> Tensor:
-    """Turn scores [P, Hkv, G, B] into unnormalised softmax weights in place; the sums to divide by are [S, Hkv, G]."""
+def _weigh(scores: Tensor, plan: AttentionPlan, scoring: Scoring) -> tuple[Tensor, Tensor]:
+    """Turn scores [P, Hkv, G, B] into unnormalised softmax weights in place; the sums to divide by and the highest scores, [S, Hkv, G]."""
     pairs, kv_heads, group = scores.shape[:3]
     if scoring.softcap is not None:
         scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
@@ -216,7 +243,7 @@ def _weigh(scores: Tensor, plan: AttentionPlan, scoring: Scoring) -> Tensor:
         highest = torch.maximum(highest, scoring.sinks)
     scores.sub_(highest.index_select(0, plan.sequences).unsqueeze(-1)).exp_()
     sums = torch.segment_reduce(scores.sum(dim=-1).view(pairs, -1), "sum", offsets=plan.offsets).view(-1, kv_heads, group)
-    return sums if scoring.sinks is None else sums + torch.exp(scoring.sinks - highest)
+    return (sums if scoring.sinks is None else sums + torch.exp(scoring.sinks - highest)), highest
 
 
 def _gather(blocks: Tensor, tile: PrefillTile, name: str) -> Tensor:
@@ -234,7 +261,7 @@ def _gather(blocks: Tensor, tile: PrefillTile, name: str) -> Tensor:
     return seen.float()
 
 
-def _lone_row(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def lone_row(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """One scaled row [1, Hkv, G, D] that sees all of keys [Hkv, L, D] and values [Hkv, L, D]: [1, Hq, D]."""
     return scaled_dot_product_attention(query, keys[None], values[None], scale=1.0).reshape(1, -1, values.shape[2])
 
@@ -247,7 +274,7 @@ def _prefill(query: Tensor, key_blocks: Tensor, value_blocks: Tensor, tile: Pref
     keys, values = _gather(key_blocks, tile, "keys"), _gather(value_blocks, tile, "values")
     plain = scoring.softcap is None and scoring.sinks is None and values.shape[2] == size
     if plain and count == 1:
-        return _lone_row(rows, keys, values)
+        return lone_row(rows, keys, values)
     query_at = torch.arange(tile.first_position, tile.first_position + count)[:, None]
     key_at = torch.arange(tile.key_start, tile.key_end)
     seen = key_at <= query_at

@@ -6,6 +6,8 @@ accepted sequence is counted in `requests_total` exactly once, when it ends.
 
 from __future__ import annotations
 
+from collections import Counter
+
 from service.schedulers.planner import Planner, Step
 from service.schedulers.sequence import Sequence
 from service.schedulers.service_levels import ServiceLevels
@@ -25,22 +27,17 @@ class StepCost:
         self._flops_a_token = 2.0 * (spec.matmul_parameters - head)
         self._flops_a_sample = 2.0 * head
         self._weight_bytes = float(spec.matmul_parameters_read * element_bytes)
-        widths: dict[int, list[float]] = {}
-        for layer in spec.layers:
-            attention = layer.attention
-            row = widths.setdefault(min(attention.window or spec.context_tokens, spec.context_tokens), [0.0, 0.0])
-            row[0] += 4.0 * attention.heads * attention.head_dim
-            row[1] += 2.0 * attention.kv_heads * attention.head_dim * element_bytes
-        self._widths = [(float(window), flops, size) for window, (flops, size) in widths.items()]
+        kinds = Counter(layer.attention for layer in spec.layers)
+        self._kinds = tuple((attention, float(count), 4.0 * attention.heads * attention.head_dim) for attention, count in kinds.items())
+        self._element_bytes = element_bytes
 
     def of(self, tokens: int, samples: int, sequences: int, context_tokens: float) -> tuple[float, float]:
         """(FLOPs, bytes read) of a step of `tokens` positions and `sequences` rows that see `context_tokens` each on average."""
         flops = tokens * self._flops_a_token + samples * self._flops_a_sample
         size = self._weight_bytes
-        for window, width, kv_bytes in self._widths:
-            seen = min(window, context_tokens)
-            flops += tokens * width * seen
-            size += sequences * kv_bytes * seen
+        for attention, layers, width in self._kinds:
+            flops += tokens * layers * width * sum(attention.tokens_seen(context_tokens))
+            size += sequences * layers * attention.bytes_seen(context_tokens, self._element_bytes)
         return flops, size
 
 

@@ -2,17 +2,19 @@
 
 It does not know tokens, hashes' meaning or what a worker keeps in a block. Blocks are numbered 1 … n in each group; 0 is the null block.
 Invariants (recounted by `check()`): a block's count equals the tables that hold it; a block is free exactly when its count is 0; a key
-names at most one block of a group; table entries below `released` are null and no other entry is.
+names at most one block of a group; table entries from a group's sinks up to `released` are null and no other entry is; a near block is
+released only when its far group holds it.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from service.schedulers.sequence import InvariantBroken, Sequence
-from service.types.model_spec import KvLayout
-from service.types.plan import BlockAppend, BlockRelease
+from service.types.kv_layout import KvLayout
+from service.types.plan import BlockAppend, BlockDemote, BlockRelease
 
 
 class BlockPool:
@@ -73,6 +75,21 @@ class BlockPool:
             del self.by_key[key]
 
 
+@dataclass(slots=True)
+class TableChanges:
+    """What a plan tells the worker of its tables."""
+
+    appends: list[BlockAppend] = field(default_factory=list)
+    releases: list[BlockRelease] = field(default_factory=list)
+    demotes: list[BlockDemote] = field(default_factory=list)
+
+    def drop(self, row: int) -> None:
+        """Forget the changes of a row that is closed instead."""
+        self.appends = [change for change in self.appends if change.row != row]
+        self.releases = [change for change in self.releases if change.row != row]
+        self.demotes = [change for change in self.demotes if change.row != row]
+
+
 class BlockSpace:
     """The pools of all KV groups and the block tables of the sequences that run."""
 
@@ -80,8 +97,10 @@ class BlockSpace:
         self.layout = layout
         self.block_tokens = layout.block_tokens
         self.pools = tuple(BlockPool(size) for size in group_blocks)
-        self._windows = tuple(group.window for group in layout.groups)
-        self._windowed = tuple((index, window) for index, window in enumerate(self._windows) if window is not None)
+        groups = layout.groups
+        self._windowed = tuple(index for index, group in enumerate(groups) if group.window is not None and group.source is None)
+        self._far = tuple((index, group.source) for index, group in enumerate(groups) if group.source is not None)
+        self._far_of = {source: index for index, source in self._far}
 
     # Questions.
 
@@ -96,52 +115,86 @@ class BlockSpace:
     def shortfall(self, sequence: Sequence) -> list[int]:
         """Blocks of each group that the sequence still needs for every token it knows."""
         needs = self.blocks_for(sequence.length)
-        held = [len(table) - gone for table, gone in zip(sequence.tables, sequence.released, strict=True)]
-        return [max(need - have, 0) for need, have in zip(needs, held, strict=True)]
+        return [max(need - self._held(sequence, group), 0) for group, need in enumerate(needs)]
 
     def reach(self, sequence: Sequence) -> int:
-        """The positions that its tables and all free blocks together could cover."""
-        return min((len(table) + len(pool.free)) * self.block_tokens for table, pool in zip(sequence.tables, self.pools, strict=True))
+        """The positions that its tables and all free blocks together could serve."""
+        groups = zip(self.layout.groups, sequence.tables, self.pools, strict=True)
+        return min(self.layout.reach(group, len(table) + len(pool.free)) for group, table, pool in groups)
 
     def first_needed(self, group: int, position: int) -> int:
-        """The lowest table index of `group` that a query at `position` or later reads."""
-        window = self._windows[group]
-        return 0 if window is None else max(position - window + 1, 0) // self.block_tokens
+        """The lowest table index of `group`, its sinks apart, that a query at `position` or later reads."""
+        return self.layout.first_read(self.layout.groups[group], position)
+
+    def _held(self, sequence: Sequence, group: int) -> int:
+        return len(sequence.tables[group]) - max(sequence.released[group] - self.layout.groups[group].sink_blocks, 0)
 
     # Changes of one sequence's tables.
 
     def open(self, sequence: Sequence) -> None:
-        """Give the sequence empty tables."""
-        sequence.tables = [[] for _ in self.pools]
-        sequence.released = [0] * len(self.pools)
+        """Give the sequence empty tables. A far table starts behind the sinks, which are never in it."""
+        groups = self.layout.groups
+        starts = [0 if group.source is None else self.layout.first_read(group, 0) for group in groups]
+        sequence.tables = [[0] * start for start in starts]
+        sequence.released = starts
+        sequence.named = [0] * len(groups)
         sequence.next_change = 0
 
-    def adopt(self, sequence: Sequence, group: int, first: int, blocks: list[int]) -> None:
-        """Start a table of an opened sequence with shared cached blocks from index `first` on; what lies before is null."""
-        for block in blocks:
+    def adopt(self, sequence: Sequence, group: int, first: int, blocks: dict[int, int]) -> None:
+        """Start a table of an opened sequence with shared cached `blocks` by table index; entries before `first` are null but for sinks."""
+        for block in blocks.values():
             self.pools[group].share(block)
-        sequence.tables[group] = [0] * first + blocks
+        sequence.tables[group] = [blocks.get(index, 0) for index in range(max([first, *(index + 1 for index in blocks)]))]
         sequence.released[group] = first
 
-    def extend(self, sequence: Sequence, end: int, appends: list[BlockAppend]) -> bool:
-        """Let the tables cover positions below `end`; False, and nothing changed, when blocks are lacking."""
-        need = -(-end // self.block_tokens)
-        for table, pool in zip(sequence.tables, self.pools, strict=True):
+    def adopted(self, sequence: Sequence) -> list[BlockAppend]:
+        """The tables of a sequence that was just opened, as the worker is told."""
+        appends = []
+        for group, (table, start) in enumerate(zip(sequence.tables, sequence.released, strict=True)):
+            sinks = self.layout.groups[group].sink_blocks
+            for first, end in ((0, min(sinks, start)), (start, len(table))):
+                if first < end:
+                    appends.append(BlockAppend(sequence.row, group, first, tuple(table[first:end])))
+        return appends
+
+    def extend(self, sequence: Sequence, end: int, changes: TableChanges) -> bool:
+        """Let the tables serve queries below `end`; False, and nothing changed, when blocks are lacking."""
+        needs = [self.layout.entries(group, end - 1) for group in self.layout.groups]
+        for need, table, pool in zip(needs, sequence.tables, self.pools, strict=True):
             if need - len(table) > len(pool.free):
                 return False
-        for group, (table, pool) in enumerate(zip(sequence.tables, self.pools, strict=True)):
-            if need > len(table):
-                blocks = pool.take(need - len(table))
-                appends.append(BlockAppend(sequence.row, group, len(table), tuple(blocks)))
-                table.extend(blocks)
+        for group, need in enumerate(needs):
+            if need > len(sequence.tables[group]):
+                self._append(sequence, group, need, changes)
         sequence.next_change = self._next_change(sequence)
         return True
 
-    def release_behind(self, sequence: Sequence, position: int, releases: list[BlockRelease]) -> None:
-        """Give back what no query at `position` or later reads (windowed groups only)."""
-        for group, _ in self._windowed:
-            table, gone = sequence.tables[group], sequence.released[group]
+    def _append(self, sequence: Sequence, group: int, need: int, changes: TableChanges) -> None:
+        """Lengthen a table to `need` entries; those of a far group are filled from its near group."""
+        table = sequence.tables[group]
+        blocks = tuple(self.pools[group].take(need - len(table)))
+        changes.appends.append(BlockAppend(sequence.row, group, len(table), blocks))
+        source = self.layout.groups[group].source
+        if source is not None:
+            near = tuple(sequence.tables[source][len(table) : need])
+            if 0 in near or len(near) < len(blocks):
+                raise InvariantBroken(f"sequence {sequence.arrival}: a block became far after it was released")
+            changes.demotes.append(BlockDemote(sequence.row, group, near, blocks))
+        table.extend(blocks)
+
+    def release_behind(self, sequence: Sequence, position: int, changes: TableChanges) -> None:
+        """Give back what no query at `position` or later reads (windowed groups only), as far as it is kept elsewhere if it must be."""
+        for group, source in self._far:
+            need = self.layout.entries(self.layout.groups[group], position)
+            missing = need - len(sequence.tables[group])
+            if 0 < missing <= len(self.pools[group].free) and need <= len(sequence.tables[source]):
+                self._append(sequence, group, need, changes)
+        for group in self._windowed:
+            table, sinks = sequence.tables[group], self.layout.groups[group].sink_blocks
+            gone = max(sequence.released[group], sinks)
             before = min(self.first_needed(group, position), len(table))
+            if group in self._far_of:
+                before = min(before, len(sequence.tables[self._far_of[group]]))
             if before <= gone:
                 continue
             pool = self.pools[group]
@@ -152,7 +205,7 @@ class BlockSpace:
                     sequence.unproven.append((group, index, block, pool.stamps[block]))
                 pool.give_back(block, keep=True)
             sequence.released[group] = before
-            releases.append(BlockRelease(sequence.row, group, before))
+            changes.releases.append(BlockRelease(sequence.row, group, before))
 
     def free(self, sequence: Sequence) -> None:
         """Give back every block of the sequence, the last first, so that a prefix outlives its tail."""
@@ -164,9 +217,11 @@ class BlockSpace:
         sequence.released = []
 
     def _next_change(self, sequence: Sequence) -> int:
-        covered = min(len(table) for table in sequence.tables) * self.block_tokens
-        for group, window in self._windowed:
-            covered = min(covered, (sequence.released[group] + 1) * self.block_tokens + window - 1)
+        groups = self.layout.groups
+        covered = min(self.layout.reach(group, len(table)) for group, table in zip(groups, sequence.tables, strict=True))
+        for index in self._windowed:
+            start = max(sequence.released[index], groups[index].sink_blocks)
+            covered = min(covered, self.layout.next_start(groups[index], start))
         return covered
 
     # Idle checks.
@@ -175,13 +230,20 @@ class BlockSpace:
         """Recount everything from the sequences' tables; raises InvariantBroken on the first difference."""
         holders = [[0] * (pool.size + 1) for pool in self.pools]
         for sequence in sequences:
+            self._check_far(sequence)
             for group, table in enumerate(sequence.tables):
+                sinks = self.layout.groups[group].sink_blocks
                 for index, block in enumerate(table):
-                    if (block == 0) != (index < sequence.released[group]):
+                    if (block == 0) != (sinks <= index < sequence.released[group]):
                         raise InvariantBroken(f"sequence {sequence.arrival}, group {group}: entry {index} is {block}")
                     holders[group][block] += 1
         for group, pool in enumerate(self.pools):
             self._check_pool(group, pool, holders[group])
+
+    def _check_far(self, sequence: Sequence) -> None:
+        for group, source in self._far if sequence.tables else ():
+            if len(sequence.tables[group]) < sequence.released[source]:
+                raise InvariantBroken(f"sequence {sequence.arrival}: blocks of group {source} were released and are not in group {group}")
 
     @staticmethod
     def _check_pool(group: int, pool: BlockPool, holders: list[int]) -> None:

@@ -13,11 +13,11 @@ from bisect import insort
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from service.schedulers.blocks import BlockSpace
+from service.schedulers.blocks import BlockSpace, TableChanges
 from service.schedulers.prefix_cache import PrefixCache
 from service.schedulers.sequence import Sequence, State
 from service.schedulers.waiting import WaitingQueue
-from service.types.plan import BatchPlan, BlockAppend, BlockRelease, OpenSequence, Slice, Want
+from service.types.plan import BatchPlan, OpenSequence, Slice, Want
 
 _TOKEN = int(Want.TOKEN)
 _new = tuple.__new__
@@ -56,8 +56,7 @@ class _Draft:
     budget: int
     entries: list[Entry] = field(default_factory=list)
     opened: list[Sequence] = field(default_factory=list)
-    appends: list[BlockAppend] = field(default_factory=list)
-    releases: list[BlockRelease] = field(default_factory=list)
+    changes: TableChanges = field(default_factory=TableChanges)
     context_tokens: int = 0
     decodes: int = 0
     preempted: bool = False
@@ -181,19 +180,24 @@ class Planner:
 
     def _add_prefill(self, sequence: Sequence, draft: _Draft) -> None:
         start = sequence.scheduled
-        self.space.release_behind(sequence, start, draft.releases)
-        length = min(sequence.gap, draft.budget, max(self.space.reach(sequence) - start, 1))
+        self.space.release_behind(sequence, start, draft.changes)
+        length = min(self._longest(sequence, draft), max(self.space.reach(sequence) - start, 1))
         if self._make_room(sequence, start + length, draft):
             self._add(sequence, length, draft)
 
+    def _longest(self, sequence: Sequence, draft: _Draft) -> int:
+        """The longest slice of the sequence that this plan may compute if there are blocks enough."""
+        return min(sequence.gap, draft.budget, self.space.layout.slice_tokens or sequence.gap)
+
     def _make_room(self, sequence: Sequence, end: int, draft: _Draft) -> bool:
         """Cover positions below `end`, preempting from the end of the order; False when the sequence itself had to go."""
-        self.space.release_behind(sequence, sequence.scheduled, draft.releases)
-        while not self.space.extend(sequence, end, draft.appends):
+        self.space.release_behind(sequence, sequence.scheduled, draft.changes)
+        while not self.space.extend(sequence, end, draft.changes):
             victim = self.running[-1]
             self._preempt(victim, draft)
             if victim is sequence:
                 return False
+            self.space.release_behind(sequence, sequence.scheduled, draft.changes)
         return True
 
     def _preempt(self, victim: Sequence, draft: _Draft) -> None:
@@ -205,8 +209,7 @@ class Planner:
                 draft.budget += entry.slice.length
                 draft.context_tokens -= entry.end
                 break
-        draft.appends = [change for change in draft.appends if change.row != row]
-        draft.releases = [change for change in draft.releases if change.row != row]
+        draft.changes.drop(row)
         draft.preempted = True
         self.preemptions += 1
         victim.preemptions += 1
@@ -257,13 +260,10 @@ class Planner:
         sequence.move(State.RUNNING)
         sequence.row = self._free_rows.pop()
         insort(self.running, sequence, key=lambda other: other.order)
-        for group, table in enumerate(sequence.tables):
-            first = sequence.released[group]
-            if len(table) > first:
-                draft.appends.append(BlockAppend(sequence.row, group, first, tuple(table[first:])))
+        draft.changes.appends += space.adopted(sequence)
         start = sequence.scheduled
-        length = min(sequence.gap, draft.budget, space.reach(sequence) - start)
-        space.extend(sequence, start + length, draft.appends)
+        length = min(self._longest(sequence, draft), space.reach(sequence) - start)
+        space.extend(sequence, start + length, draft.changes)
         if sequence.cached_tokens is None:
             sequence.cached_tokens = start
         draft.opened.append(sequence)
@@ -297,8 +297,9 @@ class Planner:
             slices=tuple([entry.slice for entry in entries]),
             close=tuple(self._closing),
             open=tuple([_opening(sequence) for sequence in draft.opened]),
-            append=tuple(draft.appends),
-            release=tuple(draft.releases),
+            append=tuple(draft.changes.appends),
+            release=tuple(draft.changes.releases),
+            demote=tuple(draft.changes.demotes),
         )
         self._closing = []
         samples = draft.decodes + sum(entry.slice.want & _TOKEN for entry in entries[draft.decodes :])

@@ -62,10 +62,19 @@ class PrefixCache:
         keys = self.keys(sequence, most)
         runs = [self._runs(group, keys, most) for group in range(len(self._space.pools))]
         for blocks in range(most, 0, -1):
-            position = blocks * self._space.block_tokens
-            if all(runs[group][blocks - 1] >= blocks - self._space.first_needed(group, position) for group in range(len(runs))):
+            if all(self._serves(group, run, blocks) for group, run in enumerate(runs)):
                 return blocks
         return 0
+
+    def _spans(self, group: int, blocks: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Table indices that a query right behind `blocks` blocks reads of them in a group: sinks, and the rest. Either may be empty."""
+        layout, position = self._space.layout, blocks * self._space.block_tokens
+        kind = layout.groups[group]
+        first, end = layout.first_read(kind, position), min(layout.entries(kind, position), blocks)
+        return (0, min(kind.sink_blocks, first, end)), (first, end)
+
+    def _serves(self, group: int, runs: list[int], blocks: int) -> bool:
+        return all(end <= first or runs[end - 1] >= end - first for first, end in self._spans(group, blocks))
 
     def _runs(self, group: int, keys: list[bytes], most: int) -> list[int]:
         """For each block, how many blocks in a row up to and with it the group holds."""
@@ -78,8 +87,10 @@ class PrefixCache:
     def adopt(self, sequence: Sequence, blocks: int) -> None:
         """Start the tables of an opened sequence with its `blocks` matched blocks."""
         for group, pool in enumerate(self._space.pools):
-            first = self._space.first_needed(group, blocks * self._space.block_tokens)
-            self._space.adopt(sequence, group, first, [pool.by_key[key] for key in sequence.keys[first:blocks]])
+            spans = self._spans(group, blocks)
+            held = {index: pool.by_key[sequence.keys[index]] for first, end in spans for index in range(first, end)}
+            self._space.adopt(sequence, group, spans[1][0], held)
+            sequence.named[group] = spans[1][1]
         sequence.scheduled = sequence.computed = blocks * self._space.block_tokens
         sequence.hit_blocks = sequence.proven_blocks = blocks
 
@@ -92,9 +103,12 @@ class PrefixCache:
         if self.enabled:
             keys = self.keys(sequence, full)
             for group, pool in enumerate(self._space.pools):
-                table = sequence.tables[group]
-                for index in range(max(sequence.proven_blocks, sequence.released[group]), full):
-                    pool.name(table[index], keys[index])
+                # Blocks become far long after they were proven, so each group has its own count of named blocks.
+                table, end = sequence.tables[group], min(full, len(sequence.tables[group]))
+                for index in range(sequence.named[group], end):
+                    if table[index]:
+                        pool.name(table[index], keys[index])
+                sequence.named[group] = max(end, sequence.named[group])
             for group, index, block, stamp in sequence.unproven:
                 if index < full:
                     self._space.pools[group].name(block, keys[index], stamp)

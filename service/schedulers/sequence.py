@@ -48,7 +48,8 @@ class Sequence:
     """One sequence from acceptance to its end.
 
     `epoch` counts the times it lost its place, so that results of steps sent before are recognised and dropped. `tables[g]` holds block
-    ids of KV group g by table index, 0 where released; entries below `released[g]` are null. `next_change` is the first position whose
+    ids of KV group g by table index, 0 where released; entries below `released[g]` are null, its sinks apart; those below `named[g]` were
+    named in the prefix cache. `next_change` is the first position whose
     computation needs a change of a table, `next_proof` the number of computed positions that fills the next block to name. `limit` is
     the number of positions ever computed (the last token allowed is never read); `decoding` is True from the first token known since it
     entered its row. Times are the loop's clock in seconds, 0 before they happened.
@@ -76,6 +77,7 @@ class Sequence:
         "max_length",
         "max_tokens",
         "min_length",
+        "named",
         "next_change",
         "next_proof",
         "opened_s",
@@ -133,6 +135,7 @@ class Sequence:
         self.wanted = min(len(self.tokens), self.limit)
         self.tables: list[list[int]] = []
         self.released: list[int] = []
+        self.named: list[int] = []
         self.unproven: list[tuple[int, int, int, int]] = []
         self.prompt_scores: list[TokenLogprob] = []
 

@@ -8,10 +8,11 @@ Invariant: everything countable (parameters, bytes kept, FLOPs) is computed here
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import groupby
 
+from service.types.kv_layout import BLOCK_TOKENS, FIRST_STAGE, FarSpec, FarStore, KvGroup, KvLayout
 from service.types.vision import FusionSpec, VisionSpec
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
@@ -46,41 +47,6 @@ class RopeSpec:
     truncate: bool = True
 
 
-class FarStore(Enum):
-    """How tokens behind the window are kept: quantised to 8 or 4 bits, in the model's own type, or not at all."""
-
-    INT8 = "int8"
-    INT4 = "int4"
-    NATIVE = "native"
-    EVICT = "evict"
-
-
-# Without a number of its own, a layer reads this many far blocks below this position, and twice as many from there on.
-FAR_BLOCKS, FAR_POSITION = 16, 32_768
-
-
-@dataclass(frozen=True, slots=True)
-class FarSpec:
-    """What a layer does with blocks behind its window: keep them in `store` and let every query choose the best `blocks` of them.
-
-    `blocks` 0 means 16, from position 32768 on 32. The choice is made at positions that are multiples of `refresh`, which divides the
-    block size, and shared by the queries that follow; the first `sink_blocks` blocks are never far. Blocks are chosen by the bounds of
-    their keys, kept for each `sub_block_tokens` tokens.
-    """
-
-    blocks: int = 0
-    store: FarStore = FarStore.INT8
-    refresh: int = 1
-    sub_block_tokens: int = 16
-    sink_blocks: int = 1
-
-    def budget(self, anchor: int) -> int:
-        """Far blocks that queries read whose anchor is the position `anchor`."""
-        if self.store is FarStore.EVICT:
-            return 0
-        return self.blocks or (FAR_BLOCKS if anchor < FAR_POSITION else 2 * FAR_BLOCKS)
-
-
 @dataclass(frozen=True, slots=True)
 class GroupedQueryAttention:
     """Multi-head attention with shared K/V heads (Ainslie et al. 2023). `window` counts the visible tokens, the query's own included;
@@ -101,6 +67,28 @@ class GroupedQueryAttention:
     scale: float | None = None
     softcap: float | None = None
     far: FarSpec | None = None
+
+    def tokens_seen(self, context_tokens: float) -> tuple[float, float]:
+        """Tokens that a query at the end of a context reads: near ones, and far ones."""
+        if self.window is None:
+            return context_tokens, 0.0
+        sinks = 0 if self.far is None else self.far.sink_blocks * BLOCK_TOKENS
+        near = min(context_tokens, self.window + sinks)
+        budget = 0 if self.far is None else self.far.budget(int(context_tokens)) * BLOCK_TOKENS
+        return near, min(context_tokens - near, budget)
+
+    def bytes_seen(self, context_tokens: float, kv_bytes: int) -> float:
+        """Bytes of cache that such a query reads: entries, scales, and the bounds that far blocks are chosen by."""
+        near, chosen = self.tokens_seen(context_tokens)
+        size = near * 2 * self.head_dim * kv_bytes
+        if self.far is not None and chosen:
+            store, parts = self.far.store, BLOCK_TOKENS // self.far.sub_block_tokens
+            value_bytes = {FarStore.INT8: 1.0, FarStore.INT4: 0.5}.get(store, float(kv_bytes))
+            size += chosen * (2 * self.head_dim * value_bytes + (0 if store is FarStore.NATIVE else 4))
+            candidates = context_tokens - near
+            compared = candidates + parts * min(candidates, FIRST_STAGE * chosen)
+            size += compared / BLOCK_TOKENS * (2 * self.head_dim + 2)
+        return size * self.kv_heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,44 +137,6 @@ class PrecisionSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class KvGroup:
-    """Layers whose caches have one shape and one window: they share block tables. Dims are per K/V head."""
-
-    name: str
-    layers: tuple[int, ...]
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-    window: int | None = None
-
-    def token_bytes(self, element_bytes: int) -> int:
-        """Bytes kept for one token in all layers of the group."""
-        return len(self.layers) * self.kv_heads * (self.key_dim + self.value_dim) * element_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class KvLayout:
-    """The groups of a model's cache and the block size in tokens; every layer is in exactly one group."""
-
-    groups: tuple[KvGroup, ...]
-    block_tokens: int = 64
-
-    def blocks_for(self, group: KvGroup, context_tokens: int) -> int:
-        """Most blocks of `group` that one sequence of `context_tokens` holds at a step boundary (a window needs its blocks and one
-        more)."""
-        full = -(-context_tokens // self.block_tokens)
-        return full if group.window is None else min(full, -(-group.window // self.block_tokens) + 1)
-
-    def block_bytes(self, group: KvGroup, element_bytes: int) -> int:
-        """Bytes of one block of `group` over all its layers."""
-        return self.block_tokens * group.token_bytes(element_bytes)
-
-    def sequence_bytes(self, context_tokens: int, element_bytes: int) -> int:
-        """Bytes kept for one sequence of `context_tokens`."""
-        return sum(self.blocks_for(group, context_tokens) * self.block_bytes(group, element_bytes) for group in self.groups)
-
-
-@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """One decoder. `context_tokens` is the longest sequence it accepts, `end_ids` the tokens that end a text.
 
@@ -216,21 +166,23 @@ class ModelSpec:
         """What a prompt may hold."""
         return ("text",) if self.vision is None else ("text", "image")
 
-    def kv_layout(self, block_tokens: int = 64) -> KvLayout:
-        """Group the layers by cache shape and window, in order of first appearance."""
+    def kv_layout(self, block_tokens: int = BLOCK_TOKENS) -> KvLayout:
+        """Group the layers by cache shape and window, in order of first appearance; a far group follows its near group."""
 
-        def shape(index: int) -> tuple[int, int, int, int | None]:
+        def shape(index: int) -> tuple[int, int, int, int | None, FarSpec | None]:
             attention = self.layers[index].attention
-            return attention.kv_heads, attention.head_dim, attention.head_dim, attention.window
+            return attention.kv_heads, attention.head_dim, attention.head_dim, attention.window, attention.far
 
-        kinds: dict[tuple[int, int, int, int | None], list[int]] = {}
+        kinds: dict[tuple[int, int, int, int | None, FarSpec | None], list[int]] = {}
         for index in range(len(self.layers)):
             kinds.setdefault(shape(index), []).append(index)
         groups: list[KvGroup] = []
-        for (kv_heads, key_dim, value_dim, window), members in kinds.items():
-            stem = "full" if window is None else f"window{window}"
-            name = stem if all(group.name != stem for group in groups) else f"{stem}_{len(groups)}"
-            groups.append(KvGroup(name, tuple(members), kv_heads, key_dim, value_dim, window))
+        for (kv_heads, key_dim, value_dim, window, far), members in kinds.items():
+            stem = "full" if window is None else f"window{window}" if far is None else f"near{window}"
+            group = KvGroup(_unused(stem, groups), tuple(members), kv_heads, key_dim, value_dim, window, far)
+            groups.append(group)
+            if far is not None and far.store is not FarStore.EVICT:
+                groups.append(replace(group, name=_unused(f"far_{far.store.value}", groups), source=len(groups) - 1))
         return KvLayout(tuple(groups), block_tokens)
 
     @property
@@ -284,19 +236,14 @@ class ModelSpec:
 
     def bytes_read(self, sequences: int, context_tokens: float, weight_bytes: int, kv_bytes: int) -> float:
         """Bytes a decode step of `sequences` must read at least: the matmul weights once and every visible K/V entry once."""
-        visible = 0.0
-        for layer, count in self._layer_runs():
-            attention = layer.attention
-            seen = context_tokens if attention.window is None else min(context_tokens, attention.window)
-            visible += count * seen * attention.kv_heads * 2 * attention.head_dim
-        return float(self.matmul_parameters_read * weight_bytes) + sequences * visible * kv_bytes
+        visible = sum(count * layer.attention.bytes_seen(context_tokens, kv_bytes) for layer, count in self._layer_runs())
+        return float(self.matmul_parameters_read * weight_bytes) + sequences * visible
 
     def _attention_width(self, context_tokens: float) -> float:
         total = 0.0
         for layer, count in self._layer_runs():
             attention = layer.attention
-            seen = context_tokens if attention.window is None else min(context_tokens, attention.window)
-            total += count * attention.heads * attention.head_dim * seen
+            total += count * attention.heads * attention.head_dim * sum(attention.tokens_seen(context_tokens))
         return total
 
     def _borrowing_layers(self) -> list[LayerSpec]:
@@ -304,6 +251,11 @@ class ModelSpec:
 
     def _layer_runs(self) -> list[tuple[LayerSpec, int]]:
         return [(layer, len(list(run))) for layer, run in groupby(self.layers)]
+
+
+def _unused(stem: str, groups: list[KvGroup]) -> str:
+    """`stem`, or a name made of it where a group has that name already."""
+    return stem if all(group.name != stem for group in groups) else f"{stem}_{len(groups)}"
 
 
 def _layer_matmul_parameters(layer: LayerSpec, dim: int) -> int:

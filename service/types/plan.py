@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import IntFlag
 from typing import NamedTuple, Protocol
 
-from service.types.model_spec import KvLayout
+from service.types.kv_layout import KvLayout
 from service.types.request import Sampling, Stop, TokenLogprob
 
 
@@ -46,11 +46,23 @@ class BlockAppend(NamedTuple):
 
 
 class BlockRelease(NamedTuple):
-    """Entries of a row's table of one KV group below index `before` lie behind the window and become null."""
+    """Entries of a row's table of one KV group below index `before`, but not its sinks, lie behind the window and become null."""
 
     row: int
     group: int
     before: int
+
+
+class BlockDemote(NamedTuple):
+    """Copy the near blocks `sources` into the blocks `targets` of the far group `group`, in its form.
+
+    Both belong to `row`. It is done before anything of the step is computed, so sources may be released, or taken anew, in this plan.
+    """
+
+    row: int
+    group: int
+    sources: tuple[int, ...]
+    targets: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +79,7 @@ class OpenSequence:
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """One step. The worker applies close, open, append, release in this order and then computes the slices.
+    """One step. The worker applies close, open, append, release, demote in this order and then computes the slices.
 
     Slices are ordered and rows are distinct within a plan.
     """
@@ -78,6 +90,7 @@ class BatchPlan:
     open: tuple[OpenSequence, ...] = ()
     append: tuple[BlockAppend, ...] = ()
     release: tuple[BlockRelease, ...] = ()
+    demote: tuple[BlockDemote, ...] = ()
 
 
 class SampledToken(NamedTuple):
@@ -102,7 +115,8 @@ class PromptLogprobs(NamedTuple):
 class StepResult:
     """What one step gave: tokens in the order of the slices that wanted one; numbers for the metrics. Workers count nothing themselves.
 
-    `execute_s` is the step's time in the worker in seconds; `dispatch` counts (op, implementation) calls since the last result.
+    `execute_s` is the step's time in the worker in seconds; `dispatch` counts (op, implementation) calls since the last result;
+    `far_blocks_read` are the far blocks that queries read, counted once for each layer and K/V head.
     """
 
     step: int
@@ -110,6 +124,7 @@ class StepResult:
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     execute_s: float = 0.0
     dispatch: tuple[tuple[str, str, int], ...] = ()
+    far_blocks_read: int = 0
 
 
 @dataclass(frozen=True, slots=True)

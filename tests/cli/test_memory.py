@@ -14,7 +14,7 @@ import torch
 
 from loadtests.shapes import write_shape
 from service.engine.kv_pool import KvPool
-from service.types.model_spec import KvGroup, KvLayout
+from service.types.kv_layout import KvGroup, KvLayout
 from tests.cli.conftest import Start
 
 MIB = 1 << 20

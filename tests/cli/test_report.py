@@ -11,7 +11,7 @@ import pytest
 
 from service.cli import report
 from service.cli.report import LoadProgress, StartTimes, client_url, example_request, memory_table, parent_memory_line
-from service.types.model_spec import KvGroup, KvLayout
+from service.types.kv_layout import KvGroup, KvLayout
 from service.types.plan import BackendInfo
 from service.types.settings import HttpSettings
 

@@ -8,7 +8,7 @@ import time
 
 from service.engine.messages import Beat, CannotStart, Execute, Fault, Hello, Load, Progress, Ready, Result, ToWorker
 from service.processes import ChildChannel
-from service.types.model_spec import KvLayout
+from service.types.kv_layout import KvLayout
 from service.types.plan import BackendInfo, SampledToken, StepResult
 
 INFO = BackendInfo(KvLayout(()), (), 4, 64, 256, 331, "float32", "cpu", "cpu")

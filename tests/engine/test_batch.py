@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.engine.batch import Tables
-from service.types.model_spec import KvGroup, KvLayout
+from service.types.kv_layout import KvGroup, KvLayout
 from service.types.plan import BatchPlan, BlockAppend, BlockRelease, OpenSequence, Slice, Want
 from service.types.request import Sampling, Stop
 

@@ -8,7 +8,7 @@ import torch
 
 from service.engine.kv_pool import KvPool
 from service.engine.memory import resident_bytes
-from service.types.model_spec import KvGroup, KvLayout
+from service.types.kv_layout import KvGroup, KvLayout
 
 LAYOUT = KvLayout((KvGroup("full", (0, 2), 2, 8, 6), KvGroup("window70", (1,), 1, 4, 4, 70)), block_tokens=16)
 CPU = torch.device("cpu")

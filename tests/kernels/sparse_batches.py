@@ -150,7 +150,8 @@ def make_sparse(
     width = max(-(-context // block_tokens) for context in contexts) + 2
     keys = [torch.randn(context, kv_heads, sizes[0], generator=generator).to(dtype) for context in contexts]
     values = [torch.randn(context, kv_heads, sizes[1], generator=generator).to(dtype) for context in contexts]
-    queries = [(torch.randn(context, heads, sizes[0], generator=generator) * 2).to(dtype) for context in contexts]
+    lengths = [max(context, count) for context, count in zip(contexts, counts, strict=True)]
+    queries = [(torch.randn(length, heads, sizes[0], generator=generator) * 2).to(dtype) for length in lengths]
     total = sum(-(-context // block_tokens) for context in contexts) + 3
     ids = {kind: iter((torch.randperm(total - 1, generator=generator) + 1).tolist()) for kind in ("near", "far")}
     key_blocks = torch.full((total, kv_heads, block_tokens, sizes[0]), poison, dtype=dtype)
@@ -177,7 +178,7 @@ def make_sparse(
                 tables["far"][sequence, index] = physical
                 whole[0][0], whole[1][0] = keys[sequence][start:end].transpose(0, 1), values[sequence][start:end].transpose(0, 1)
                 reference_sparse.demote(*whole, blocks, torch.tensor([0]), torch.tensor([physical]))
-    choosing, anchors = _choosing(queries, counts, tables["far"], blocks, (window, refresh, block_tokens, sink_blocks, budget))
+    choosing, anchors = _choosing(queries, contexts, counts, tables["far"], blocks, (window, refresh, block_tokens, sink_blocks, budget))
     far = None if store == "evict" else ChosenFar(blocks, tables["far"], *choosing.run(), anchors)
     return SparseBatch(
         torch.cat([query[len(query) - count :] for query, count in zip(queries, counts, strict=True)]),
@@ -199,15 +200,15 @@ def make_sparse(
 
 
 def _choosing(
-    queries: list[Tensor], counts: list[int], tables: Tensor, blocks: FarBlocks, rule: tuple[int, int, int, int, int]
+    queries: list[Tensor], contexts: list[int], counts: list[int], tables: Tensor, blocks: FarBlocks, rule: tuple[int, int, int, int, int]
 ) -> tuple[Choosing, Tensor]:
     """The choices that all rows need, one for each anchor of each sequence, and which of them each row uses."""
     window, refresh, block_tokens, sink_blocks, budget = rule
     made: dict[tuple[int, int], int] = {}
     rows: list[int] = []
-    for sequence, (query, count) in enumerate(zip(queries, counts, strict=True)):
-        for position in range(len(query) - count, len(query)):
-            rows.append(made.setdefault((sequence, position // refresh * refresh), len(made)))
+    for sequence, (context, count) in enumerate(zip(contexts, counts, strict=True)):
+        for position in range(context - count, context):
+            rows.append(-1 if position < 0 else made.setdefault((sequence, position // refresh * refresh), len(made)))
     picked = [queries[sequence][anchor] for sequence, anchor in made]
     ends = [reference_sparse.near_start(anchor, window, refresh, block_tokens) for _, anchor in made]
     query = torch.stack(picked) if picked else queries[0].new_zeros(0, *queries[0].shape[1:])

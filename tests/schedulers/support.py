@@ -15,7 +15,7 @@ from service.schedulers.streams import Stream
 from service.telemetry import Telemetry
 from service.types.request import Event, FinishEvent, FinishReason, GenerationRequest, PromptEvent, Sampling, Stop, TokenEvent
 from service.types.settings import SchedulerSettings
-from tests.fakes import END_ID, ByteCodec, FakeBackend, FakeBehaviour, fake_router, layout, run_virtual
+from tests.fakes import END_ID, ByteCodec, FakeBackend, FakeBehaviour, Far, fake_router, layout, run_virtual
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,13 @@ def ask(prompt: str | bytes | tuple[int, ...] = "hello", max_tokens: int = 8, **
     )
 
 
-def small_backend(blocks: int | tuple[int, ...] = 64, windows: tuple[int | None, ...] = (None,), **options: Any) -> FakeBackend:
+def small_backend(blocks: int | tuple[int, ...] = 64, windows: tuple[int | Far | None, ...] = (None,), **options: Any) -> FakeBackend:
     """Blocks of 4 tokens, 8 rows, 16 tokens a step."""
-    group_blocks = (blocks,) * len(windows) if isinstance(blocks, int) else blocks
+    kinds = layout(4, windows)
+    group_blocks = (blocks,) * len(kinds.groups) if isinstance(blocks, int) else blocks
     behaviour = FakeBehaviour(**{name: options.pop(name) for name in list(options) if hasattr(FakeBehaviour, name)})
     options = {"max_rows": 8, "max_step_tokens": 16, "context_tokens": 200, **options}
-    return FakeBackend(layout(4, windows), group_blocks, behaviour=behaviour, **options)
+    return FakeBackend(kinds, group_blocks, behaviour=behaviour, **options)
 
 
 def with_router(

@@ -5,12 +5,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from service.schedulers.blocks import BlockSpace
+from service.schedulers.blocks import BlockSpace, TableChanges
 from service.schedulers.prefix_cache import PrefixCache
 from service.schedulers.sequence import InvariantBroken, Sequence, Share
 from service.schedulers.streams import Stream
 from service.telemetry import Telemetry
-from tests.fakes import ByteDecoder, layout
+from tests.fakes import ByteDecoder, Far, layout
 from tests.schedulers.support import ask
 
 LATENCIES = Telemetry().version("v", "cpu", "none").latencies("")
@@ -29,11 +29,11 @@ def opened(space: BlockSpace, **fields) -> Sequence:
 
 def test_extend_takes_blocks_in_every_group_or_none():
     space = BlockSpace(layout(4, (None, 8)), (3, 2))
-    sequence, appends = opened(space), []
-    assert space.extend(sequence, 5, appends)
-    assert [(change.group, change.first, len(change.blocks)) for change in appends] == [(0, 0, 2), (1, 0, 2)]
-    assert not space.extend(sequence, 9, appends)
-    assert len(appends) == 2
+    sequence, changes = opened(space), TableChanges()
+    assert space.extend(sequence, 5, changes)
+    assert [(change.group, change.first, len(change.blocks)) for change in changes.appends] == [(0, 0, 2), (1, 0, 2)]
+    assert not space.extend(sequence, 9, changes)
+    assert len(changes.appends) == 2
     assert len(space.pools[0].free) == 1
     space.check([sequence])
 
@@ -50,15 +50,15 @@ def test_first_needed_is_the_block_of_the_oldest_visible_token(window, position,
 
 def test_release_leaves_null_entries_in_windowed_groups_only():
     space = BlockSpace(layout(4, (None, 5)), (9, 9))
-    sequence, releases = opened(space), []
-    space.extend(sequence, 16, [])
-    space.release_behind(sequence, 12, releases)
-    assert [(change.group, change.before) for change in releases] == [(1, 2)]
+    sequence, changes = opened(space), TableChanges()
+    space.extend(sequence, 16, TableChanges())
+    space.release_behind(sequence, 12, changes)
+    assert [(change.group, change.before) for change in changes.releases] == [(1, 2)]
     assert sequence.tables[1][:2] == [0, 0]
     assert 0 not in sequence.tables[0]
     assert len(space.pools[1].free) == 7
-    space.release_behind(sequence, 12, releases)
-    assert len(releases) == 1
+    space.release_behind(sequence, 12, changes)
+    assert len(changes.releases) == 1
     space.check([sequence])
     space.free(sequence)
     space.check([])
@@ -69,17 +69,59 @@ def test_a_window_costs_its_window_at_every_length():
     sequence = opened(space, max_tokens=150)
     for position in range(150):
         if position >= sequence.next_change:
-            space.release_behind(sequence, position, [])
-            assert space.extend(sequence, position + 1, []), f"no room at {position}"
+            space.release_behind(sequence, position, TableChanges())
+            assert space.extend(sequence, position + 1, TableChanges()), f"no room at {position}"
         assert len(sequence.tables[0]) - sequence.released[0] <= 3
         assert sequence.released[0] == space.first_needed(0, position), "the shortcut by next_change misses a release"
+
+
+@pytest.mark.parametrize("refresh", [1, 2, 4])
+def test_far_blocks_are_what_the_newest_query_may_choose_from(refresh):
+    """Position by position: sinks and the window near, all between far, each block somewhere, and each becomes far once."""
+    space = BlockSpace(layout(4, (Far(6, refresh),)), (4, 35))
+    sequence, demoted = opened(space, max_tokens=150), []
+    for position in range(150):
+        start = max(position // refresh * refresh - 5, 0) // 4
+        if position >= sequence.next_change:
+            changes = TableChanges()
+            space.release_behind(sequence, position, changes)
+            assert space.extend(sequence, position + 1, changes), f"no room at {position}"
+            demoted += [block for change in changes.demotes for block in change.targets]
+        near, far = sequence.tables
+        assert len(far) == max(start, 1) and far[0] == 0 and all(far[1:])
+        assert near[0] and not any(near[1:start]) and all(near[start:]) and len(near) == position // 4 + 1
+        space.check([sequence])
+    assert demoted == sequence.tables[1][1:]
+
+
+def test_a_near_block_waits_for_room_in_the_far_group():
+    space = BlockSpace(layout(4, (Far(4),)), (9, 1))
+    sequence, changes = opened(space), TableChanges()
+    assert space.extend(sequence, 12, changes)
+    assert not space.extend(sequence, 16, changes)
+    space.release_behind(sequence, 15, changes)
+    assert sequence.released[0] == 2 and all(sequence.tables[0][2:])
+    space.check([sequence])
+
+
+def test_demotions_name_the_near_blocks_before_they_are_released():
+    space = BlockSpace(layout(4, (Far(4),)), (9, 9))
+    sequence, changes = opened(space), TableChanges()
+    space.extend(sequence, 12, changes)
+    near = list(sequence.tables[0])
+    later = TableChanges()
+    space.release_behind(sequence, 15, later)
+    assert [(change.group, change.sources) for change in (*changes.demotes, *later.demotes)] == [(1, (near[1],)), (1, (near[2],))]
+    assert [change.before for change in later.releases] == [3]
+    later.drop(sequence.row)
+    assert later == TableChanges()
 
 
 def test_cached_content_is_the_last_to_be_reused():
     space = BlockSpace(layout(4), (4,))
     cache = PrefixCache(space, "digest")
     sequence = opened(space)
-    space.extend(sequence, 12, [])
+    space.extend(sequence, 12, TableChanges())
     sequence.computed = 8
     cache.prove(sequence)
     cached = sequence.tables[0][:2]
@@ -94,8 +136,8 @@ def test_check_notices_planted_faults():
     def plant(fault) -> None:
         space = BlockSpace(layout(4, (None, 5)), (9, 9))
         sequence = opened(space)
-        space.extend(sequence, 12, [])
-        space.release_behind(sequence, 12, [])
+        space.extend(sequence, 12, TableChanges())
+        space.release_behind(sequence, 12, TableChanges())
         fault(space, sequence)
         with pytest.raises(InvariantBroken):
             space.check([sequence])
@@ -106,6 +148,13 @@ def test_check_notices_planted_faults():
     plant(lambda space, sequence: space.pools[0].free.popitem())
     plant(lambda space, sequence: space.pools[0].counts.__setitem__(9, 1))
     plant(lambda space, sequence: space.pools[0].by_key.__setitem__(b"key", 1))
+    far = BlockSpace(layout(4, (Far(4),)), (9, 9))
+    sequence = opened(far)
+    far.extend(sequence, 12, TableChanges())
+    far.release_behind(sequence, 15, TableChanges())
+    far.pools[1].give_back(sequence.tables[1].pop(), keep=False)
+    with pytest.raises(InvariantBroken, match="not in group 1"):
+        far.check([sequence])
     with pytest.raises(InvariantBroken):
         BlockSpace(layout(4), (2,)).pools[0].give_back(1, keep=False)
 
@@ -115,7 +164,7 @@ class BlocksMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.space = BlockSpace(layout(4, (None, 7)), (14, 10))
+        self.space = BlockSpace(layout(4, (None, 7, Far(5, 2))), (14, 10, 12, 9))
         self.cache = PrefixCache(self.space, "digest")
         self.live: list[Sequence] = []
 
@@ -128,16 +177,19 @@ class BlocksMachine(RuleBasedStateMachine):
             self.cache.adopt(sequence, hit)
             assert all(sequence.tables[0]), "a full group holds the whole prefix"
             assert all(sequence.tables[1][self.space.first_needed(1, hit * 4) :])
+            start = self.space.first_needed(2, hit * 4)
+            assert sequence.tables[2][0] and all(sequence.tables[2][start:]) and all(sequence.tables[3][1:])
+            assert len(sequence.tables[3]) == max(start, 1), "a hit holds all that the next query may choose from"
         self.live.append(sequence)
 
     @precondition(lambda self: self.live)
-    @rule(data=st.data(), length=st.integers(1, 9))
+    @rule(data=st.data(), length=st.integers(1, 5))
     def compute(self, data, length):
         sequence = data.draw(st.sampled_from(self.live))
         start = sequence.computed
         end = min(start + length, len(sequence.tokens))
-        self.space.release_behind(sequence, start, [])
-        if end > start and self.space.extend(sequence, end, []):
+        self.space.release_behind(sequence, start, TableChanges())
+        if end > start and self.space.extend(sequence, end, TableChanges()):
             sequence.scheduled = sequence.computed = end
 
     @precondition(lambda self: self.live)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from service.schedulers.router import Router
 from service.telemetry import Telemetry
 from service.types.errors import DeadlineExceeded, NumericalFailure, ServiceError, WorkerKilled
+from service.types.kv_layout import FarStore
 from service.types.request import FinishReason, GenerationRequest
-from tests.fakes import FakeBackend
+from tests.fakes import FakeBackend, Far
 from tests.schedulers.support import Outcome, ask, generate, metric, read, small_backend, with_router
 
 PROMPTS = (
@@ -23,10 +24,10 @@ PROMPTS = (
     "poison pill",
     "bitter nan prompt",
 )
-WINDOWS = ((None,), (None, 6), (3,), (9, None))
+WINDOWS = ((None,), (None, 6), (3,), (9, None), (Far(6),), (None, Far(9, refresh=4)), (Far(5, refresh=2), Far(11, store=FarStore.EVICT)))
 
 
-def make_backend(windows: tuple[int | None, ...], blocks: int, **behaviour: object) -> FakeBackend:
+def make_backend(windows: tuple[int | Far | None, ...], blocks: int, **behaviour: object) -> FakeBackend:
     return small_backend(
         blocks,
         windows,
@@ -38,7 +39,7 @@ def make_backend(windows: tuple[int | None, ...], blocks: int, **behaviour: obje
 
 
 @cache
-def reference(request: GenerationRequest, windows: tuple[int | None, ...]) -> Outcome:
+def reference(request: GenerationRequest, windows: tuple[int | Far | None, ...]) -> Outcome:
     """The request in a server of its own, prefilled in one piece."""
     backend = make_backend(windows, 64, max_step_tokens=200)
     return generate([request], backend, step_tokens=200, prefix_cache=False)[0]

@@ -7,7 +7,8 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.types.model_spec import DenseMlp, GroupedQueryAttention, KvGroup, KvLayout, LayerSpec, ModelSpec, RopeSpec, SharingSpec
+from service.types.kv_layout import KvGroup, KvLayout
+from service.types.model_spec import DenseMlp, GroupedQueryAttention, LayerSpec, ModelSpec, RopeSpec, SharingSpec
 
 ATTENTION = GroupedQueryAttention(heads=4, kv_heads=2, head_dim=8)
 MLP = DenseMlp(48)

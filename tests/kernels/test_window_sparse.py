@@ -1,0 +1,212 @@
+"""The two-store path on a CPU against its references: shapes, stores, types, poisoned memory, invariances, and teeth."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.kernels import far_store, paged_attention
+from service.kernels import reference_sparse as reference
+from service.kernels import window_sparse as kernel
+from tests.kernels.conftest import check_close
+from tests.kernels.sparse_batches import SparseBatch, make_sparse, make_store
+
+MIXED = ([77, 1, 96, 0, 21, 64, 130, 300], [1, 1, 30, 0, 21, 1, 3, 1])
+STORES = ("int8", "int4", "native", "evict")
+
+
+def run(batch: SparseBatch, **changes: Any) -> torch.Tensor:
+    return batch.run(kernel.window_sparse_attention, **changes)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 3.0])
+@pytest.mark.parametrize("store", STORES)
+def test_mixed_batch_equals_the_reference(store: str, poison: float) -> None:
+    batch = make_sparse(*MIXED, store=store, poison=poison)
+    check_close(run(batch), batch.reference(), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("store", STORES)
+def test_every_type_is_computed_in_float32(store: str, dtype: torch.dtype) -> None:
+    batch = make_sparse(*MIXED, store=store, dtype=dtype)
+    check_close(run(batch), batch.reference(), dtype)
+
+
+@pytest.mark.parametrize("refresh", [1, 2, 8])
+@pytest.mark.parametrize("window", [1, 7, 8, 9, 16, 17, 63, 400])
+def test_windows_and_anchors(window: int, refresh: int) -> None:
+    batch = make_sparse(*MIXED, window=window, refresh=refresh)
+    check_close(run(batch), batch.reference(), torch.float32)
+
+
+@pytest.mark.parametrize("sinks", [0, 1, 3])
+@pytest.mark.parametrize("budget", [1, 5, 100])
+def test_sinks_and_budgets(budget: int, sinks: int) -> None:
+    batch = make_sparse(*MIXED, budget=budget, sink_blocks=sinks)
+    check_close(run(batch), batch.reference(), torch.float32)
+
+
+@pytest.mark.parametrize("size", [8, 64, 80, 128])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2), (7, 1), (8, 1)])
+def test_head_shapes(heads: int, kv_heads: int, size: int) -> None:
+    batch = make_sparse([99, 60, 72], [1, 1, 9], heads=heads, kv_heads=kv_heads, size=size)
+    check_close(run(batch), batch.reference(), torch.float32)
+
+
+@pytest.mark.parametrize("store", ["int8", "int4"])
+@pytest.mark.parametrize("scoring", [{"softcap": 1.5}, {"sink_logits": torch.tensor([0.5, -3.0, 4.0, 0.0])}, {"value_size": 24}])
+def test_score_cap_sinks_and_wider_values(scoring: dict[str, Any], store: str) -> None:
+    batch = make_sparse(*MIXED, store=store, **scoring)
+    check_close(run(batch), batch.reference(), torch.float32)
+
+
+@pytest.mark.parametrize(("contexts", "counts"), [([130], [1]), ([130], [130]), ([0], [1]), ([5], [0]), ([20], [20]), ([200, 200], [1, 1])])
+def test_lone_sequences(contexts: list[int], counts: list[int]) -> None:
+    batch = make_sparse(contexts, counts)
+    check_close(run(batch), batch.reference(), torch.float32)
+
+
+@pytest.mark.parametrize("limit", [1, 4096])
+def test_memory_bounds_do_not_show(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = make_sparse(*MIXED)
+    expected, choices = run(batch), batch.choosing.run(far_store.choose_far)  # type: ignore[union-attr]
+    for module in (kernel, far_store):
+        monkeypatch.setattr(module, "GATHER_BYTES", limit)
+    monkeypatch.setattr(paged_attention, "TILE_ROWS", 7)
+    check_close(run(batch), expected, torch.float32)
+    assert torch.equal(batch.choosing.run(far_store.choose_far)[0], choices[0])  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("contexts", [[20, 13, 8], [19], [9, 20]])
+def test_what_lies_in_the_window_has_the_bits_of_dense_attention(contexts: list[int]) -> None:
+    for counts in ([1] * len(contexts), contexts):
+        batch = make_sparse(contexts, counts)
+        arguments = (batch.query, batch.key_blocks, batch.value_blocks, batch.near_tables, batch.query_starts, batch.context_lengths)
+        dense = paged_attention.paged_attention(*arguments, scale=batch.scale, window=None)
+        assert torch.equal(run(batch), dense) and torch.equal(run(batch, far=None), dense)
+
+
+def test_a_plan_made_ahead_gives_the_same() -> None:
+    batch = make_sparse(*MIXED)
+    rule = {"block_tokens": 8, "window": batch.window, "refresh": batch.refresh, "sink_blocks": batch.sink_blocks}
+    plan = kernel.plan_sparse(batch.near_tables, batch.query_starts, batch.context_lengths, far=batch.far, **rule)
+    planned = batch.run(lambda *tensors, **options: kernel.window_sparse_attention(*tensors, **options, plan=plan))
+    assert torch.equal(planned, run(batch))
+    # A decode row reads its sink and its window: 20 tokens before position 76 lie in blocks 7 … 9.
+    assert (plan.decode.offsets[1:] - plan.decode.offsets[:-1]).tolist()[0] == 4
+    assert plan.reads_far.sum() > 0
+
+
+def test_constant_values_come_out_unchanged() -> None:
+    batch = make_sparse(*MIXED, store="native")
+    assert batch.far is not None
+    blocks = batch.far.blocks._replace(values=torch.full_like(batch.far.blocks.values, 0.75))
+    out = run(batch, value_blocks=torch.full_like(batch.value_blocks, 0.75), far=batch.far._replace(blocks=blocks))
+    torch.testing.assert_close(out, torch.full_like(out, 0.75), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("wrong", ["scale", "choice", "window", "sinks", "count"])
+def test_teeth(wrong: str) -> None:
+    """One planted fault at a time is seen by the same comparison."""
+    batch = make_sparse(*MIXED)
+    assert batch.far is not None
+    blocks, far = batch.far.blocks, batch.far
+    choices = far.choices.clone()
+    choices[far.counts > 1, :, 1] = choices[far.counts > 1, :, 0]
+    faults: dict[str, dict[str, Any]] = {
+        "scale": {"far": far._replace(blocks=blocks._replace(key_scales=blocks.key_scales * 1.02))},  # type: ignore[operator]
+        "choice": {"far": far._replace(choices=choices)},
+        "window": {"window": 12},
+        "sinks": {"sink_blocks": 0, "near_tables": torch.where(batch.near_tables > 0, batch.near_tables, 1).clamp(max=3)},
+        "count": {"far": far._replace(counts=(far.counts - 1).clamp(min=0))},
+    }
+    with pytest.raises(AssertionError):
+        check_close(run(batch, **faults[wrong]), batch.reference(), torch.float32)
+
+
+class TestChoosing:
+    @pytest.mark.parametrize("budget", [1, 2, 5])
+    @pytest.mark.parametrize("kv_heads", [1, 2, 4])
+    @pytest.mark.parametrize("counts", [[1, 1, 1, 1], [40, 1, 0, 300], [0, 0, 0, 1]])
+    def test_the_same_blocks_as_the_reference(self, counts: list[int], kv_heads: int, budget: int) -> None:
+        contexts = [290, 77, 30, 300]
+        call = make_sparse(contexts, counts, heads=4, kv_heads=kv_heads, budget=budget, refresh=2).choosing
+        assert call is not None
+        expected = call.run()
+        found = call.run(far_store.choose_far)
+        assert torch.equal(found[1], expected[1]) and torch.equal(found[0], expected[0])
+        assert found[0].dtype == found[1].dtype == torch.int32
+
+    def test_budgets_differ_within_a_call(self) -> None:
+        call = make_sparse([300, 300, 120, 60], [9, 1, 1, 1], budget=6).choosing
+        assert call is not None
+        budgets = torch.arange(len(call.budgets), dtype=torch.int32) % 7
+        expected, found = call.run(budgets=budgets), call.run(far_store.choose_far, budgets=budgets)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+    def test_ties_go_to_the_lower_index(self) -> None:
+        far = make_store(12, 2, 8, (4, 4), "int8", 2, torch.float32)
+        keys = torch.ones(1, 2, 8, 4)
+        ids = torch.arange(1, 11)
+        far_store.demote(keys, keys, far, torch.zeros(10, dtype=torch.int64), ids)
+        tables = ids.flip(0).to(torch.int32)[None]
+        call = torch.tensor([0]), torch.tensor([10], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+        choices, _ = far_store.choose_far(torch.randn(1, 4, 4), far, tables, *call, sink_blocks=1, most=4)
+        assert choices.tolist() == [[[1, 2, 3, -1]] * 2]
+
+    def test_nothing_to_choose_from(self) -> None:
+        call = make_sparse([5, 8], [1, 1]).choosing
+        assert call is not None
+        choices, counts = call.run(far_store.choose_far)
+        assert not counts.any() and (choices == -1).all()
+
+
+@pytest.mark.parametrize("store", ["int8", "int4", "native"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_demoting_all_at_once_stores_the_same_bits(store: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(4)
+    keys, values = (torch.randn(9, 3, 16, size, generator=generator).to(dtype) for size in (8, 12))
+    keys[4] *= 1e-6
+    values[2, 1] = 0
+    stores = [make_store(9, 3, 16, (8, 12), store, 4, dtype) for _ in range(2)]
+    near, target = torch.tensor([4, 2, 8]), torch.tensor([1, 7, 3])
+    far_store.demote(keys, values, stores[0], near, target)
+    reference.demote(keys, values, stores[1], near, target)
+    for mine, expected in zip(*stores, strict=True):
+        assert (mine is None) == (expected is None)
+        if mine is not None and expected is not None:
+            assert torch.equal(mine.nan_to_num(nan=-1.0), expected.nan_to_num(nan=-1.0))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 90), st.integers(0, 20)), min_size=1, max_size=5),
+    st.integers(1, 40),
+    st.sampled_from([1, 2, 4, 8]),
+    st.integers(0, 2),
+    st.integers(1, 6),
+    st.sampled_from(["int8", "int4", "native"]),
+)
+def test_any_batch_equals_the_reference(
+    sequences: list[tuple[int, int]], window: int, refresh: int, sinks: int, budget: int, store: str
+) -> None:
+    contexts, counts = [context for context, _ in sequences], [min(context, count) for context, count in sequences]
+    if not sum(counts):
+        counts[0] = min(1, contexts[0])
+    batch = make_sparse(contexts, counts, window=window, refresh=refresh, sink_blocks=sinks, budget=budget, store=store)
+    check_close(run(batch), batch.reference(), torch.float32)
+
+
+def test_slices_of_one_sequence_agree() -> None:
+    whole = make_sparse([90], [90], budget=3)
+    expected = run(whole)
+    for start, end in ((60, 61), (60, 75), (61, 90)):
+        far = whole.far._replace(anchors=whole.far.anchors[start:end])  # type: ignore[union-attr]
+        lengths = {"query_starts": torch.tensor([0, end - start], dtype=torch.int32), "context_lengths": torch.tensor([end])}
+        check_close(run(replace(whole, query=whole.query[start:end], far=far, **lengths)), expected[start:end], torch.float32)
