@@ -29,7 +29,7 @@ class Batch(NamedTuple):
 
     `query_starts` int32 [S + 1], `context_lengths` int32 [S], `block_tables` G × int32 [S, M], `block_ids` G × int64 [T] (empty for far
     groups, which no token is written to) and `offsets` int64 [T] say where each token's K/V goes. `sampled` int64 [R] are the slices that
-    want a token.
+    want a token. `prompt_tokens` int64 [S] are the lengths of the prompts.
     """
 
     rows: Ints
@@ -44,6 +44,7 @@ class Batch(NamedTuple):
     offsets: Ints
     sampled: Ints
     scored: Ints
+    prompt_tokens: Ints
 
 
 class Tables:
@@ -57,6 +58,7 @@ class Tables:
         self.tokens: Table = np.zeros((max_rows, context_tokens + 1), np.int32)
         self.blocks = tuple(np.zeros((max_rows, -(-context_tokens // layout.block_tokens)), np.int32) for _ in layout.groups)
         self.known = np.zeros(max_rows, np.int64)
+        self.prompts = np.zeros(max_rows, np.int64)
         self.opened: list[OpenSequence | None] = [None] * max_rows
 
     def apply(self, plan: BatchPlan) -> None:
@@ -123,6 +125,7 @@ class Tables:
             offsets=offsets,
             sampled=np.flatnonzero(wants & Want.TOKEN),
             scored=np.flatnonzero(wants & Want.PROMPT_LOGPROBS),
+            prompt_tokens=self.prompts[rows],
         )
 
     def record(self, rows: Ints, positions: Ints, tokens: Ints) -> None:
@@ -143,6 +146,7 @@ class Tables:
         self.opened[row] = sequence
         self.tokens[row, :length] = tokens
         self.known[row] = length
+        self.prompts[row] = sequence.prompt_tokens
         for table in self.blocks:
             table[row] = 0
 

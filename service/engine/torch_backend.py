@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,54 +17,17 @@ from torch import Tensor
 
 from service.engine.batch import Batch, Tables
 from service.engine.distribution import log_probs
+from service.engine.far_choices import FarChoices
 from service.engine.kv_pool import KvPool
 from service.engine.memory import SCORED_ROWS
+from service.engine.paged_attend import PagedAttend
 from service.engine.sampler import Sampler
-from service.kernels.dispatch import resolve, take_counts
-from service.kernels.paged_attention import AttentionPlan, plan_attention
+from service.kernels.dispatch import take_counts
 from service.models.decoder import Decoder
-from service.types.model_spec import ModelSpec
 from service.types.plan import BatchPlan, PromptLogprobs, SampledToken, Slice, StepResult, Want
 from service.types.request import TokenLogprob
 
 NUMERICAL_FAILURE = "numerical_failure"
-
-
-class PagedAttend:
-    """Attention of one step over the pool's blocks: stores the step's keys and values, then reads over the block tables."""
-
-    def __init__(self, spec: ModelSpec, pool: KvPool, batch: Batch, device: torch.device, on_layer: Callable[[], None]) -> None:
-        self._layers = spec.layers
-        self._pool = pool
-        self._on_layer = on_layer
-        self._tables = [torch.from_numpy(table).to(device) for table in batch.block_tables]
-        self._block_ids = [torch.from_numpy(ids).to(device) for ids in batch.block_ids]
-        self._offsets = torch.from_numpy(batch.offsets).to(device)
-        self._query_starts = torch.from_numpy(batch.query_starts).to(device)
-        self._context_lengths = torch.from_numpy(batch.context_lengths).to(device)
-        dtype = pool.blocks_of(0)[0].dtype
-        self._write = resolve("write_kv", device, dtype)
-        self._attention = resolve("paged_attention", device, dtype)
-        self._plans: list[AttentionPlan | None] = [None] * len(self._tables)
-        self._planned = device.type == "cpu"
-
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query [T, Hq, D], key [T, Hkv, D], value [T, Hkv, Dv] -> [T, Hq, Dv]."""
-        self._on_layer()
-        group = self._pool.group_of(layer)
-        keys, values = self._pool.blocks_of(layer)
-        self._write(key, value, keys, values, self._block_ids[group], self._offsets)
-        spec = self._layers[layer].attention
-        tables, starts, lengths = self._tables[group], self._query_starts, self._context_lengths
-        plan = self._plans[group]
-        if plan is None and self._planned:
-            plan = plan_attention(tables, starts, lengths, block_tokens=keys.shape[2], window=spec.window)
-            self._plans[group] = plan
-        scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
-        seen: Tensor = self._attention(
-            query, keys, values, tables, starts, lengths, scale=scale, window=spec.window, softcap=spec.softcap, plan=plan
-        )
-        return seen
 
 
 class TorchBackend:
@@ -76,6 +39,8 @@ class TorchBackend:
         self._tables = tables
         self._sampler = sampler
         self._device = decoder.embed.weight.device
+        self._choices = FarChoices(pool.layout, len(tables.known), self._device)
+        self._far_blocks_read = 0
         self.layers_done = 0
         self._idle = threading.Event()
         pool.populate(self._idle)
@@ -88,13 +53,17 @@ class TorchBackend:
         self._tables.apply(plan)
         for sequence in plan.open:
             self._sampler.open(sequence.row, sequence.sampling, sequence.stop, sequence.prompt_tokens)
+        for _, group, sources, targets in plan.demote:
+            near, far = (torch.tensor(ids, dtype=torch.int64, device=self._device) for ids in (sources, targets))
+            self._pool.demote(group, near, far)
         tokens: list[SampledToken] = []
         scores: list[PromptLogprobs] = []
+        self._far_blocks_read = 0
         if plan.slices:
             self._compute(plan.slices, tokens, scores)
         counts = tuple((op, name, count) for (op, name), count in take_counts().items())
         self._idle.set()
-        return StepResult(plan.step, tuple(tokens), _joined(scores), time.perf_counter() - began_s, counts)
+        return StepResult(plan.step, tuple(tokens), _joined(scores), time.perf_counter() - began_s, counts, self._far_blocks_read)
 
     def rest(self) -> None:
         """No step is at hand: what can wait may be done in the background until the next one."""
@@ -122,6 +91,7 @@ class TorchBackend:
             offsets=positions % width,
             sampled=np.zeros(1, np.int64),
             scored=np.zeros(0, np.int64),
+            prompt_tokens=np.full(1, tokens),
         )
         self._decoder.logits(self._hidden(batch)[-1:])
         take_counts()
@@ -159,9 +129,12 @@ class TorchBackend:
         return tokens, scores
 
     def _hidden(self, batch: Batch) -> Tensor:
-        attend = PagedAttend(self._decoder.spec, self._pool, batch, self._device, self._count_layer)
+        attend = PagedAttend(self._decoder.spec, self._pool, batch, self._choices, self._count_layer)
         tokens = torch.from_numpy(batch.tokens).to(self._device)
-        return self._decoder.hidden(tokens, torch.from_numpy(batch.positions).to(self._device), attend)
+        hidden = self._decoder.hidden(tokens, torch.from_numpy(batch.positions).to(self._device), attend)
+        attend.keep_choices()
+        self._far_blocks_read += attend.far_blocks_read
+        return hidden
 
     def _count_layer(self) -> None:
         self.layers_done += 1

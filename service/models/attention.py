@@ -58,7 +58,7 @@ class GroupedAttention(Computed):
 class DenseAttend:
     """Causal attention over `batch` sequences of `length` tokens each, laid flat one after the other, without a cache; differentiable.
 
-    Windows, scales and soft caps are those of `layers`.
+    Windows (those that forget), scales and soft caps are those of `layers`.
     """
 
     def __init__(self, batch: int, length: int, layers: tuple[LayerSpec, ...]) -> None:
@@ -76,7 +76,8 @@ class DenseAttend:
         k = key.view(*shape, spec.kv_heads, -1).transpose(1, 2).repeat_interleave(repeat, dim=1)
         v = value.view(*shape, spec.kv_heads, -1).transpose(1, 2).repeat_interleave(repeat, dim=1)
         scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
-        window = self._length if spec.window is None else spec.window
+        # Where what lies behind the window is kept, training reads it in full.
+        window = self._length if spec.window is None or spec.far is not None else spec.window
         if spec.softcap is not None:
             out = _capped_attention(q, k, v, self._mask(window, q.device), scale, spec.softcap)
         elif window < self._length:

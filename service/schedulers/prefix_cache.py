@@ -43,6 +43,8 @@ class PrefixCache:
             key = keys[-1] if keys else self.root(sequence.request)
             for index in range(len(keys), blocks):
                 hasher = blake2b(key, digest_size=_KEY_BYTES)
+                if self._space.layout.dense_prompts and index == sequence.prompt_tokens // size:
+                    hasher.update(sequence.prompt_tokens.to_bytes(8, "little"))
                 hasher.update(array("q", tokens[index * size : (index + 1) * size]).tobytes())
                 key = hasher.digest()
                 keys.append(key)

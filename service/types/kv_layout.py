@@ -35,7 +35,7 @@ class FarSpec:
 
     `blocks` 0 means 16, from position 32768 on 32. The choice is made at positions that are multiples of `refresh`, which divides the
     block size, and shared by the queries that follow; the first `sink_blocks` blocks are never far. Blocks are chosen by the bounds of
-    their keys, kept for each `sub_block_tokens` tokens.
+    their keys, kept for each `sub_block_tokens` tokens. With `dense_prompts` queries whose anchor lies in the prompt read all far blocks.
     """
 
     blocks: int = 0
@@ -43,6 +43,7 @@ class FarSpec:
     refresh: int = 1
     sub_block_tokens: int = 16
     sink_blocks: int = 1
+    dense_prompts: bool = False
 
     def budget(self, anchor: int) -> int:
         """Far blocks that queries read whose anchor is the position `anchor`."""
@@ -94,6 +95,11 @@ class KvLayout:
     def slice_tokens(self) -> int | None:
         """The longest slice of one sequence that a step may compute: blocks become far before the step that no longer finds them near."""
         return min((group.window for group in self.groups if group.source is not None and group.window), default=None)
+
+    @property
+    def dense_prompts(self) -> bool:
+        """Whether what a position sees also depends on where the prompt ends."""
+        return any(group.far is not None and group.far.dense_prompts for group in self.groups)
 
     def first_read(self, group: KvGroup, position: int) -> int:
         """The lowest table index behind the sinks that a query at `position` or later reads."""

@@ -11,7 +11,8 @@ from service.checkpoints.convert_plan import Stretch, neutral_of, plan_conversio
 from service.checkpoints.pieces import parameter_shapes
 from service.types.catalog import LINES, V1_0, V2_3, V3_5, Shape, VersionLine
 from service.types.errors import CheckpointError
-from service.types.model_spec import DenseMlp, FarSpec, ModelSpec, RopeScaling
+from service.types.kv_layout import FarSpec
+from service.types.model_spec import DenseMlp, ModelSpec, RopeScaling
 from service.types.vision import VisionSpec
 
 SHAPE = Shape(vocab_size=30, dim=24, layers=3, heads=6, kv_heads=2, mlp_hidden=40, context_tokens=64, head_dim=8)

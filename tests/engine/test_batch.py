@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.engine.batch import Tables
-from service.types.kv_layout import KvGroup, KvLayout
-from service.types.plan import BatchPlan, BlockAppend, BlockRelease, OpenSequence, Slice, Want
+from service.engine.batch import PlanError, Tables
+from service.types.kv_layout import FarSpec, KvGroup, KvLayout
+from service.types.plan import BatchPlan, BlockAppend, BlockDemote, BlockRelease, OpenSequence, Slice, Want
 from service.types.request import Sampling, Stop
 
 LAYOUT = KvLayout((KvGroup("full", (0,), 1, 4, 4), KvGroup("window5", (1,), 1, 4, 4, 5)), block_tokens=4)
@@ -71,3 +74,32 @@ def test_release_makes_null_entries_of_one_group_and_close_forgets_the_row() -> 
     assert tables.blocks[0][0].tolist() == [9] + [0] * 9
     assert not tables.blocks[1][0].any()
     assert tables.known[0] == 2
+
+
+def test_sinks_stay_and_far_tables_hold_no_tokens() -> None:
+    near = KvGroup("near", (0,), 1, 4, 4, 9, FarSpec(sub_block_tokens=2))
+    tables = Tables(KvLayout((near, replace(near, name="far", source=0)), block_tokens=4), (40, 40), ROWS, CONTEXT, 1000)
+    opening = OpenSequence(2, tuple(range(24)), 20, Sampling(), Stop(max_tokens=9))
+    near_blocks, far_blocks = BlockAppend(2, 0, 0, (1, 2, 3, 4, 5, 6)), BlockAppend(2, 1, 1, (7, 8))
+    plan = BatchPlan(0, open=(opening,), append=(near_blocks, far_blocks), release=(BlockRelease(2, 0, 3),))
+    tables.apply(replace(plan, demote=(BlockDemote(2, 1, (2, 3), (7, 8)),)))
+    assert tables.blocks[0][2, :6].tolist() == [1, 0, 0, 4, 5, 6]
+    batch = tables.batch([Slice(2, 20, 3, 0)])
+    assert batch.block_ids[0].tolist() == [6, 6, 6] and not len(batch.block_ids[1])
+    assert batch.block_tables[1].tolist() == [[0, 7, 8, 0, 0, 0]] and batch.prompt_tokens.tolist() == [20]
+
+
+SENSELESS = (
+    BlockDemote(0, 0, (1,), (2,)),
+    BlockDemote(0, 1, (1,), (2, 3)),
+    BlockDemote(0, 1, (41,), (2,)),
+    BlockDemote(0, 1, (1,), (0,)),
+)
+
+
+@pytest.mark.parametrize("demote", SENSELESS)
+def test_demotions_that_make_no_sense_are_refused(demote: BlockDemote) -> None:
+    near = KvGroup("near", (0,), 1, 4, 4, 9, FarSpec(sub_block_tokens=2))
+    tables = Tables(KvLayout((near, replace(near, name="far", source=0)), block_tokens=4), (40, 40), ROWS, CONTEXT, 1000)
+    with pytest.raises(PlanError):
+        tables.apply(BatchPlan(0, demote=(demote,)))

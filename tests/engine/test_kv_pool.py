@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
+import pytest
 import torch
 
 from service.engine.kv_pool import KvPool
 from service.engine.memory import resident_bytes
-from service.types.kv_layout import KvGroup, KvLayout
+from service.kernels.reference_sparse import dequantise
+from service.types.kv_layout import FarSpec, FarStore, KvGroup, KvLayout
 
 LAYOUT = KvLayout((KvGroup("full", (0, 2), 2, 8, 6), KvGroup("window70", (1,), 1, 4, 4, 70)), block_tokens=16)
 CPU = torch.device("cpu")
@@ -25,6 +28,29 @@ def test_every_layer_has_its_own_blocks_of_its_groups_shape() -> None:
     assert all(bool((tensor == layer).all()) for layer in range(3) for tensor in pool.blocks_of(layer))
     sizes = [LAYOUT.block_bytes(group, 4) * blocks for group, blocks in zip(LAYOUT.groups, (6, 4), strict=True)]
     assert pool.reserved_bytes == sum(sizes)
+
+
+@pytest.mark.parametrize("store", [FarStore.INT8, FarStore.INT4, FarStore.NATIVE])
+def test_far_groups_take_their_bytes_and_are_filled_from_near_blocks(store: FarStore) -> None:
+    spec = FarSpec(store=store, sub_block_tokens=4)
+    near = KvGroup("near", (0, 2), 2, 8, 6, 40, spec)
+    layout = KvLayout((KvGroup("full", (1,), 2, 8, 6), near, replace(near, name="far", source=1)), block_tokens=16)
+    pool = KvPool(layout, (2, 3, 4), torch.float32, CPU)
+    assert [pool.group_of(layer) for layer in range(3)] == [1, 0, 1]
+    assert [pool.far_group_of(layer) for layer in range(3)] == [2, None, 2]
+    sizes = [layout.block_bytes(group, 4) * blocks for group, blocks in zip(layout.groups, (3, 4, 5), strict=True)]
+    assert pool.reserved_bytes == sum(sizes)
+    for layer in (0, 2):
+        for blocks in pool.blocks_of(layer):
+            blocks.normal_(generator=torch.Generator().manual_seed(layer))
+    pool.demote(2, torch.tensor([3, 1]), torch.tensor([2, 4]))
+    for layer in (0, 2):
+        far, (keys, values) = pool.far_of(layer), pool.blocks_of(layer)
+        for source, target in ((3, 2), (1, 4)):
+            for stored, scales, blocks in ((far.keys, far.key_scales, keys), (far.values, far.value_scales, values)):
+                back = dequantise(stored[target], None if scales is None else scales[target])
+                off = (back - blocks[source]).abs().max()
+                assert off == 0 if store is FarStore.NATIVE else 0 < off < (0.02 if store is FarStore.INT8 else 0.4)
 
 
 def test_populating_waits_for_idleness_takes_the_memory_and_keeps_contents() -> None:

@@ -1,0 +1,129 @@
+"""Which far blocks the rows of a step read: anchors and budgets by position, choices made now or kept from an earlier step.
+
+numpy and small tensors; it does not know keys, scores or blocks' contents. Invariant: a row's choice is that of its anchor's query,
+whichever step computed it; choices are kept only once a step has succeeded, so a step that is computed again starts from the same ones.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from service.engine.batch import Batch
+from service.kernels.dispatch import Kernel
+from service.kernels.reference_sparse import ChosenFar, FarBlocks
+from service.types.kv_layout import FAR_POSITION, FarSpec, KvGroup, KvLayout
+
+Ints = NDArray[np.int64]
+
+
+class Anchors(NamedTuple):
+    """The A anchors that the T tokens of a step share, for the layers of one far group.
+
+    `of_tokens` [T] is each token's anchor; of each anchor `tokens` is the first token that uses it, `sequences` its slice, `ends` the table
+    index behind its last candidate, `budgets` how many it may choose, `counts` how many it does. `fresh` marks those that are chosen in
+    this step; `last` [S] is the anchor that each slice ends with. `read` counts the far blocks that all tokens read, for one head.
+    """
+
+    of_tokens: Ints
+    tokens: Ints
+    sequences: Ints
+    ends: Ints
+    budgets: Ints
+    counts: Ints
+    fresh: NDArray[np.bool_]
+    last: Ints
+    read: int
+
+
+def find_anchors(batch: Batch, group: KvGroup, spec: FarSpec, block_tokens: int) -> Anchors:
+    """The anchors of a step's tokens in the layers of a far group."""
+    begins = batch.positions % spec.refresh == 0
+    begins[batch.query_starts[:-1]] = True
+    of_tokens = np.cumsum(begins) - 1
+    tokens = np.flatnonzero(begins)
+    positions = batch.positions[tokens] // spec.refresh * spec.refresh
+    sequences = np.repeat(np.arange(len(batch.rows)), batch.lengths)[tokens]
+    ends = np.maximum(positions - (group.window or 0) + 1, 0) // block_tokens
+    candidates = np.maximum(ends - spec.sink_blocks, 0)
+    budgets = np.where(positions < FAR_POSITION, spec.budget(0), spec.budget(FAR_POSITION))
+    if spec.dense_prompts:
+        budgets = np.where(positions < batch.prompt_tokens[sequences], np.maximum(candidates, budgets), budgets)
+    counts = np.minimum(candidates, budgets)
+    # Where all candidates are chosen there is nothing to remember.
+    fresh = (batch.positions[tokens] == positions) | (counts == candidates)
+    read = int(counts[of_tokens].sum())
+    return Anchors(of_tokens, tokens, sequences, ends, budgets, counts, fresh, of_tokens[batch.query_starts[1:] - 1], read)
+
+
+class FarChoices:
+    """The last choice of every row, for every layer that has a far group."""
+
+    def __init__(self, layout: KvLayout, rows: int, device: torch.device) -> None:
+        self.layout = layout
+        self._kept: dict[int, Tensor] = {}
+        for group in layout.groups:
+            if group.source is not None and group.far is not None:
+                shape = (rows, group.kv_heads, group.far.budget(FAR_POSITION))
+                self._kept.update({layer: torch.full(shape, -1, dtype=torch.int32, device=device) for layer in group.layers})
+
+    def of(self, layer: int, rows: Tensor) -> Tensor:
+        """The choices of `rows` [n] in a layer, [n, Hkv, most] int32."""
+        return self._kept[layer][rows]
+
+    def keep(self, layer: int, rows: Tensor, choices: Tensor) -> None:
+        """Remember what `rows` [n] chose last, [n, Hkv, …] int32."""
+        width = min(choices.shape[2], self._kept[layer].shape[2])
+        self._kept[layer][rows, :, :width] = choices[:, :, :width]
+
+
+class StepChoices:
+    """The choices of one step for the layers of one far group."""
+
+    def __init__(self, anchors: Anchors, kept: FarChoices, batch: Batch, tables: Tensor, choose: Kernel) -> None:
+        device = tables.device
+
+        def tensor(array: Ints, kind: torch.dtype = torch.int64) -> Tensor:
+            return torch.from_numpy(array).to(device, kind)
+
+        self.read = anchors.read
+        self._choose, self._kept, self._tables = choose, kept, tables
+        fresh = np.flatnonzero(anchors.fresh)
+        stale = np.flatnonzero(~anchors.fresh)
+        self._fresh, self._stale = tensor(fresh), tensor(stale)
+        self._any_stale = len(stale) > 0
+        self._query_rows = tensor(anchors.tokens[fresh])
+        self._arguments = (
+            tensor(anchors.sequences[fresh]),
+            tensor(anchors.ends[fresh], torch.int32),
+            tensor(anchors.budgets[fresh], torch.int32),
+        )
+        self._stale_rows = tensor(batch.rows[anchors.sequences[stale]])
+        self._counts = tensor(anchors.counts, torch.int32)
+        self._of_tokens = tensor(anchors.of_tokens)
+        self._last, self._rows = tensor(anchors.last), tensor(batch.rows)
+        self._most = max(int(anchors.budgets.max()), int(anchors.counts.max()))
+        self._made: dict[int, Tensor] = {}
+
+    def of(self, layer: int, query: Tensor, blocks: FarBlocks, sink_blocks: int) -> ChosenFar:
+        """What the step's query rows [T, Hq, D] read of the layer's far blocks."""
+        asked = query.index_select(0, self._query_rows)
+        choices, _ = self._choose(asked, blocks, self._tables, *self._arguments, sink_blocks=sink_blocks, most=self._most)
+        if self._any_stale:
+            whole = choices.new_full((len(self._counts), *choices.shape[1:]), -1)
+            whole[self._fresh] = choices
+            before = self._kept.of(layer, self._stale_rows)
+            width = min(before.shape[2], whole.shape[2])
+            whole[self._stale, :, :width] = before[:, :, :width]
+            choices = whole
+        self._made[layer] = choices
+        return ChosenFar(blocks, self._tables, choices, self._counts, self._of_tokens)
+
+    def keep(self) -> None:
+        """The step succeeded: each row's last choice is what the next step goes on with."""
+        for layer, choices in self._made.items():
+            self._kept.keep(layer, self._rows, choices[self._last])
