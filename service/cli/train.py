@@ -13,18 +13,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from service import __version__
 from service.cli.ending import INTERRUPTED, run_command
+from service.config.bundled import bundled_source
 from service.config.flags import FlagParser, canonical
+from service.config.launch import read_launch
+from service.types.catalog import find_line
 from service.types.errors import SettingsError
+
+if TYPE_CHECKING:
+    from service.train.display import Display, Silent
+    from service.train.loop import Trainer
+    from service.train.prepare import PreparedRun
+    from service.train.teacher import Teacher
 
 STATE_FILE = "state.pt"
 
 
 @dataclass(frozen=True, slots=True)
 class TrainFlags:
-    """The command's flags. `steps` or `minutes` above 0 replace the recipe's budget; `threads` 0 leaves the choice to torch."""
+    """The command's flags. `steps` or `minutes` above 0 replace the recipe's budget; `threads` 0 leaves the choice to torch.
+
+    `teacher` is a directory or the name of a bundled line, for recipes that distil.
+    """
 
     recipe: str
     out: Path
@@ -35,6 +48,7 @@ class TrainFlags:
     threads: int
     device: str
     dtype: str
+    teacher: str
 
 
 def build_parser() -> FlagParser:
@@ -51,6 +65,12 @@ def build_parser() -> FlagParser:
     run.add_argument("--steps", type=int, default=0, metavar="N", help="budget in optimiser steps instead of the recipe's")
     run.add_argument("--minutes", type=float, default=0.0, metavar="M", help="budget in minutes of wall clock instead of the recipe's")
     run.add_argument("--results", default="", metavar="FILE", help="append the run's JSON row to FILE")
+    run.add_argument(
+        "--teacher",
+        default="",
+        metavar="DIR",
+        help="the model to learn from: a directory, or the name of a bundled line (recipes that distil)",
+    )
     machine = parser.add_argument_group("Machine")
     machine.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 0 is all cores")
     machine.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to train (auto)")
@@ -72,7 +92,18 @@ def read_flags(arguments: Sequence[str]) -> TrainFlags:
         raise SettingsError("Give --steps or --minutes, not both.")
     out = Path(given.out or Path(given.recipe).name.removesuffix(".yaml").removesuffix(".yml"))
     results = Path(given.results) if given.results else None
-    return TrainFlags(given.recipe, out, results, given.resume, given.steps, given.minutes, given.threads, given.device, given.dtype)
+    return TrainFlags(
+        recipe=given.recipe,
+        out=out,
+        results=results,
+        resume=given.resume,
+        steps=given.steps,
+        minutes=given.minutes,
+        threads=given.threads,
+        device=given.device,
+        dtype=given.dtype,
+        teacher=given.teacher,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(flags: TrainFlags) -> int:
-    """Prepare, train, measure, publish."""
+    """Prepare, train, measure, publish. Of a group of processes rank 0 alone shows, measures and publishes."""
     from service.train.recipe import load_recipe
 
     recipe = load_recipe(flags.recipe)
@@ -89,36 +120,60 @@ def run(flags: TrainFlags) -> int:
         recipe = replace(recipe, schedule=replace(recipe.schedule, steps=flags.steps, minutes=flags.minutes))
     if flags.dtype:
         recipe = replace(recipe, dtype=flags.dtype)
-    state_file = _claim(flags)
-    from service.train.display import Display
+    launch = read_launch()
+    state_file = _claim(flags, leads=launch is None or launch.rank == 0)
+    from service.train.display import Display, Silent
     from service.train.prepare import prepare
-    from service.train.run import conclude, train
     from service.train.start import start
 
-    with Display() as display:
+    with Display() if launch is None or launch.rank == 0 else Silent() as display:
         display.say(f"recipe {recipe.name}: reading the corpus and learning the tokenizer")
-        prepared = prepare(recipe)
-        trainer = start(prepared, flags.device, flags.threads)
-        if flags.resume:
-            trainer.resume(state_file)
-        display.say(
-            f"{prepared.spec.parameters:,} parameters, {len(prepared.train):,} training tokens, {len(prepared.held_out):,} held out, "
-            f"compute {str(trainer.dtype).removeprefix('torch.')} on {trainer.device.type}, step {trainer.state.step}"
-        )
-        if not train(trainer, prepared, state_file, display, _stop_on_signals()):
-            display.say(f"interrupted; go on with: deepseek-train --recipe {flags.recipe} --out {flags.out} --resume")
-            return INTERRUPTED
-        display.say("measuring on the held-out text")
-        from service.train.publish import publish
+        prepared = prepare(recipe, teacher=_teacher(flags.teacher))
+        trainer = start(prepared, flags.device, flags.threads, launch)
+        try:
+            return _run(flags, trainer, prepared, display, state_file)
+        finally:
+            trainer.group.close()
 
-        row = publish(trainer, prepared, conclude(trainer, prepared), flags.out, flags.results)
-    sys.stdout.write(row + "\n")
+
+def _run(flags: TrainFlags, trainer: Trainer, prepared: PreparedRun, display: Display | Silent, state_file: Path) -> int:
+    from service.train.run import conclude, train
+
+    if flags.resume:
+        trainer.resume(state_file)
+    display.say(
+        f"{prepared.spec.parameters:,} parameters, {len(prepared.train):,} training tokens, {len(prepared.held_out):,} held out, "
+        f"compute {str(trainer.dtype).removeprefix('torch.')} on {trainer.group.size} x {trainer.device.type}, step {trainer.state.step}"
+    )
+    if not train(trainer, prepared, state_file, display, _stop_on_signals()):
+        display.say(f"interrupted; go on with: deepseek-train --recipe {flags.recipe} --out {flags.out} --resume")
+        return INTERRUPTED
+    if not trainer.group.leads:
+        return 0
+    display.say("measuring on the held-out text")
+    from service.train.publish import publish
+
+    sys.stdout.write(publish(trainer, prepared, conclude(trainer, prepared), flags.out, flags.results) + "\n")
     return 0
 
 
-def _claim(flags: TrainFlags) -> Path:
-    """The state file of the run's directory, which must be free, or hold a state when resuming; what will be written can be."""
+def _teacher(name: str) -> Teacher | None:
+    """The teacher in a directory, or the bundled model of a line. Raises SettingsError and CheckpointError."""
+    if not name:
+        return None
+    from service.train.teacher import read_teacher
+
+    return read_teacher(Path(bundled_source(name).directory if find_line(name) else name))
+
+
+def _claim(flags: TrainFlags, leads: bool) -> Path:
+    """The state file of the run's directory, which must be free, or hold a state when resuming; what will be written can be.
+
+    Only rank 0 of a group looks: it is the one that writes.
+    """
     state_file = flags.out / STATE_FILE
+    if not leads:
+        return state_file
     if flags.resume and not state_file.is_file():
         raise SettingsError(f"There is nothing to resume: {state_file} does not exist.")
     if not flags.resume and flags.out.exists() and (not flags.out.is_dir() or any(flags.out.iterdir())):

@@ -65,38 +65,73 @@ class DenseAttend:
         self._batch = batch
         self._length = length
         self._layers = layers
-        self._masks: dict[tuple[int, torch.device], Tensor] = {}
+        self._masks: dict[tuple[int, int, torch.device], Tensor] = {}
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [batch · length, Hq, D], key and value [batch · length, Hkv, D] -> [batch · length, Hq, D]."""
+        return self._attend(layer, query, self._apart(key), self._apart(value))
+
+    def _apart(self, flat: Tensor) -> Tensor:
+        """[batch · length, H, D] as [batch, H, length, D]."""
+        return flat.view(self._batch, self._length, *flat.shape[1:]).transpose(1, 2)
+
+    def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Flat query rows over key and value [batch, Hkv, L, D], the last `length` of whose positions are the query's own."""
         spec = self._layers[layer].attention
-        shape = (self._batch, self._length)
         repeat = spec.heads // spec.kv_heads
-        q = query.view(*shape, spec.heads, -1).transpose(1, 2)
-        k = key.view(*shape, spec.kv_heads, -1).transpose(1, 2).repeat_interleave(repeat, dim=1)
-        v = value.view(*shape, spec.kv_heads, -1).transpose(1, 2).repeat_interleave(repeat, dim=1)
+        q, k, v = self._apart(query), key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
         scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
+        seen = k.shape[2]
         # Where what lies behind the window is kept, training reads it in full.
-        window = self._length if spec.window is None or spec.far is not None else spec.window
+        window = seen if spec.window is None or spec.far is not None else spec.window
         if spec.softcap is not None:
-            out = _capped_attention(q, k, v, self._mask(window, q.device), scale, spec.softcap)
-        elif window < self._length:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask(window, q.device), scale=scale)
+            out = _capped_attention(q, k, v, self._mask(window, seen, q.device), scale, spec.softcap)
+        elif window < seen or seen > self._length:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask(window, seen, q.device), scale=scale)
         else:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         return out.transpose(1, 2).reshape(self._batch * self._length, spec.heads, -1)
 
-    def _mask(self, window: int, device: torch.device) -> Tensor:
-        """[length, length] bool: key j is visible to query i when i − window < j ≤ i."""
-        if (window, device) not in self._masks:
-            steps = torch.arange(self._length, device=device)
-            behind = steps[:, None] - steps[None, :]
-            self._masks[window, device] = (behind >= 0) & (behind < window)
-        return self._masks[window, device]
+    def _mask(self, window: int, seen: int, device: torch.device) -> Tensor:
+        """[length, seen] bool: key j is visible to the query at position i of `seen` when i − window < j ≤ i."""
+        if (window, seen, device) not in self._masks:
+            steps = torch.arange(seen, device=device)
+            behind = steps[seen - self._length :, None] - steps[None, :]
+            self._masks[window, seen, device] = (behind >= 0) & (behind < window)
+        return self._masks[window, seen, device]
+
+
+class SegmentAttend(DenseAttend):
+    """The same, segment after segment over what earlier segments left: keys and values in memory, outside the gradient.
+
+    In the manner of Transformer-XL (Dai et al. 2019), with all of the sequence in memory, or the last `memory_tokens` of it. Call
+    `advance` when a segment's backward pass is done.
+    """
+
+    def __init__(self, batch: int, length: int, layers: tuple[LayerSpec, ...], memory_tokens: int | None = None) -> None:
+        super().__init__(batch, length, layers)
+        self._memory_tokens = memory_tokens
+        self._memory: dict[int, tuple[Tensor, Tensor]] = {}
+        self._read: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Arguments and result as in DenseAttend, of one segment."""
+        keys, values = self._apart(key), self._apart(value)
+        if layer in self._memory:
+            keys, values = (torch.cat((old, new), dim=2) for old, new in zip(self._memory[layer], (keys, values), strict=True))
+        self._read[layer] = (keys.detach(), values.detach())
+        return self._attend(layer, query, keys, values)
+
+    def advance(self) -> None:
+        """The segment is done: what it read is the memory of the next."""
+        for layer, (keys, values) in self._read.items():
+            first = 0 if self._memory_tokens is None else max(0, keys.shape[2] - self._memory_tokens)
+            self._memory[layer] = (keys[:, :, first:], values[:, :, first:])
+        self._read = {}
 
 
 def _capped_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float, cap: float) -> Tensor:
-    """Attention whose scores pass cap · tanh(score / cap); all [batch, heads, length, D], `visible` [length, length] bool."""
+    """Attention whose scores pass cap · tanh(score / cap); [batch, heads, tokens, D] each, `visible` bool [queries, keys]."""
     scores = (query.float() @ key.float().transpose(-1, -2)) * scale
     scores = (cap * torch.tanh(scores / cap)).masked_fill(~visible, float("-inf"))
     return scores.softmax(-1).to(value.dtype) @ value

@@ -6,14 +6,14 @@ Invariant: a module computes with plain differentiable torch until `Decoder.use`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from service.kernels import elementwise, linear
+from service.kernels import elementwise, fake_quant, linear
 from service.kernels.dispatch import Kernel, resolve
 from service.kernels.linear import PackedLinear, PlainLinear
 from service.types.model_spec import DenseMlp
@@ -49,6 +49,8 @@ DIFFERENTIABLE = Kernels(
     head_gate=elementwise.head_gate,
     linear=linear.torch_linear,
 )
+# The same with every matrix product as int8 would compute it: quantisation-aware training.
+FAKE_INT8 = replace(DIFFERENTIABLE, linear=fake_quant.fake_quantised_linear)
 
 
 class Computed(nn.Module):

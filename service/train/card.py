@@ -52,7 +52,7 @@ def write_card(run: PreparedRun, row: Mapping[str, Any], samples: Sequence[Sampl
         "",
         "## How it was made",
         "",
-        f"    deepseek-train --recipe {run.recipe.name}",
+        f"    deepseek-train --recipe {run.recipe.name}" + (" --teacher DIR" if run.teacher is not None else ""),
         "",
         *_training_rows(row),
         "",
@@ -93,7 +93,22 @@ def _training_rows(row: Mapping[str, Any]) -> list[str]:
         f"| measured on | the first {row['held_out_tokens']:,} held-out tokens, weights as stored |",
         f"| held out, {full['length']} tokens at a time | {full['nats_per_token']:.4f} nats/token, {full['bits_per_byte']:.4f} bits/byte |",
         f"| weights | {row['weights']}: {row['choice']} |",
+        *_extra_rows(row),
     ]
+
+
+def _extra_rows(row: Mapping[str, Any]) -> list[str]:
+    """Rows of what only some runs have."""
+    lines = []
+    if "teacher" in row:
+        lines.append(f"| learned from | {row['teacher']['artifact']}, {row['teacher']['parameters']:,} parameters |")
+    if "int8" in row:
+        part = row["int8"]
+        lines.append(
+            f"| int8 | the losses here are with int8 weights and activations; the same weights without: "
+            f"{part['unquantised_nats_per_token']:.4f} nats/token ({part['loss_ratio']:.4f} times that) |"
+        )
+    return lines
 
 
 def _sample_lines(sample: Sample) -> list[str]:

@@ -65,3 +65,22 @@ class Display:
         left_s = report.elapsed_s * (1.0 - report.progress) / report.progress if report.progress else 0.0
         minutes, seconds = divmod(round(left_s), 60)
         return f"step {report.step}  {report.tokens:,} tokens  loss {self._loss:.4f}  {rate:,.0f} tokens/s  {minutes}:{seconds:02d} left"
+
+
+class Silent:
+    """Shows nothing: the other processes of a group."""
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def stepped(self, report: StepReport) -> None:
+        """Nothing."""
+
+    def evaluated(self, report: StepReport, held_out: HeldOut) -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""

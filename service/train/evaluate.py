@@ -11,11 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from service.models.attention import DenseAttend
 from service.models.decoder import Decoder
+from service.train.objective import sequence_loss
 
 PASS_TOKENS = 2048
 
@@ -32,14 +30,6 @@ class HeldOut:
     def bits_per_byte(self) -> float:
         """Nats of all tokens over ln 2, for each byte of text."""
         return self.nats_per_token * self.tokens / math.log(2) / self.text_bytes
-
-
-def sequence_loss(model: Decoder, inputs: Tensor, targets: Tensor, length: int) -> Tensor:
-    """Summed cross entropy in nats, float32, of flat sequences [sequences * length] of equal length; differentiable."""
-    sequences = len(inputs) // length
-    positions = torch.arange(length, device=inputs.device).repeat(sequences)
-    logits = model(inputs, positions, DenseAttend(sequences, length, model.spec.layers))
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 @torch.no_grad()

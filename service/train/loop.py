@@ -1,6 +1,6 @@
 """The training loop: take a batch, compute its gradient in passes, step, average, and remember everything needed to go on after a kill.
 
-It knows a model, a stream of tokens and a recipe; not the corpus, the tokenizer, terminals or how a checkpoint is published. Invariants:
+It knows a model, a stream of tokens, an objective and a recipe; not the corpus, the tokenizer, terminals or publishing. Invariants:
 master weights and optimiser state are float32; the state file is replaced whole or not at all; a run resumed from it continues as if never
 stopped (exactly so under a budget of steps; under a budget of minutes the time already spent counts).
 """
@@ -22,8 +22,10 @@ from torch import Tensor
 
 from service.models.build import init_weights
 from service.models.decoder import Decoder
-from service.train.evaluate import sequence_loss
+from service.models.layers import DIFFERENTIABLE, FAKE_INT8
+from service.train.objective import Batch, NextToken, Objective, sequence_loss
 from service.train.optimizer import build_optimizers, set_rates
+from service.train.parallel import Group
 from service.train.recipe import Recipe
 from service.train.stream import TokenStream
 from service.types.errors import CheckpointError
@@ -56,18 +58,24 @@ class RunState:
 
 
 class Trainer:
-    """One run of a recipe on one device. `identity` (recipe, corpus, tokenizer) must match for a state file to be resumed."""
+    """One run of a recipe on one device, alone or as one of a group.
+
+    `identity` (recipe, corpus, tokenizer, teacher) must match for a state file to be resumed. `objective` (the loss of the next token) and
+    `group` (one process) may be set before the first step.
+    """
 
     def __init__(
         self, recipe: Recipe, model: Decoder, stream: TokenStream, identity: str, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.recipe, self.model, self.stream = recipe, model, stream
+        self.group = Group()
         self.state = RunState()
         self.device = next(model.parameters()).device
         self.dtype = compute_dtype(recipe.dtype, model, self.device)
         self._identity = identity
         self._clock = clock
-        self._loss = torch.compile(sequence_loss, dynamic=False) if recipe.compile and has_compiler() else sequence_loss
+        loss = torch.compile(sequence_loss, dynamic=False) if recipe.compile and has_compiler() else sequence_loss
+        self.objective: Objective = NextToken(loss)
         init_weights(model, recipe.seed)
         model.rope.rows(torch.arange(model.spec.context_tokens, device=self.device))  # grown once, so that steps compile whole
         self._optimizers = build_optimizers(model, model.spec, recipe.optimizer)
@@ -81,12 +89,19 @@ class Trainer:
         plan = self.recipe.schedule
         return min(1.0, self.state.step / plan.steps if plan.steps else self.state.elapsed_s / (60.0 * plan.minutes))
 
+    def quantise(self, on: bool) -> None:
+        """Compute matrix products as int8 would from now on, or as floating point does."""
+        self.model.use(FAKE_INT8 if on else DIFFERENTIABLE)
+
     def step(self) -> StepReport:
-        """One optimiser step on `batch_tokens` tokens."""
+        """One optimiser step on `batch_tokens` tokens, the group's passes together."""
         started, progress, plan = self._clock(), self.progress, self.recipe.schedule
         factor, length = plan.rate(progress, self.state.step + 1), plan.length(progress)
         set_rates(self._optimizers, factor)
-        loss = self._accumulate(length)
+        if self.recipe.quantise is not None:
+            self.quantise(progress >= self.recipe.quantise.start)
+        loss = self.group.sum(self._accumulate(length))
+        self.group.sum_gradients(self.model.parameters())
         for optimizer in self._optimizers:
             self._scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip)
@@ -99,20 +114,25 @@ class Trainer:
         state.step += 1
         state.tokens += plan.batch_tokens
         state.losses.append((state.step, state.tokens, loss))
-        state.elapsed_s += self._clock() - started
+        state.elapsed_s = self.group.leaders(state.elapsed_s + self._clock() - started)
         return StepReport(state.step, state.tokens, loss, factor, state.elapsed_s, self.progress)
 
     def _accumulate(self, length: int) -> float:
-        """Gradients of the mean loss over the batch, pass by pass; the mean loss in nats."""
+        """Gradients of this process's passes of the batch, and their share of its mean loss in nats."""
         plan, total = self.recipe.schedule, 0.0
         taken = plan.pass_tokens(length)
-        for first in range(0, plan.batch_tokens, taken):
+        for first in range(self.group.rank * taken, plan.batch_tokens, self.group.size * taken):
             arrays = self.stream.batch(self.state.tokens + first, taken // length, length)
             inputs, targets = (torch.from_numpy(array).to(self.device) for array in arrays)
-            with self._autocast():
-                loss = self._loss(self.model, inputs, targets, length) / plan.batch_tokens
-            torch.autograd.backward(self._scaler.scale(loss))
-            total += float(loss.detach())
+            parts = self.objective.parts(self.model, Batch(inputs, targets, length))
+            while True:
+                with self._autocast():
+                    part = next(parts, None)
+                    if part is None:
+                        break
+                    loss = part / plan.batch_tokens
+                torch.autograd.backward(self._scaler.scale(loss))
+                total += float(loss.detach())
         return total
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -138,7 +158,9 @@ class Trainer:
         return self._average
 
     def save(self, path: Path) -> None:
-        """Replace the state file at `path` whole."""
+        """Replace the state file at `path` whole; only rank 0 of a group does."""
+        if not self.group.leads:
+            return
         state = self.state
         content = {
             "identity": self._identity,

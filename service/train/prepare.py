@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from service.inputs.bpe import BpeTokenizer
 from service.train.corpus import Corpus, read_corpus
 from service.train.recipe import Recipe
 from service.train.stream import TokenStream
+from service.train.teacher import Teacher
 from service.types.catalog import VersionLine, find_line
 from service.types.errors import SettingsError
 from service.types.model_spec import ModelSpec
@@ -22,7 +23,7 @@ from service.types.model_spec import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class PreparedRun:
-    """Everything fixed before the first step. `identity` names recipe (without its budget), corpus and tokenizer: 64 hex digits."""
+    """Everything fixed before the first step. `identity`, 64 hex digits, names recipe (less its budget), corpus, tokenizer and teacher."""
 
     recipe: Recipe
     line: VersionLine
@@ -32,20 +33,24 @@ class PreparedRun:
     train: TokenStream
     held_out: TokenStream
     identity: str
+    teacher: Teacher | None = None
 
 
-def prepare(recipe: Recipe, root: Path | None = None) -> PreparedRun:
+def prepare(recipe: Recipe, root: Path | None = None, teacher: Teacher | None = None) -> PreparedRun:
     """Read the corpus (below `root`, by default the running interpreter's library), learn the tokenizer, encode everything.
 
-    Raises SettingsError when the recipe names an unknown line or shape.
+    With a `teacher` the tokenizer is the teacher's. Raises SettingsError when the recipe names an unknown line or shape, or does not fit
+    the teacher.
     """
+    _check_teacher(recipe, teacher)
     line = find_line(recipe.line)
     shapes = dict(line.shapes) if line else {}
     if line is None or recipe.shape not in shapes:
         raise SettingsError(f"recipe.line {recipe.line!r} with recipe.shape {recipe.shape!r} is not in the catalog.")
     shape = replace(shapes[recipe.shape], vocab_size=recipe.vocab_size)
     corpus = read_corpus(recipe.corpus.held_out_permille, recipe.corpus.chat_share, root)
-    tokenizer = BpeTokenizer.train([*corpus.train, *(f"{chat.question}\n{chat.answer}" for chat in corpus.chats)], recipe.vocab_size)
+    texts = [*corpus.train, *(f"{chat.question}\n{chat.answer}" for chat in corpus.chats)]
+    tokenizer = BpeTokenizer.train(texts, recipe.vocab_size) if teacher is None else teacher.tokenizer
     documents = tokenizer.encode(list(corpus.train)) + [tokenizer.encode_chat(chat.question, chat.answer) for chat in corpus.chats]
     return PreparedRun(
         recipe=recipe,
@@ -55,16 +60,32 @@ def prepare(recipe: Recipe, root: Path | None = None) -> PreparedRun:
         tokenizer=tokenizer,
         train=TokenStream(documents, tokenizer.end_id, recipe.seed),
         held_out=TokenStream(tokenizer.encode(list(corpus.held_out)), tokenizer.end_id, recipe.seed),
-        identity=_identity(recipe, corpus, tokenizer),
+        identity=_identity(recipe, corpus, tokenizer, teacher),
+        teacher=teacher,
     )
 
 
-def _identity(recipe: Recipe, corpus: Corpus, tokenizer: BpeTokenizer) -> str:
-    learned = asdict(recipe)
+def _check_teacher(recipe: Recipe, teacher: Teacher | None) -> None:
+    if recipe.distil is None and teacher is not None:
+        raise SettingsError(f"The recipe {recipe.name} learns from no teacher: leave --teacher out.")
+    if recipe.distil is not None and teacher is None:
+        raise SettingsError(f"The recipe {recipe.name} learns from a teacher: name its directory or line with --teacher.")
+    if recipe.distil is None or teacher is None:
+        return
+    spec, longest = teacher.manifest.spec, max(phase.tokens for phase in recipe.schedule.lengths)
+    if spec.vocab_size != recipe.vocab_size:
+        raise SettingsError(f"The teacher has {spec.vocab_size} tokens and recipe.vocab_size is {recipe.vocab_size}: they must be equal.")
+    if spec.context_tokens < longest:
+        raise SettingsError(f"The teacher reads {spec.context_tokens} tokens and recipe.schedule has sequences of {longest}.")
+
+
+def _identity(recipe: Recipe, corpus: Corpus, tokenizer: BpeTokenizer, teacher: Teacher | None) -> str:
+    learned = recipe.content
     for name in ("name", "checkpoint_minutes", "evaluate", "samples", "publish"):
         del learned[name]
     for name in ("steps", "minutes"):
         del learned["schedule"][name]
     files = tokenizer.files(0)["tokenizer.json"]
-    parts = (json.dumps(learned, sort_keys=True), corpus.digest, hashlib.sha256(files).hexdigest())
+    parts = [json.dumps(learned, sort_keys=True), corpus.digest, hashlib.sha256(files).hexdigest()]
+    parts += [] if teacher is None else [teacher.manifest.digest]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

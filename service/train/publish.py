@@ -79,10 +79,24 @@ def _row(trainer: Trainer, run: PreparedRun, outcome: Outcome) -> dict[str, Any]
             "nats_per_token": round(full.nats_per_token, 5),
             "bits_per_byte": round(full.bits_per_byte, 5),
         },
+        **_extras(trainer, run, outcome),
         "probe": asdict(outcome.probe),
         "curve": _curve(state.losses),
         "evaluations": [[step, tokens, round(loss, 4)] for step, tokens, loss in state.evaluations],
     }
+
+
+def _extras(trainer: Trainer, run: PreparedRun, outcome: Outcome) -> dict[str, Any]:
+    """What only some runs have: the group's size, the teacher, the same weights without quantisation."""
+    found: dict[str, Any] = {}
+    if trainer.group.size > 1:
+        found["processes"] = trainer.group.size
+    if run.teacher is not None:
+        found["teacher"] = {"artifact": run.teacher.artifact, "parameters": run.teacher.manifest.spec.parameters}
+    if outcome.unquantised is not None:
+        plain = outcome.unquantised.nats_per_token
+        found["int8"] = {"unquantised_nats_per_token": round(plain, 5), "loss_ratio": round(outcome.held_out.nats_per_token / plain, 5)}
+    return found
 
 
 def _curve(losses: list[tuple[int, int, float]], points: int = 40) -> list[list[float]]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
@@ -32,6 +34,33 @@ class LengthPhase:
 
     until: float
     tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentPart:
+    """Segment-recurrent training: sequences are read in segments of `tokens`, over the detached keys and values of earlier segments.
+
+    `memory_tokens` bounds what is kept of them; 0 keeps the whole sequence.
+    """
+
+    tokens: int
+    memory_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DistilPart:
+    """Learning from a teacher: the shares of the loss that are KL divergence at `temperature` and squared error of the logits."""
+
+    kl: float
+    mse: float
+    temperature: float
+
+
+@dataclass(frozen=True, slots=True)
+class QuantisePart:
+    """Quantisation-aware training: from `start` of the budget on, matrix products compute as int8 would."""
+
+    start: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +156,8 @@ class Recipe:
     """One committed recipe. `line` and `shape` name the network in the catalog, `dtype` the compute type (auto: the line's policy).
 
     `compile`: fuse the step with torch.compile where the machine has a C++ compiler; results agree within rounding.
+    `gradient_checkpointing`: layers are computed again in the backward pass instead of kept. `segments`, `distil` and `quantise` are
+    for runs that want them.
     """
 
     name: str
@@ -144,11 +175,21 @@ class Recipe:
     evaluate: EvaluatePart
     samples: SamplePart
     publish: PublishPart
+    gradient_checkpointing: bool = False
+    segments: SegmentPart | None = None
+    distil: DistilPart | None = None
+    quantise: QuantisePart | None = None
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What the recipe says, as plain values; what has its default is left out."""
+        defaults = {field.name: field.default for field in fields(self) if field.default is not MISSING}
+        return {name: value for name, value in asdict(self).items() if name not in defaults or value != defaults[name]}
 
     @property
     def digest(self) -> str:
         """SHA-256 of the recipe's content, 64 hex digits; a run can be resumed only under the same one."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.content, sort_keys=True).encode()).hexdigest()
 
 
 def recipe_names() -> list[str]:
@@ -184,6 +225,8 @@ def parse_recipe(text: str) -> Recipe:
 
 
 def _build(kind: Any, content: object, where: str) -> Any:
+    if get_origin(kind) is UnionType:
+        return None if content is None else _build(get_args(kind)[0], content, where)
     if is_dataclass(kind):
         return _build_part(kind, content, where)
     if get_origin(kind) is tuple:
@@ -217,9 +260,27 @@ def _divides(plan: SchedulePart) -> bool:
     return all(each % tokens == 0 and plan.batch_tokens % each == 0 for tokens, each in passes)
 
 
+def _check_extras(recipe: Recipe) -> Iterator[tuple[bool, str]]:
+    """(is wrong, sentence) for the parts that only some recipes have."""
+    segments, distil, quantise = recipe.segments, recipe.distil, recipe.quantise
+    if segments is not None:
+        lengths = [phase.tokens for phase in recipe.schedule.lengths]
+        divides = segments.tokens > 0 and all(length % segments.tokens == 0 or length < segments.tokens for length in lengths)
+        yield not divides, "recipe.segments.tokens must divide every length that is longer"
+        yield segments.memory_tokens < 0, "recipe.segments.memory_tokens must not be negative"
+        yield distil is not None, "a recipe has segments or distil, not both"
+    if distil is not None:
+        shares = min(distil.kl, distil.mse) >= 0 and 0 < distil.kl + distil.mse <= 1
+        yield not shares, "recipe.distil.kl and mse must not be negative, and their sum must be above 0 and at most 1"
+        yield distil.temperature <= 0, "recipe.distil.temperature must be above 0"
+    if quantise is not None:
+        yield not 0 <= quantise.start < 1, "recipe.quantise.start must be in [0, 1)"
+
+
 def _check(recipe: Recipe) -> None:
     plan = recipe.schedule
     for wrong, sentence in (
+        *_check_extras(recipe),
         (recipe.optimizer.kind not in {"muon", "adamw"}, "recipe.optimizer.kind must be muon or adamw"),
         (recipe.dtype not in {"auto", "float32", "bfloat16", "float16"}, "recipe.dtype must be auto, float32, bfloat16 or float16"),
         (recipe.publish.dtype not in {"float32", "bfloat16", "float16"}, "recipe.publish.dtype must be float32, bfloat16 or float16"),

@@ -46,7 +46,8 @@ class Outcome:
     """The weights to publish: of the last step or their average, whichever lost less on the first `evaluate.tokens` held-out tokens.
 
     `last` and `average` are those losses. `held_out` (stretches of EVALUATION_LENGTH tokens), `full_context` (stretches of the whole
-    context) and `probe` were measured on the chosen weights rounded to the type they are stored in.
+    context) and `probe` were measured on the chosen weights rounded to the type they are stored in. After quantisation-aware training
+    everything is measured as int8 computes, and `unquantised` is `held_out` of the same weights in floating point.
     """
 
     weights: dict[str, Tensor]
@@ -56,6 +57,7 @@ class Outcome:
     held_out: HeldOut
     full_context: HeldOut
     probe: Probe
+    unquantised: HeldOut | None = None
 
 
 def train(trainer: Trainer, run: PreparedRun, state_file: Path, watcher: Watcher, stopping: Callable[[], bool] = lambda: False) -> bool:
@@ -65,10 +67,10 @@ def train(trainer: Trainer, run: PreparedRun, state_file: Path, watcher: Watcher
     """
     saved_s = trainer.state.elapsed_s
     token_bytes = run.tokenizer.token_bytes
-    while trainer.progress < 1.0 and not stopping():
+    while trainer.progress < 1.0 and not trainer.group.any(stopping()):
         report = trainer.step()
         watcher.stepped(report)
-        if len(trainer.state.evaluations) < int(report.progress * run.recipe.evaluate.times):
+        if trainer.group.leads and len(trainer.state.evaluations) < int(report.progress * run.recipe.evaluate.times):
             held_out = held_out_loss(trainer.model, run.held_out.tokens, token_bytes, EVALUATION_LENGTH, run.recipe.evaluate.tokens)
             trainer.state.evaluations.append((report.step, report.tokens, held_out.nats_per_token))
             watcher.evaluated(report, held_out)
@@ -81,6 +83,8 @@ def train(trainer: Trainer, run: PreparedRun, state_file: Path, watcher: Watcher
 
 def conclude(trainer: Trainer, run: PreparedRun) -> Outcome:
     """Choose the weights and measure them on the `final_tokens` of the recipe. Leaves them, rounded, in the model."""
+    if run.recipe.quantise is not None:
+        trainer.quantise(True)
     token_bytes, tokens, model = run.tokenizer.token_bytes, run.held_out.tokens, trainer.model
     chosen, weights = "last", {name: weight.detach().clone() for name, weight in model.state_dict().items()}
     last = held_out_loss(model, tokens, token_bytes, EVALUATION_LENGTH, run.recipe.evaluate.tokens)
@@ -96,7 +100,12 @@ def conclude(trainer: Trainer, run: PreparedRun) -> Outcome:
     final = run.recipe.evaluate.final_tokens
     held_out = held_out_loss(model, tokens, token_bytes, EVALUATION_LENGTH, final)
     full = held_out_loss(model, tokens, token_bytes, run.spec.context_tokens, final)
-    return Outcome(weights, chosen, last, average, held_out, full, _probe(trainer, run))
+    probe, unquantised = _probe(trainer, run), None
+    if run.recipe.quantise is not None:
+        trainer.quantise(False)
+        unquantised = held_out_loss(model, tokens, token_bytes, EVALUATION_LENGTH, final)
+        trainer.quantise(True)
+    return Outcome(weights, chosen, last, average, held_out, full, probe, unquantised)
 
 
 def _probe(trainer: Trainer, run: PreparedRun) -> Probe:

@@ -100,3 +100,14 @@ class ModelSource:
 
     name: str
     directory: str
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchSettings:
+    """One process of a parallel training run: its number among all and on its host, how many there are, and where rank 0 listens."""
+
+    rank: int
+    size: int
+    local_rank: int
+    address: str
+    port: int

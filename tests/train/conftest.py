@@ -89,7 +89,7 @@ def recipe_with(content: dict[str, Any]) -> Callable[..., Recipe]:
     def make(**changes: Any) -> Recipe:
         changed = deepcopy(content)
         for name, value in changes.items():
-            changed[name] = changed[name] | value if isinstance(value, dict) else value
+            changed[name] = changed.get(name, {}) | value if isinstance(value, dict) else value
         return parse_recipe(yaml.safe_dump(changed))
 
     return make

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from service.models.build import build
 from service.train.loop import Trainer, compute_dtype
 from service.train.prepare import PreparedRun
 from service.train.recipe import Recipe
+from service.train.start import start
 from service.types.errors import CheckpointError
 
 
@@ -103,6 +105,25 @@ def test_what_a_recipe_says_is_done(prepared: PreparedRun, recipe_with: Callable
     changed = losses(trainer(prepared, recipe_with(**changes)), 6)
     assert all(math.isfinite(loss) for loss in changed)
     assert changed != losses(trainer(prepared, recipe_with()), 6)
+
+
+@pytest.mark.parametrize("changes", [{"segments": {"tokens": 16, "memory_tokens": 16}}, {"quantise": {"start": 0.0}}], ids=str)
+def test_parts_of_a_recipe_are_obeyed(prepared: PreparedRun, recipe_with: Callable[..., Recipe], changes: dict[str, Any]) -> None:
+    runs = [start(replace(prepared, recipe=recipe_with(**given)), "cpu", 1) for given in ({}, changes)]
+    plain, changed = (losses(run, 4) for run in runs)
+    assert all(math.isfinite(loss) for loss in changed) and changed != plain
+    assert changed == pytest.approx(plain, rel=0.05)
+
+
+def test_a_recipe_that_recomputes_layers_learns_the_same(prepared: PreparedRun, recipe_with: Callable[..., Recipe]) -> None:
+    runs = [start(replace(prepared, recipe=recipe_with(gradient_checkpointing=on)), "cpu", 1) for on in (False, True)]
+    saved: list[int] = []
+    for run in runs:
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor, sizes=sizes: sizes.append(tensor.nbytes) or tensor, lambda x: x):
+            losses(run, 1)
+        saved.append(sum(sizes))
+    assert losses(runs[0], 3) == pytest.approx(losses(runs[1], 3), rel=1e-4) and saved[1] < 0.7 * saved[0]
 
 
 def test_the_average_follows_its_recipe(prepared: PreparedRun, recipe_with: Callable[..., Recipe]) -> None:

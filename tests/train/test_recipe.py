@@ -86,6 +86,16 @@ def test_what_is_no_recipe(text: str) -> None:
         ({"schedule": {"decay_from": 1.0}}, "decay_from"),
         ({"schedule": {"warmup_steps": -1}}, "warmup_steps"),
         ({"average": {"decay": 1.0}}, "decay"),
+        ({"segments": {"tokens": 24}}, "segments.tokens"),
+        ({"segments": {"tokens": 0}}, "segments.tokens"),
+        ({"segments": {"tokens": 32, "memory_tokens": -1}}, "memory_tokens"),
+        ({"segments": {"tokens": 32}, "distil": {"kl": 0.5, "mse": 0.0, "temperature": 1.0}}, "not both"),
+        ({"distil": {"kl": 0.8, "mse": 0.3, "temperature": 1.0}}, "sum"),
+        ({"distil": {"kl": 0.0, "mse": 0.0, "temperature": 1.0}}, "sum"),
+        ({"distil": {"kl": 0.5, "mse": 0.0, "temperature": 0.0}}, "temperature"),
+        ({"distil": {"kl": 0.5, "mse": 0.0}}, "lacks: temperature"),
+        ({"quantise": {"start": 1.0}}, "start"),
+        ({"gradient_checkpointing": 1}, "gradient_checkpointing"),
     ],
 )
 def test_values_that_make_no_sense(recipe_with: Callable[..., Recipe], changes: dict[str, Any], word: str) -> None:
@@ -105,6 +115,14 @@ def test_lengths_follow_progress(recipe_with: Callable[..., Recipe]) -> None:
     plan = recipe_with().schedule
     assert [plan.length(progress) for progress in (0.0, 0.69, 0.7, 1.0)] == [32, 32, 64, 64]
     assert plan.pass_tokens(32) == 128 and plan.pass_tokens(512) == 512
+
+
+def test_parts_that_a_recipe_need_not_have(recipe_with: Callable[..., Recipe]) -> None:
+    plain = recipe_with()
+    assert plain.segments is None and plain.distil is None and plain.quantise is None and not plain.gradient_checkpointing
+    assert recipe_with(gradient_checkpointing=False).digest == plain.digest  # a recipe without a part keeps the digest it always had
+    assert recipe_with(segments={"tokens": 32}).segments.memory_tokens == 0
+    assert recipe_with(quantise={"start": 0.5}).digest != plain.digest
 
 
 def test_digest_follows_content(recipe_with: Callable[..., Recipe]) -> None:
