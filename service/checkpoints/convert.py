@@ -6,10 +6,12 @@ what is added changes nothing and what is left out held nothing; at most one chu
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from service import __version__
 from service.checkpoints.bin_files import write_bin
-from service.checkpoints.convert_plan import ConversionPlan, Stretch, neutral_of, plan_conversion
+from service.checkpoints.convert_plan import SHARED_PARTS, ConversionPlan, Stretch, neutral_of, plan_conversion
 from service.checkpoints.convert_source import BIN_SUFFIXES, CONVERSION, Source, open_source
 from service.checkpoints.manifest import read_manifest
 from service.checkpoints.own_format import own_config
@@ -71,8 +73,9 @@ def convert(input_model: Path, output_model: Path, wanted: Wanted, config: Path 
     if line is None:
         raise CheckpointError(f"{wanted.version[:40]!r} is not a version line: --target_version takes a number such as 2.3.")
     source = open_source(input_model, config)
-    plan = plan_conversion(source.spec, line, wanted.stretch)
     with source.reader() as reader:
+        equal = equal_layers(source, reader) if line.shares_weights and source.spec.sharing is None else 1
+        plan = plan_conversion(source.spec, line, wanted.stretch, equal)
         work = _Work(source, plan, reader, wanted, progress)
         work.compare_duplicates()
         work.losses += [*plan.losses, *work.lost_parameters()]
@@ -155,7 +158,7 @@ class _Work:
             neutral = neutral_of(name)
             if neutral is None:
                 lost[name.split(".", 1)[0]] += 1
-            elif not all(bool((chunk == neutral.value).all()) for chunk in self._stored(name)):
+            elif not all(bool((chunk == neutral.value).all()) for chunk in _stored(self._reader, self._pieces[name])):
                 lost[neutral.what.partition(",")[0]] += 1
         return [f"{what} that the model learned ({count} tensors)" for what, count in lost.items()]
 
@@ -209,17 +212,16 @@ class _Work:
         """What to store a parameter as: the type asked for, else its own; the pieces of one matrix that differ become float32."""
         if self._wanted.dtype:
             return self._wanted.dtype
-        stored = {self._reader.dtype(piece.source) for piece in self._pieces.get(name, self._match.pieces[:1])}
+        stored = {self._reader.dtype(piece.source) for piece in self._pieces_of(name) or self._match.pieces[:1]}
         return stored.pop() if len(stored) == 1 else "float32"
 
-    def _stored(self, name: str) -> Iterator[Tensor]:
-        for piece in self._pieces[name]:
-            for _, chunk in self._reader.chunks(piece.source):
-                yield chunk
+    def _pieces_of(self, name: str) -> list[Piece]:
+        """The stored pieces of a parameter of the target; none for what is filled in."""
+        return self._pieces[self._plan.copied[name]] if name in self._plan.copied else []
 
     def _chunks(self, entry: Entry) -> Iterator[Tensor]:
         neutral = self._plan.filled.get(entry.name)
-        for chunk in self._stored(entry.name) if neutral is None else _constant(entry, neutral.value):
+        for chunk in _stored(self._reader, self._pieces_of(entry.name)) if neutral is None else _constant(entry, neutral.value):
             yield chunk
             self._notice_rounding(entry, chunk)
             self._done_bytes += chunk.numel() * getattr(torch, entry.dtype).itemsize
@@ -234,6 +236,27 @@ class _Work:
         dtype = getattr(torch, entry.dtype)
         if dtype not in (chunk.dtype, torch.float32) and (differing := int((chunk.to(dtype).to(chunk.dtype) != chunk).sum())):
             self._rounded[entry.name] += differing
+
+
+def equal_layers(source: Source, reader: SafetensorsReader | BinReader) -> int:
+    """The longest run length such that within every run of layers all have the weights of its first, bit for bit."""
+    digests: list[dict[str, str]] = [{} for _ in source.spec.layers]
+    for target, pieces in groupby(source.match(reader).pieces, key=lambda piece: piece.target):
+        part, _, rest = target.partition(".")
+        index, _, leaf = rest.partition(".")
+        if part == "layers" and leaf.startswith(SHARED_PARTS):
+            digest = hashlib.sha256()
+            for chunk in _stored(reader, pieces):
+                digest.update(chunk.contiguous().view(torch.uint8).numpy().data)
+            digests[int(index)][leaf] = digest.hexdigest()
+    count = len(digests)
+    return next(run for run in range(count, 0, -1) if all(digests[index] == digests[index // run * run] for index in range(count)))
+
+
+def _stored(reader: SafetensorsReader | BinReader, pieces: Iterable[Piece]) -> Iterator[Tensor]:
+    for piece in pieces:
+        for _, chunk in reader.chunks(piece.source):
+            yield chunk
 
 
 def _constant(entry: Entry, value: float) -> Iterator[Tensor]:

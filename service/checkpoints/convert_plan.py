@@ -29,6 +29,8 @@ class Neutral(NamedTuple):
     what: str
 
 
+# What layers that share weights have in common; their norms are their own.
+SHARED_PARTS = ("attention.", "mlp.")
 NEUTRALS = (
     Neutral(re.compile(r"layers\.\d+\.attention\.gate\.weight"), 0.0, "head gates, open"),
     Neutral(re.compile(r"layers\.\d+\.attention\.gate\.bias"), OPEN_GATE, "head gates, open"),
@@ -45,37 +47,54 @@ class Stretch:
 
 @dataclass(frozen=True, slots=True)
 class ConversionPlan:
-    """From `source` to `target`. `losses` need the user's consent, `notes` do not; `filled` and `dropped` are parameters by name."""
+    """From `source` to `target`. `losses` need the user's consent, `notes` do not.
+
+    `copied` names the source's parameter for each of the target's; `filled` and `dropped` are parameters of the target and of the source.
+    """
 
     source: ModelSpec
     target: ModelSpec
-    copied: tuple[str, ...]
+    copied: Mapping[str, str]
     filled: Mapping[str, Neutral]
     dropped: tuple[str, ...]
     losses: tuple[str, ...]
     notes: tuple[str, ...]
 
 
-def plan_conversion(source: ModelSpec, line: VersionLine, stretch: Stretch = Stretch()) -> ConversionPlan:
-    """How a model becomes one of `line`. Raises CheckpointError when it cannot, whatever the user consents to."""
-    target = _stretched(source, line, stretch)
+def plan_conversion(source: ModelSpec, line: VersionLine, stretch: Stretch = Stretch(), equal_layers: int = 1) -> ConversionPlan:
+    """How a model becomes one of `line`. Raises CheckpointError when it cannot, whatever the user consents to.
+
+    `equal_layers` > 1: so many consecutive layers have equal weights, which a line that shares them stores once.
+    """
+    target = _stretched(source, line, stretch, equal_layers)
     losses, notes = _differences(source, target)
     if line.reads_images and target.vision is None:
         notes.append("the model reads text only: it has no patch encoder")
     before, after = parameter_shapes(source), parameter_shapes(target)
-    copied, filled = [], {}
+    copied: dict[str, str] = {}
+    filled: dict[str, Neutral] = {}
     for name, shape in after.items():
-        if name in before:
-            if before[name] != shape:
-                raise CheckpointError(f"{name} is {list(before[name])} and {line.label} has {list(shape)}: the two cannot be converted.")
-            copied.append(name)
-            continue
-        neutral = neutral_of(name)
-        if neutral is None:
+        origin, neutral = _owned(source, name), neutral_of(name)
+        if origin in before:
+            if before[origin] != shape:
+                raise CheckpointError(f"{name} is {list(before[origin])} and {line.label} has {list(shape)}: the two cannot be converted.")
+            copied[name] = origin
+        elif neutral is not None:
+            filled[name] = neutral
+        else:
             raise CheckpointError(f"{line.label} needs {name}, which this model lacks and nothing neutral can stand for.")
-        filled[name] = neutral
-    dropped = tuple(name for name in before if name not in after)
-    return ConversionPlan(source, target, tuple(copied), filled, dropped, tuple(losses), tuple(notes))
+    used = set(copied.values())
+    dropped = tuple(name for name in before if name not in used and _owned(target, name) not in copied)
+    return ConversionPlan(source, target, copied, filled, dropped, tuple(losses), tuple(notes))
+
+
+def _owned(spec: ModelSpec, name: str) -> str:
+    """The parameter that stands for `name` where layers share their weights."""
+    part, _, rest = name.partition(".")
+    index, _, leaf = rest.partition(".")
+    if part != "layers" or not leaf.startswith(SHARED_PARTS):
+        return name
+    return f"layers.{spec.owner(int(index))}.{leaf}"
 
 
 def neutral_of(name: str) -> Neutral | None:
@@ -83,9 +102,11 @@ def neutral_of(name: str) -> Neutral | None:
     return next((neutral for neutral in NEUTRALS if neutral.pattern.fullmatch(name)), None)
 
 
-def _stretched(source: ModelSpec, line: VersionLine, stretch: Stretch) -> ModelSpec:
+def _stretched(source: ModelSpec, line: VersionLine, stretch: Stretch, equal_layers: int) -> ModelSpec:
     """The spec of the line in the source's shape, its context as asked."""
     shape, context = shape_of(source), stretch.tokens or source.context_tokens
+    if source.sharing is None:
+        shape = replace(shape, shared_layers=equal_layers)
     if stretch.scaling is not None and context <= source.context_tokens:
         raise CheckpointError(f"a scaled rotation is for a context longer than the model's {source.context_tokens} tokens.")
     if context > source.context_tokens and source.rope.scaling is not RopeScaling.DEFAULT:
@@ -115,7 +136,10 @@ def _differences(source: ModelSpec, target: ModelSpec) -> tuple[list[str], list[
         notes.append(_longer(target.rope, old, new))
     if source.precision != target.precision:
         notes.append(f"served in {target.precision.compute}, as the line's policy says (was {source.precision.compute})")
-    understood = {"family", "line", "layers", "rope", "context_tokens", "precision"}
+    if source.sharing != target.sharing:
+        words = "equal layers are stored once" if source.sharing is None else "weights that layers shared are stored for each of them"
+        notes.append(f"{words}: {target.parameters:,} parameters instead of {source.parameters:,}")
+    understood = {"family", "line", "layers", "rope", "context_tokens", "precision", "sharing"}
     if source.vision is not None and target.vision is None:
         losses.append("images are no longer read")
         understood |= {"vision", "fusion", "image_id"}

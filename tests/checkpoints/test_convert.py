@@ -18,7 +18,7 @@ from service.checkpoints.store import save
 from service.models.attention import DenseAttend
 from service.models.build import build, init_weights
 from service.models.decoder import Decoder
-from service.types.catalog import LINES, V1_0, V2_3, Shape, VersionLine
+from service.types.catalog import LINES, V1_0, V2_3, V4_8, Shape, VersionLine
 from service.types.errors import CheckpointError
 from service.types.model_spec import RopeScaling
 from tests.tiny_models import build_tiny, write_tokenizer
@@ -157,6 +157,29 @@ def test_what_the_report_and_the_files_say(tmp_path: Path) -> None:
     convert(tmp_path / "out", tmp_path / "again", Wanted("1.0"))
     again = (tmp_path / "again" / "README.md").read_text()
     assert again.count("converted by") == 1 and "v1.0 from v2.3" in again
+
+
+class TestSharedWeights:
+    """Layers that share their weights, and lines that do not."""
+
+    shape = replace(SHAPE, layers=6, shared_layers=3)
+
+    def test_they_are_stored_for_each_layer_and_once_again(self, tmp_path: Path) -> None:
+        light = model_of(tmp_path / "light", V4_8, self.shape)
+        plain = converted(light, V2_3)
+        before, after = read_manifest(light).spec, read_manifest(plain).spec
+        assert after.sharing is None and after.parameters > 2 * before.parameters
+        assert torch.allclose(logits(light), logits(plain), rtol=0, atol=1e-5)
+        assert json.loads((plain / "conversion.json").read_text())["losses"] == []
+        back = converted(plain, V4_8)
+        assert (back / "model.safetensors").read_bytes() == (light / "model.safetensors").read_bytes()
+        assert (back / "config.yaml").read_bytes() == (light / "config.yaml").read_bytes()
+
+    def test_layers_that_differ_are_kept(self, tmp_path: Path) -> None:
+        plain = model_of(tmp_path / "plain", V2_3, replace(SHAPE, layers=4))
+        light = converted(plain, V4_8)
+        assert read_manifest(light).spec.sharing is None
+        assert (light / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
 
 
 class TestTypes:
