@@ -8,6 +8,8 @@ import contextlib
 import http.client
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import socket
@@ -25,6 +27,9 @@ IMAGE = os.environ.get("IMAGE", "localhost/deepseek-service:cpu")
 MOST_BYTES = 1_200_000_000
 KEY = "a-key-of-the-test"
 START_S = 60
+# Flags of `docker run` that docker/run.py always obeys or that act outside the container, with their number of values.
+IMPLIED = {"--detach": 0, "--name": 1, "--read-only": 0, "--tmpfs": 1, "--cap-drop": 1, "--security-opt": 1, "--stop-timeout": 1}
+IMPLIED |= {"--publish": 1, "--cpus": 1, "--memory": 1}
 
 
 def free_port():
@@ -213,16 +218,56 @@ class ItsEnd(unittest.TestCase):
         self.assertIn("set --api_key", output)
 
     def test_another_model_is_mounted(self):
-        with tempfile.TemporaryDirectory() as directory, run.mounted(IMAGE) as (_, root):
-            bundled = next(root.glob("opt/deepseek/lib/python3*/site-packages/service/bundled/nano-*"))
-            shutil.copytree(bundled, Path(directory) / "mine")
-            os.chmod(directory, 0o755)
+        with tempfile.TemporaryDirectory() as directory:
+            copy_bundled(Path(directory) / "mine")
             arguments = ["--model", "mine=/models/mine", "--context_tokens", "256"]
             container = Container(*arguments, env=[f"DEEPSEEK_API_KEY={KEY}"], volume=[f"{directory}:/models"])
             container.wait_for("/ready", 200)
             names = [entry["id"] for entry in container.ask("GET", "/v1/models")[1]["data"]]
             self.assertIn("mine", names)
             self.assertEqual(container.end()[0], 0)
+
+
+class TheDocs(unittest.TestCase):
+    """`docker run` as docs/deployment.md has it: its settings, mounts and arguments, on another port and with our own model directory."""
+
+    def test_every_docker_run(self):
+        page = (Path(__file__).parents[1] / "docs" / "deployment.md").read_text("utf-8")
+        commands = re.findall(r"^docker run (.*)$", page, re.MULTILINE)
+        self.assertGreaterEqual(len(commands), 2)
+        for command in commands:
+            with self.subTest(command), tempfile.TemporaryDirectory() as models:
+                self.try_command(shlex.split(command), Path(models))
+
+    def try_command(self, words, models):
+        env, volume = [], []
+        while words[0].startswith("--"):
+            flag = words.pop(0)
+            if flag == "--env":
+                pair = words.pop(0)
+                env.append(pair if "=" in pair else f"{pair}={KEY}")
+            elif flag == "--volume":
+                _, target, mode = words.pop(0).split(":")
+                self.assertEqual(mode, "ro")
+                volume.append(f"{models}:{target}")
+            else:
+                for _ in range(IMPLIED[flag]):
+                    words.pop(0)
+        self.assertEqual(words.pop(0), "deepseek-service:cpu")
+        for word in words:
+            if "=/models/" in word:
+                copy_bundled(models / Path(word.partition("=")[2]).name)
+        container = Container(*words, env=env, volume=volume)
+        container.wait_for("/ready", 200)
+        self.assertEqual(container.ask("POST", "/v1/completions", {"prompt": "def f", "max_tokens": 2})[0], 200)
+        self.assertEqual(container.end()[0], 0)
+
+
+def copy_bundled(directory):
+    """The image's bundled model as a checkpoint of one's own, readable by everyone."""
+    with run.mounted(IMAGE) as (_, root):
+        shutil.copytree(next(root.glob("opt/deepseek/lib/python3*/site-packages/service/bundled/nano-*")), directory)
+    directory.parent.chmod(0o755)
 
 
 def run_first(container):

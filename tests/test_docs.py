@@ -34,7 +34,9 @@ from tests.pages import PAGES, ROOT, blocks, code_spans, table_after
 
 ROOMS = {path.name for path in (ROOT / "service").iterdir()}
 # Of other programs, and what stands for any flag.
-FOREIGN_FLAGS = {"--name", "--no_name", "--help", "--about", "--constraint"}
+FOREIGN_FLAGS = {"--name", "--no_name", "--help", "--about", "--constraint", "--cpus", "--gpus"}
+# Commands of other programs: tests/deploy/test_deployment_page.py looks at their flags.
+FOREIGN_COMMAND = re.compile(r"^(docker|kubectl|install|ln|systemctl|sbatch) .*$", re.MULTILINE)
 PARSERS = {
     "deepseek-serve": serve_parser,
     "deepseek-benchmark": benchmark_parser,
@@ -79,7 +81,14 @@ def missing_paths(text: str) -> list[str]:
     """Inline code that looks like a path of this repository, or of a room of it, and is none."""
     missing = []
     for span in code_spans(text):
-        if re.fullmatch(r"[\w.-]+(/[\w.*-]+)+/?|\w+/", span) and span.split("/")[0] in ROOMS | {"service", "docs", "tests", "loadtests"}:
+        if re.fullmatch(r"[\w.-]+(/[\w.*-]+)+/?|\w+/", span) and span.split("/")[0] in ROOMS | {
+            "service",
+            "docs",
+            "tests",
+            "loadtests",
+            "docker",
+            "deploy",
+        }:
             places = [ROOT / span, ROOT / "service" / span, ROOT / "service" / f"{span}.py"]
             if not any(place.exists() or list(place.parent.glob(place.name)) for place in places):
                 missing.append(span)
@@ -110,8 +119,8 @@ def known_flags() -> set[str]:
 
 
 def without_foreign(text: str) -> str:
-    """A page without the first column of its tables of other programs' names."""
-    head, *parts = text.split("<!-- foreign -->\n")
+    """A page without other programs' commands and without the first column of its tables of their names."""
+    head, *parts = FOREIGN_COMMAND.sub("", text).split("<!-- foreign -->\n")
     tables = (part.partition("\n\n") for part in parts)
     return head + "".join(re.sub(r"^\|[^|]*\|", "|", table, flags=re.MULTILINE) + rest for table, _, rest in tables)
 
@@ -125,7 +134,7 @@ def test_flags_exist(page: str) -> None:
 def test_commands_take_the_flags_that_examples_give_them() -> None:
     seen = 0
     for block in blocks():
-        for line in block.text.replace("\\\n", " ").splitlines():
+        for line in FOREIGN_COMMAND.sub("", block.text.replace("\\\n", " ")).splitlines():
             for command in PARSERS.keys() & set(re.split(r"[\s/]", line)):
                 wrong = set(re.findall(r"(?<![\w-])--[a-z]\w*", line)) - set(PARSERS[command]().known_flags())
                 assert not wrong, (block.place, wrong)
