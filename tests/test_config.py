@@ -64,6 +64,10 @@ def _other_value(name: str) -> tuple[str, object]:
         return "bfloat16", "bfloat16"
     if name == "tier":
         return "edge", "edge"
+    if name == "quantize":
+        return "int4", "int4"
+    if name == "quantize_cache":
+        return "none", "none"
     if field.annotation is bool:
         return ("false", False) if field.default else ("true", True)
     if name == "run_ahead":

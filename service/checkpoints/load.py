@@ -1,4 +1,4 @@
-"""From a Manifest to a Decoder with its weights, streamed chunk by chunk and fused on the way.
+"""From a Manifest to a Decoder with its weights, streamed chunk by chunk, fused and quantised on the way.
 
 It does not know plans or caches. Invariant: never more than the model, one fused matrix and one chunk is held, and every parameter is
 filled by finite values or the load fails with the tensor's name.
@@ -6,50 +6,132 @@ filled by finite values or the load fails with the tensor's name.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
 from service.checkpoints.manifest import Manifest
-from service.checkpoints.pieces import Piece, match_hugging_face, match_own
+from service.checkpoints.pieces import Match, Piece, match_hugging_face, match_own, parameter_shapes
+from service.checkpoints.quantisation import kind_of
+from service.checkpoints.quantised_cache import CacheWriter, Damaged, QuantisedCache, Stored, layout_of, read_parameters
 from service.checkpoints.stored_tensors import find_weight_files
 from service.checkpoints.weight_readers import BinReader, SafetensorsReader, WeightReader
+from service.kernels.quantised import QuantisedWeight, quantise_weight
 from service.models.build import build
 from service.models.decoder import Decoder
-from service.models.layers import Kernels, Linear
+from service.models.layers import Embedding, Kernels, Linear
 from service.types.errors import CheckpointError
 
 Progress = Callable[[int, int], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Quantisation:
+    """What becomes of the weights: `kind` none, int8 or int4, and where the quantised ones are kept for the next start, if anywhere."""
+
+    kind: str = "none"
+    cache: QuantisedCache | None = None
+
+
 def load(
-    manifest: Manifest, device: torch.device | str, dtype: torch.dtype, progress: Progress | None = None, *, serving: bool = True
+    manifest: Manifest,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    progress: Progress | None = None,
+    *,
+    serving: bool = True,
+    quantisation: Quantisation = Quantisation(),
 ) -> Decoder:
     """The decoder of a manifest in evaluation mode on `device`, weights in `dtype` and not requiring gradients.
 
-    For `serving` every linear is packed as soon as it is filled and the device's kernels are chosen; otherwise the weights stay plain,
-    under their names and differentiable. `progress(done, total)` is called with bytes of the finished model. Raises CheckpointError.
+    For `serving` every linear is packed as soon as it is filled, quantised before where `quantisation` says so, and the device's kernels
+    are chosen; otherwise the weights stay plain, under their names and differentiable. `progress(done, total)` is called with bytes of the
+    finished model. Raises CheckpointError.
     """
-    decoder = build(manifest.spec, "meta", dtype)
-    weights = find_weight_files(manifest.directory)
-    with SafetensorsReader(weights) if weights.safetensors else BinReader(weights) as reader:
-        match = (match_own if manifest.is_own_format else match_hugging_face)(manifest.spec, reader.shapes)
-        filling = _Filling(decoder, reader, torch.device(device), dtype, progress)
-        for target, pieces in groupby(match.pieces, key=lambda piece: piece.target):
-            module = filling.fill(target, pieces)
-            if serving and isinstance(module, Linear):
-                module.pack()
-        for copy, original in match.duplicates:
-            filling.compare(copy, original)
+    place = torch.device(device)
+    decoder = None
+    if serving and quantisation.kind != "none" and quantisation.cache is not None:
+        decoder = _load_cached(manifest, place, dtype, quantisation)
+    if decoder is None:
+        decoder = _load_checkpoint(manifest, place, dtype, progress, quantisation if serving else None)
     if serving:
         decoder.use(Kernels.resolve(device, dtype))
     return decoder.eval().requires_grad_(False)
 
 
+def _load_checkpoint(
+    manifest: Manifest, device: torch.device, dtype: torch.dtype, progress: Progress | None, quantisation: Quantisation | None
+) -> Decoder:
+    """Weights from the checkpoint's own files; `quantisation` None leaves them plain. Fills the cache on the way."""
+    decoder = build(manifest.spec, "meta", dtype)
+    weights = find_weight_files(manifest.directory)
+    writing = _cache_writer(manifest, dtype, quantisation) if quantisation is not None else None
+    with SafetensorsReader(weights) if weights.safetensors else BinReader(weights) as reader, writing or nullcontext() as writer:
+        match: Match = (match_own if manifest.is_own_format else match_hugging_face)(manifest.spec, reader.shapes)
+        filling = _Filling(decoder, reader, device, dtype, progress)
+        for target, pieces in groupby(match.pieces, key=lambda piece: piece.target):
+            value = filling.read(target, pieces)
+            for copy, original in match.duplicates if target == "embed.weight" else ():
+                filling.compare(copy, original, value)
+            kind = None if quantisation is None else kind_of(target, tuple(value.shape), quantisation.kind)
+            stored: Stored = value if kind is None else quantise_weight(value.cpu(), kind)
+            if writer is not None:
+                writer.add(stored)
+            _settle(decoder, target, stored, device, dtype, pack=quantisation is not None)
+        if writer is not None:
+            writer.publish()
+            if writer.failure is not None:
+                print(f"the quantised weights are not kept: {writer.failure.strerror}", file=sys.stderr, flush=True)
+    return decoder
+
+
+def _cache_writer(manifest: Manifest, dtype: torch.dtype, quantisation: Quantisation) -> CacheWriter | None:
+    if quantisation.kind == "none" or quantisation.cache is None:
+        return None
+    layout = layout_of(manifest, quantisation.kind, dtype)
+    return quantisation.cache.write(quantisation.cache.path(manifest, quantisation.kind, dtype), layout)
+
+
+def _load_cached(manifest: Manifest, device: torch.device, dtype: torch.dtype, quantisation: Quantisation) -> Decoder | None:
+    """The decoder with quantised weights of an earlier start, or None where there are none; damaged ones are removed and said."""
+    if quantisation.cache is None:
+        return None
+    path = quantisation.cache.path(manifest, quantisation.kind, dtype)
+    layout = layout_of(manifest, quantisation.kind, dtype)
+    decoder = build(manifest.spec, "meta", dtype)
+    try:
+        for target, stored in read_parameters(path, parameter_shapes(manifest.spec), layout, quantisation.kind):
+            _settle(decoder, target, stored, device, dtype, pack=True)
+    except Damaged as damage:
+        print(f"quantised weights are made again: {damage}", file=sys.stderr, flush=True)
+        path.unlink(missing_ok=True)
+        return None
+    except OSError:
+        return None
+    return decoder
+
+
+def _settle(decoder: Decoder, target: str, stored: Stored, device: torch.device, dtype: torch.dtype, *, pack: bool) -> None:
+    """Put a parameter into its module and, to serve, into the form in which it serves."""
+    name, _, leaf = target.rpartition(".")
+    module = decoder.get_submodule(name)
+    if isinstance(stored, QuantisedWeight):
+        if not isinstance(module, Linear | Embedding):
+            raise TypeError(f"{target} cannot be quantised")
+        module.take(stored, device, dtype)
+        return
+    setattr(module, leaf, nn.Parameter(stored.to(device), requires_grad=False))
+    if pack and isinstance(module, Linear) and leaf == "weight":
+        module.pack()
+
+
 class _Filling:
-    """One load under way: counts the bytes done and puts each parameter into its module when its last row is there."""
+    """One load under way: counts the bytes done, and reads each parameter whole."""
 
     def __init__(self, decoder: Decoder, reader: WeightReader, device: torch.device, dtype: torch.dtype, progress: Progress | None) -> None:
         self._decoder = decoder
@@ -60,19 +142,18 @@ class _Filling:
         self._done = 0
         self._total = decoder.spec.parameters * dtype.itemsize
 
-    def fill(self, target: str, pieces: Iterable[Piece]) -> nn.Module:
-        """Read all pieces of one parameter, put it into its module and return that module."""
+    def read(self, target: str, pieces: Iterable[Piece]) -> Tensor:
+        """Read all pieces of one parameter."""
         module_name, _, leaf = target.rpartition(".")
         module = self._decoder.get_submodule(module_name)
         value = torch.empty(getattr(module, leaf).shape, device=self._device, dtype=self._dtype)
         for piece in pieces:
             self._copy(piece.source, value[piece.first_row : piece.first_row + piece.shape[0]].view(-1))
-        setattr(module, leaf, nn.Parameter(value, requires_grad=False))
-        return module
+        return value
 
-    def compare(self, copy: str, original: str) -> None:
-        """Check that a stored copy of the embedding equals the embedding loaded."""
-        flat = self._decoder.embed.weight.view(-1)
+    def compare(self, copy: str, original: str, value: Tensor) -> None:
+        """Check that a stored copy of the embedding equals the embedding read."""
+        flat = value.view(-1)
         for start, chunk in self._reader.chunks(copy):
             if not torch.equal(flat[start : start + chunk.numel()], chunk.to(flat)):
                 raise CheckpointError(f"{copy} differs from {original}, and the configuration ties them: one of the two is wrong.")

@@ -76,6 +76,9 @@ def load_request(settings: ServeSettings, manifest: Manifest, kv_bytes: int) -> 
         max_rows=scheduler.batch_size,
         max_step_tokens=scheduler.step_tokens,
         context_tokens=engine.context_tokens,
+        quantize=engine.quantize,
+        quantize_cache=engine.quantize_cache,
+        quantize_cache_bytes=engine.quantize_cache_bytes,
         machine_limits=(engine.machine_bytes_per_s, engine.machine_flops_per_s),
     )
 

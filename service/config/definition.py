@@ -57,6 +57,7 @@ Milliseconds = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1e9, a
 Rate = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1e18, allow_inf_nan=False), Unit("R", "a number a second, such as 27e9,")]
 Size = Annotated[int, BeforeValidator(to_bytes), Field(ge=0, le=1 << 50)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantize = Literal["auto", "none", "int8", "int4"]
 Tier = Literal["auto", "gpu", "edge", "cpu"]
 Compat = Literal["none", "vllm"]
 Texts = Annotated[list[str], NoDecode, BeforeValidator(_to_list)]
@@ -150,6 +151,15 @@ class EngineSection(BaseModel):
     bf16: bool = Field(False, description="short for --dtype bfloat16")
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(_ENGINE.device, description="auto, cpu, cuda or cuda:N")
     tier: Tier = Field(cast(Tier, _ENGINE.tier), description="hardware tier that metrics and the model list name")
+    quantize: Quantize = Field(
+        cast(Quantize, _ENGINE.quantize), description="quantise the weights when they are loaded; auto does what the model's precision says"
+    )
+    quantize_cache: str = Field(
+        _ENGINE.quantize_cache, description="directory in which quantised weights are kept for the next start, or none", min_length=1
+    )
+    quantize_cache_bytes: Size = Field(
+        _ENGINE.quantize_cache_bytes, description="most bytes that are kept there; what was used longest ago makes room"
+    )
     threads: Annotated[Whole, Field(le=4096)] = Field(_ENGINE.threads, description="CPU threads of a worker; 0 takes all cores")
     kv_bytes: Size = Field(
         _ENGINE.kv_bytes, description="memory of a version's KV cache, such as 512MiB; 0 takes what the machine leaves, bounded by need"

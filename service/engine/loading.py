@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 import torch
 
-from service.checkpoints.load import load
+from service.checkpoints.load import Quantisation, load
 from service.checkpoints.manifest import read_manifest
+from service.checkpoints.quantisation import weight_bytes
+from service.checkpoints.quantised_cache import cache_in
 from service.engine.batch import Tables
 from service.engine.kv_pool import KvPool
 from service.engine.limits import machine_limits
@@ -63,13 +65,20 @@ def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallba
     manifest = read_manifest(Path(request.directory))
     spec = manifest.spec
     device = choose_device(request.device)
-    dtype = choose_dtype(request.dtype, spec, device, manifest.stored_dtype)
+    quantize = spec.precision.quantize if request.quantize == "auto" else request.quantize
+    dtype = choose_dtype(request.dtype, spec, device, manifest.stored_dtype, quantize)
     element_bytes = ELEMENT_BYTES[dtype]
     layout = spec.kv_layout()
-    usage = Usage(spec.parameters * element_bytes, resident_bytes(), _free_bytes(device))
+    usage = Usage(weight_bytes(spec, element_bytes, quantize), resident_bytes(), _free_bytes(device))
     memory = plan_memory(spec, layout, element_bytes, request, usage)
     phases.end("plan")
-    decoder = load(manifest, device, getattr(torch, dtype), lambda done, total: progress("weights", done / max(total, 1)))
+    decoder = load(
+        manifest,
+        device,
+        getattr(torch, dtype),
+        lambda done, total: progress("weights", done / max(total, 1)),
+        quantisation=Quantisation(quantize, cache_in(request.quantize_cache, request.quantize_cache_bytes)),
+    )
     phases.end("weights")
     backend = _assemble(decoder, layout, memory, request)
     phases.end("kv")
@@ -94,6 +103,7 @@ def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallba
         dispatch=tuple(chosen().items()),
         pid=os.getpid(),
         limits=limits,
+        quantize=quantize,
         kernels=describe() if device.type == "cpu" else "",
     )
     token_flops = spec.flops(1, 0.0)
@@ -102,8 +112,7 @@ def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallba
 
 def _assemble(decoder: Decoder, layout: KvLayout, memory: MemoryPlan, request: LoadRequest) -> TorchBackend:
     spec = decoder.spec
-    weight = decoder.embed.weight
-    pool = KvPool(layout, memory.group_blocks, weight.dtype, weight.device)
+    pool = KvPool(layout, memory.group_blocks, decoder.dtype, decoder.device)
     tables = Tables(layout, memory.group_blocks, request.max_rows, memory.context_tokens, spec.vocab_size)
     return TorchBackend(decoder, pool, tables, Sampler(request.max_rows, spec.vocab_size))
 
@@ -117,15 +126,18 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def choose_dtype(name: str, spec: ModelSpec, device: torch.device, stored: str) -> str:
-    """An explicit type, else the line's own, else what the device computes fast: on a GPU the 16-bit type of the `stored` weights."""
+def choose_dtype(name: str, spec: ModelSpec, device: torch.device, stored: str, quantize: str = "none") -> str:
+    """An explicit type, else the line's own, else what the device computes fast: on a GPU the 16-bit type of the `stored` weights.
+
+    Quantised products on a CPU take and give float32, which then is the fast one.
+    """
     for wanted in (name, spec.precision.compute):
         if wanted != "auto":
             return wanted
     if device.type == "cuda":
         fast = ("bfloat16", "float16") if torch.cuda.is_bf16_supported() else ("float16",)
         return stored if stored in fast else fast[0]
-    return "bfloat16" if _cpu_computes_bfloat16() else "float32"
+    return "bfloat16" if quantize == "none" and _cpu_computes_bfloat16() else "float32"
 
 
 def _cpu_computes_bfloat16() -> bool:

@@ -38,7 +38,7 @@ class TorchBackend:
         self._pool = pool
         self._tables = tables
         self._sampler = sampler
-        self._device = decoder.embed.weight.device
+        self._device = decoder.device
         self._choices = FarChoices(pool.layout, len(tables.known), self._device)
         self._far_blocks_read = 0
         self.layers_done = 0

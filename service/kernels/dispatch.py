@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from service.kernels import elementwise, far_store, kv_store, linear, paged_attention, reference, reference_sparse, window_sparse
+from service.kernels import elementwise, far_store, kv_store, linear, paged_attention, quantised, reference, reference_sparse, window_sparse
 from service.kernels.native import binding as native
 from service.kernels.native import elementwise as native_elementwise
+from service.kernels.native import quantised as native_quantised
 
 Kernel = Callable[..., Any]
 Condition = Callable[["Place"], str | None]
@@ -56,6 +57,10 @@ def _native(place: Place) -> str | None:
     if place.dtype not in native.ELEMENTS:
         return f"it computes float32, bfloat16 and float16 only, not {place.dtype}"
     return _on_cpu(place) or native.absent()
+
+
+def _native_quantised(place: Place) -> str | None:
+    return _on_cpu(place) or native_quantised.unsupported()
 
 
 @cache
@@ -169,6 +174,11 @@ TABLE: Mapping[str, tuple[Implementation, ...]] = {
         Implementation("onednn", linear.PackedLinear, _onednn_float32),
         Implementation("widened", linear.WidenedLinear, _onednn_sixteen_bits),
         Implementation("plain", linear.PlainLinear, _anywhere),
+    ),
+    "pack_quantised": (
+        Implementation("native", native_quantised.NativeQuantisedLinear, _native_quantised),
+        Implementation("torch", quantised.TorchQuantisedLinear, _on_cpu),
+        Implementation("reference", quantised.ReferenceQuantisedLinear, _anywhere),
     ),
 }
 

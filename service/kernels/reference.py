@@ -17,6 +17,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out if bias is None else out + bias
 
 
+def quantised_linear(x: Tensor, steps: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, in], quantised row by row to −127 … 127, times a quantised weight, plus bias [out]: [T, out].
+
+    The weight is steps [out, in], whole numbers, times scales [out, groups], one for each in / groups inputs. A row's scale is its largest
+    magnitude over 127.
+    """
+    largest = x.abs().amax(dim=1, keepdim=True)
+    rows = torch.round(x * torch.where(largest > 0, torch.full_like(largest, 127.0) / largest, 0.0))
+    outputs, groups = scales.shape
+    parts = torch.einsum("tgk,ogk->tog", rows.view(len(x), groups, -1), steps.to(x.dtype).view(outputs, groups, -1))
+    out = (parts * scales.to(x.dtype)).sum(dim=2) * (largest / 127)
+    return out if bias is None else out + bias
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root mean square norm over the last dimension (Zhang and Sennrich 2019): x / sqrt(mean(x²) + eps) * weight."""
     return x / torch.sqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight

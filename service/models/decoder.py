@@ -97,6 +97,8 @@ class Decoder(Computed):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, dim] final states -> [R, vocab]. A tied head multiplies with the embedding as it is, so that no second copy is kept."""
+        if self.head is None and self.embed.packed is not None:
+            return self.embed.packed.apply(hidden)
         logits: Tensor = self.kernels.linear(hidden, self.embed.weight) if self.head is None else self.head(hidden)
         return logits
 
@@ -112,7 +114,18 @@ class Decoder(Computed):
                 module.kernels = kernels
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of its activations."""
+        return self.norm.weight.dtype
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes that the weights take, packed ones included."""
-        packed = sum(module.packed.bytes for module in self.modules() if isinstance(module, Linear) and module.packed is not None)
+        holders = (module for module in self.modules() if isinstance(module, Linear | Embedding))
+        packed = sum(module.packed.bytes for module in holders if module.packed is not None)
         return packed + sum(parameter.nbytes for parameter in self.parameters())

@@ -7,7 +7,7 @@ Invariant: a module computes with plain differentiable torch until `Decoder.use`
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from service.kernels import elementwise, fake_quant, linear
 from service.kernels.dispatch import Kernel, resolve
-from service.kernels.linear import PackedLinear, PlainLinear
+from service.kernels.linear import PlainLinear
+from service.kernels.quantised import QuantisedWeight
 from service.types.model_spec import DenseMlp
 
 # Below this size a packed product loses: oneDNN's call costs some 20 µs more than F.linear's (2 cores, AVX2), which computes 512 x 256 at
@@ -53,6 +54,24 @@ DIFFERENTIABLE = Kernels(
 FAKE_INT8 = replace(DIFFERENTIABLE, linear=fake_quant.fake_quantised_linear)
 
 
+class PackedWeight(Protocol):
+    """A weight in the form in which it serves."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that it takes."""
+
+    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [T, in] -> [T, out]."""
+
+
+class QuantisedRows(PackedWeight, Protocol):
+    """A quantised weight, whose rows can be read too."""
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows ids [T], [T, in] in `dtype`."""
+
+
 class Computed(nn.Module):
     """A module that computes with `kernels`; differentiable ones until others are set."""
 
@@ -71,7 +90,7 @@ class Linear(Computed):
 
     def __init__(self, inputs: int, outputs: int, bias: bool, device: torch.device | str, dtype: torch.dtype) -> None:
         super().__init__()
-        self.packed: PackedLinear | PlainLinear | None = None
+        self.packed: PackedWeight | None = None
         self.weight = nn.Parameter(torch.empty(outputs, inputs, device=device, dtype=dtype))
         if bias:
             self.bias = nn.Parameter(torch.empty(outputs, device=device, dtype=dtype))
@@ -93,17 +112,35 @@ class Linear(Computed):
             self.packed = resolve("pack_linear", weight.device, weight.dtype)(weight) if large else PlainLinear(weight)
             self.weight = None
 
+    def take(self, weight: QuantisedWeight, device: torch.device, dtype: torch.dtype) -> None:
+        """Compute with a quantised weight on activations of `dtype` instead of `weight`, which is None afterwards."""
+        self.packed = resolve("pack_quantised", device, dtype)(weight)
+        self.weight = None
+
 
 class Embedding(nn.Module):
-    """Rows of `weight` [vocab, dim] by token id."""
+    """Rows of `weight` [vocab, dim] by token id, or of a quantised weight that a tied head multiplies with too."""
+
+    weight: nn.Parameter | None
 
     def __init__(self, rows: int, dim: int, device: torch.device | str, dtype: torch.dtype) -> None:
         super().__init__()
+        self.packed: QuantisedRows | None = None
+        self._dtype = dtype
         self.weight = nn.Parameter(torch.empty(rows, dim, device=device, dtype=dtype))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[tokens] int64 -> [tokens, dim]."""
+        if self.packed is not None:
+            return self.packed.rows(tokens, self._dtype)
+        if self.weight is None:
+            raise RuntimeError("the embedding has neither a weight nor a quantised one")
         return F.embedding(tokens, self.weight)
+
+    def take(self, weight: QuantisedWeight, device: torch.device, dtype: torch.dtype) -> None:
+        """Read rows of a quantised weight instead of `weight`, which is None afterwards; they come in `dtype`."""
+        self.packed, self._dtype = resolve("pack_quantised", device, dtype)(weight), dtype
+        self.weight = None
 
 
 class RmsNorm(Computed):

@@ -127,11 +127,12 @@ class PrecisionSpec:
     """Which type each kind of arithmetic uses. `compute` is the type of weights and activations when served (`auto`: what the device
     computes fast).
 
-    `train_compute` is the autocast type in training; `loss_scaling` applies when that is float16. Norms, softmax, log-probs and master
-    weights are float32.
+    `quantize` (none, int8, int4) is what becomes of the weights when they are loaded to serve. `train_compute` is the autocast type in
+    training; `loss_scaling` applies when that is float16. Norms, softmax, log-probs and master weights are float32.
     """
 
     compute: str = "auto"
+    quantize: str = "none"
     train_compute: str = "float32"
     loss_scaling: bool = False
 

@@ -151,6 +151,7 @@ class BackendInfo:
     pid: int = 0
     limits: tuple[tuple[str, float], ...] = ()
     kernels: str = ""
+    quantize: str = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,3 +203,6 @@ class LoadRequest:
     max_step_tokens: int = 512
     context_tokens: int = 0
     machine_limits: tuple[float, float] = (0.0, 0.0)
+    quantize: str = "auto"
+    quantize_cache: str = "none"
+    quantize_cache_bytes: int = 0

@@ -77,7 +77,8 @@ class EngineSettings:
     `threads` 0: all cores.
 
     `context_tokens` 0: the checkpoint's own. `machine_bytes_per_s` and `machine_flops_per_s` are what the machine can read and compute;
-    0: measured when the worker starts. `spare_worker` keeps a second process with its libraries loaded: a restart is a load only.
+    0: measured when the worker starts. `quantize` auto: what the model's own precision says; `quantize_cache` is a directory or "none".
+    `spare_worker` keeps a second process with its libraries loaded: a restart is a load only.
     """
 
     dtype: str = "auto"
@@ -90,6 +91,9 @@ class EngineSettings:
     step_deadline_s: float = 60.0
     load_deadline_s: float = 1800.0
     spare_worker: bool = False
+    quantize: str = "auto"
+    quantize_cache: str = "~/.cache/deepseek-service"
+    quantize_cache_bytes: int = 16 * 1024 * MIB
     machine_bytes_per_s: float = 0.0
     machine_flops_per_s: float = 0.0
 

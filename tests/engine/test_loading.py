@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from service.checkpoints.manifest import read_manifest
+from service.checkpoints.quantisation import weight_bytes
 from service.engine import loading
 from service.engine.loading import choose_device, choose_dtype, load_backend
 from service.types.catalog import V1_0, V2_3
 from service.types.errors import CapacityError
+from service.types.model_spec import ELEMENT_BYTES
 from service.types.plan import BatchPlan, BlockAppend, LoadRequest, OpenSequence, Slice, Want
 from service.types.request import Sampling, Stop
 
@@ -36,6 +40,25 @@ def test_the_line_beats_the_device() -> None:
 def test_a_cpu_takes_bfloat16_only_with_units_for_it(monkeypatch: pytest.MonkeyPatch, units: bool, expected: str) -> None:
     monkeypatch.setattr(loading, "_cpu_computes_bfloat16", lambda: units)
     assert choose_dtype("auto", FREE, CPU, "float16") == expected
+
+
+def test_quantised_weights_compute_in_float32_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_cpu_computes_bfloat16", lambda: True)
+    assert choose_dtype("auto", FREE, CPU, "bfloat16", "int8") == "float32"
+    assert choose_dtype("bfloat16", FREE, CPU, "bfloat16", "int8") == "bfloat16"
+
+
+@pytest.mark.parametrize("asked", ["auto", "int8", "int4", "none"])
+def test_a_worker_quantises_as_it_is_told(full_model: str, tmp_path: Path, asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = LoadRequest(
+        str(full_model), kv_bytes=1 << 20, context_tokens=128, quantize=asked, quantize_cache=str(tmp_path), quantize_cache_bytes=1 << 30
+    )
+    info = load_backend(request, 0.0, lambda phase, done: None).info
+    quantize = "none" if asked == "auto" else asked
+    assert info.quantize == quantize
+    spec = read_manifest(Path(full_model)).spec
+    assert dict(info.memory_bytes)["weights"] == weight_bytes(spec, ELEMENT_BYTES[info.dtype], quantize)
+    assert len(list(tmp_path.iterdir())) == (0 if quantize == "none" else 1)
 
 
 @pytest.mark.parametrize(

@@ -14,16 +14,20 @@ from pathlib import Path
 import torch
 
 # What `NATIVE_ABI` in native.h has to be.
-ABI = 1
+ABI = 2
 # Instruction sets by level, as `native_choose` takes them.
 LEVELS = ("baseline", "avx2", "avx512")
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _pointer, _size, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 SIGNATURES: dict[str, tuple[object, ...]] = {
+    "native_has_quantised": (),
     "native_add_rms_norm": (_int, _pointer, _pointer, _pointer, _float, _pointer, _pointer, _size, _size, _int),
+    "native_quantised_linear": (_pointer, _pointer, _pointer, _size, _int),
     "native_swiglu": (_int, _pointer, _pointer, _size, _size, _int),
 }
+# Functions that return something.
+RESULTS: dict[str, type[ctypes.c_int]] = {"native_has_quantised": _int, "native_quantised_linear": _int}
 
 
 class Library:
@@ -34,7 +38,7 @@ class Library:
         loaded.native_choose.argtypes, loaded.native_choose.restype = [ctypes.c_int], ctypes.c_char_p
         for name, arguments in SIGNATURES.items():
             function = getattr(loaded, name)
-            function.argtypes, function.restype = arguments, None
+            function.argtypes, function.restype = arguments, RESULTS.get(name)
         entries = _openmp_entries()
         self.threaded = entries is not None
         loaded.native_use_threads.argtypes, loaded.native_use_threads.restype = [ctypes.c_void_p] * 2, None

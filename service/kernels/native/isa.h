@@ -1,8 +1,14 @@
 /* Every kernel, compiled for the instruction set that the including file asks for, and the table of them. */
 #include "elementwise.h"
+#include "quantised.h"
 
 const struct kernels KERNELS_TABLE = {
     .name = KERNELS_NAME,
     .add_rms_norm = add_rms_norm,
     .swiglu = swiglu,
+#if defined(ISA_AVX512)
+    .quantise_row = quantise_row,
+    .int8_strips = int8_strips,
+    .int4_strips = int4_strips,
+#endif
 };

@@ -17,9 +17,34 @@
 #define INLINE static inline __attribute__((always_inline))
 
 /* Counted up whenever an exported function changes; binding.py names the one it speaks to. */
-#define NATIVE_ABI 1
+#define NATIVE_ABI 2
 
 enum element { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+/* Inputs that share a scale of int4 weights. */
+#define GROUP 32
+enum quantisation { INT8 = 0, INT4 = 1 };
+
+/* Quantised weights [outputs, inputs] in strips as quantised.h says, inputs padded to a multiple of 4 (int8) or GROUP (int4). `scales`
+ * (int8) and `bias` (or NULL) are float32 for every output, the scales padded to whole strips. binding.py has its twin. */
+struct weights {
+    int64_t kind, inputs, padded, outputs;
+    const uint8_t *values;
+    const float *scales, *bias;
+};
+
+/* A product under way: quantised rows x [rows, padded], their scales, and the sums of each row (int8) or of each of its groups (int4). */
+struct product {
+    int64_t kind;
+    const int8_t *x;
+    const float *x_scales;
+    const int32_t *x_sums;
+    int64_t rows, padded;
+    const uint8_t *weight;
+    const float *scales, *bias;
+    float *out;
+    int64_t outputs;
+};
 
 /* One implementation of every kernel, filled by isa_*.c. `add_rms_norm`: x and residual [rows, size] -> out and total [rows, size],
  * total = x + residual, out = total / sqrt(mean(total²) + eps) * weight; residual may be NULL and total then is not written. */
@@ -29,6 +54,11 @@ struct kernels {
                          int64_t begin, int64_t end, int64_t size);
     /* gate_up [rows, 2 * size], gate first -> out [rows, size] = silu(gate) * up. */
     void (*swiglu)(enum element type, const void *gate_up, void *out, int64_t begin, int64_t end, int64_t size);
+    /* Quantise a row, see quantised.h; these three are NULL where the instruction set has no dot products of int8. */
+    float (*quantise_row)(const float *x, int64_t inputs, int64_t padded, int64_t group, int8_t *out, int32_t *sums);
+    /* All rows of a product times the strips begin .. end - 1. */
+    void (*int8_strips)(const struct product *product, int64_t begin, int64_t end);
+    void (*int4_strips)(const struct product *product, int64_t begin, int64_t end);
 };
 
 extern const struct kernels kernels_baseline;
