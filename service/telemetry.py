@@ -60,6 +60,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("prompt_tokens_total", "counter", "Prompt tokens of requests whose prompt was read."),
     Metric("prompt_tokens_cached_total", "counter", "Of those, tokens found in the prefix cache."),
     Metric("generation_tokens_total", "counter", "Tokens generated and billed."),
+    Metric("images_total", "counter", "Images that sequences needed in the worker: encoded, or found encoded.", ("result",)),
+    Metric("image_tokens_total", "counter", "Image tokens of the images that were encoded."),
     Metric("requests_total", "counter", "Accepted sequences that ended, by outcome; the sum is what was accepted.", ("outcome",)),
     Metric("slo_requests_total", "counter", "Sequences that met or missed a service level: ttft, tpot, or all of them.", ("slo", "result")),
     Metric("preemptions_total", "counter", "Times a running sequence lost its blocks and was put back to be recomputed."),

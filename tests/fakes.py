@@ -26,6 +26,7 @@ from service.types.plan import (
     BackendHealth,
     BackendInfo,
     BatchPlan,
+    ImageWork,
     OpenSequence,
     PromptLogprobs,
     SampledToken,
@@ -228,6 +229,7 @@ class FakeBackend:
             memory_bytes=(("weights", 1000),),
             phases_s=(("load", self.behaviour.start_s),),
             limits=(("bytes", 2e9), ("flops", 5e10)),
+            image_tokens=4096,
         )
         self.plans: list[BatchPlan] = []
         self.starts = 0
@@ -327,7 +329,10 @@ class FakeBackend:
         scores: list[PromptLogprobs] = []
         for piece in plan.slices:
             self._compute(piece, tokens, scores)
-        return StepResult(plan.step, tuple(tokens), tuple(scores), self.behaviour.step_s, (("attention", "fake", 1),))
+        images = [image for opening in plan.open for image in opening.images]
+        brought = [image for image in images if image.pixels]
+        work = ImageWork(len(brought), sum(image.tokens for image in brought), len(images) - len(brought), 100.0) if images else None
+        return StepResult(plan.step, tuple(tokens), tuple(scores), self.behaviour.step_s, (("attention", "fake", 1),), images=work)
 
     def _open(self, opening: OpenSequence) -> None:
         require(opening.row not in self.rows, f"row {opening.row} is open already")

@@ -22,13 +22,16 @@ from service.types.plan import BackendHealth, BackendInfo, BatchPlan, StepResult
 class InlineBackend:
     """Implements types.plan.Backend over one loaded checkpoint; every start begins with empty tables and poisoned blocks."""
 
-    def __init__(self, directory: Path, *, blocks: int = 64, max_rows: int = 32, lose_at: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self, directory: Path, *, blocks: int = 64, max_rows: int = 32, lose_at: frozenset[int] = frozenset(), image_tokens: int = 512
+    ) -> None:
         torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
         self.manifest = read_manifest(directory)
         self._decoder = load(self.manifest, torch.device("cpu"), torch.float32, lambda done, total: None)
         self.blocks = blocks
         self.max_rows = max_rows
         self.lose_at = lose_at
+        self.image_tokens = image_tokens
         self.steps = 0
         self.starts = 0
 
@@ -41,9 +44,11 @@ class InlineBackend:
             for blocks in pool.blocks_of(layer):
                 blocks.fill_(float("nan"))
         tables = Tables(layout, group_blocks, self.max_rows, spec.context_tokens, spec.vocab_size)
-        self._engine = TorchBackend(self._decoder, pool, tables, Sampler(self.max_rows, spec.vocab_size))
+        image_tokens = self.image_tokens if spec.vision is not None else 0
+        self._engine = TorchBackend(self._decoder, pool, tables, Sampler(self.max_rows, spec.vocab_size), image_tokens)
         self.starts += 1
-        return BackendInfo(layout, group_blocks, self.max_rows, 4096, spec.context_tokens, spec.vocab_size, "float32", "cpu", "inline")
+        sizes = (self.max_rows, 4096, spec.context_tokens, spec.vocab_size)
+        return BackendInfo(layout, group_blocks, *sizes, "float32", "cpu", "inline", image_tokens=image_tokens)
 
     def execute(self, plan: BatchPlan) -> asyncio.Future[StepResult]:
         loop = asyncio.get_running_loop()

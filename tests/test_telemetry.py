@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from service.schedulers.accounting import StepCost
 from service.schedulers.router import Router
 from service.telemetry import METRICS, VLLM_NAMES, Telemetry, log_event
+from service.types.request import ImageInput
 from tests.fakes import fake_spec
 from tests.schedulers.support import ask, metric, read_all, small_backend, with_router
 
@@ -28,7 +29,8 @@ def served() -> Telemetry:
         await asyncio.sleep(0.05)
         streams[0].cancel()
         await read_all(streams)
-        await read_all(router.submit([ask("hello world, hello", 3, route="/v1/chat/completions")]))
+        picture = ImageInput(2, 1, 3, "one", b"pixels")
+        await read_all(router.submit([ask("hello world, hello", 3, route="/v1/chat/completions", images=(picture,))]))
 
     with_router(body, backend, telemetry)
     return telemetry
@@ -52,6 +54,7 @@ def test_outcomes_add_up_to_what_was_accepted_and_tokens_to_what_was_billed():
     assert metric(telemetry, "admission_rejections_total", reason="context_length_exceeded") == 1
     assert metric(telemetry, "worker_restarts_total", reason="died") == 1
     assert metric(telemetry, "preemptions_total") > 0
+    assert (metric(telemetry, "images_total", result="encoded"), metric(telemetry, "image_tokens_total")) == (1, 3)
     generated = metric(telemetry, "generation_tokens_total")
     assert 4 * 14 + 3 <= generated < 5 * 14 + 3
     gaps = metric(telemetry, "inter_token_latency_seconds_count")

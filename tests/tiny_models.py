@@ -6,6 +6,7 @@ Invariant: the same arguments give the same files.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,13 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from service.checkpoints.own_format import own_config
+from service.checkpoints.pieces import parameter_shapes
+from service.types.catalog import V3_5, Shape, VersionLine
+from service.types.vision import VisionSpec
+
 SPECIAL_TOKENS = ("<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+IMAGE_TOKEN, IMAGE_ID = "<|image|>", 271
 BEGIN_ID, END_ID = 256, 257
 MERGES = (("Ġ", "t"), ("h", "e"), ("i", "n"), ("Ġt", "he"), ("r", "e"), ("Ġ", "a"), ("e", "r"), ("o", "n"), ("in", "g"), ("Ġ", "s"))
 TOKENIZER_TOKENS = 256 + len(SPECIAL_TOKENS) + len(MERGES)
@@ -119,6 +126,31 @@ def tiny_weights(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]
     return weights
 
 
+def tiny_eyes() -> VisionSpec:
+    """A patch encoder of a few thousand parameters: image tokens of 4 × 4 pixels, 2 to 9 an image."""
+    return VisionSpec(patch=2, merge=2, dim=16, layers=1, heads=2, mlp_hidden=24, least_tokens=2, most_tokens=9, side_tokens=6)
+
+
+def build_tiny_line(directory: Path, line: VersionLine = V3_5, *, seed: int = 0, scale: float = 1.5, **overrides: Any) -> Path:
+    """Write a checkpoint of a version line with random weights and, where it reads images, `tiny_eyes`; `overrides` are sizes."""
+    directory.mkdir(parents=True, exist_ok=True)
+    sizes = {"vocab_size": 300, "dim": 32, "layers": 4, "heads": 4, "kv_heads": 2, "mlp_hidden": 48, "context_tokens": 512, **overrides}
+    shape = Shape(**{"vision": tiny_eyes() if line.reads_images else None, **sizes})
+    spec = line.spec(shape, end_ids=(END_ID,), image_id=IMAGE_ID if shape.vision is not None else None)
+    (directory / "config.yaml").write_text(own_config(spec), encoding="utf-8")
+    draw = np.random.default_rng(seed)
+    weights: dict[str, np.ndarray] = {}
+    for name, size in parameter_shapes(spec).items():
+        drawn = draw.standard_normal(size, dtype=np.float32)
+        weights[name] = 1 + 0.1 * drawn if name.endswith("norm.weight") else drawn * np.float32(scale / size[-1] ** 0.5)
+    write_safetensors(directory / "model.safetensors", weights)
+    write_tokenizer(directory, further=(IMAGE_TOKEN,))
+    files = {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+    listed = {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in files.items()}
+    _write_json(directory / "manifest.json", {"format": 1, "version": line.number, "files": listed})
+    return directory
+
+
 def write_weights(directory: Path, weights: dict[str, np.ndarray], dtype: str = "float32", storage: str = "single") -> None:
     """Write `weights` as one safetensors file, as two files with an index, or as pytorch_model.bin."""
     if storage == "bin":
@@ -155,8 +187,11 @@ def write_safetensors(path: Path, weights: dict[str, np.ndarray], dtype: str = "
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(pieces))
 
 
-def write_tokenizer(directory: Path, chat_template: str | None = CHAT_TEMPLATE) -> None:
-    """Write tokenizer.json and tokenizer_config.json: byte-level BPE of 271 tokens that puts <|begin|> before a text."""
+def write_tokenizer(directory: Path, chat_template: str | None = CHAT_TEMPLATE, further: tuple[str, ...] = ()) -> None:
+    """Write tokenizer.json and tokenizer_config.json: byte-level BPE of 271 tokens that puts <|begin|> before a text.
+
+    `further` special tokens come behind the others.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {character: index for index, character in enumerate(alphabet)}
     for index, (left, right) in enumerate(MERGES):
@@ -165,7 +200,7 @@ def write_tokenizer(directory: Path, chat_template: str | None = CHAT_TEMPLATE) 
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(MERGES)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (*SPECIAL_TOKENS, *further)])
     tokenizer.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", BEGIN_ID)])
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {

@@ -125,6 +125,7 @@ class SchedulerSection(BaseModel):
     )
     queue_requests: Count = Field(_SCHEDULER.queue_requests, description="most sequences waiting; more are answered with 429")
     queue_tokens: Count = Field(_SCHEDULER.queue_tokens, description="most prompt tokens waiting")
+    queue_pixel_bytes: Size = Field(_SCHEDULER.queue_pixel_bytes, description="most bytes of prepared image pixels waiting")
     request_deadline_s: Seconds = Field(_SCHEDULER.request_deadline_s, description="longest time from a request's arrival to its end")
     stream_events: Count = Field(
         _SCHEDULER.stream_events, description="most undelivered events of a stream before its client counts as too slow"
@@ -166,6 +167,9 @@ class EngineSection(BaseModel):
     )
     context_tokens: Whole = Field(
         _ENGINE.context_tokens, description="longest sequence, prompt and output together; 0 takes the checkpoint's own"
+    )
+    image_cache_bytes: Size = Field(
+        _ENGINE.image_cache_bytes, description="memory for encoded images of a version that reads them; never less than one context needs"
     )
     heartbeat_s: Seconds = Field(_ENGINE.heartbeat_s, description="longest silence of a worker before it counts as stalled")
     step_deadline_s: Seconds = Field(_ENGINE.step_deadline_s, description="longest time of one step before the worker is replaced")

@@ -102,19 +102,19 @@ def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallba
         phases_s=tuple(phases.seconds),
         dispatch=tuple(chosen().items()),
         pid=os.getpid(),
+        image_tokens=memory.image_tokens,
         limits=limits,
         quantize=quantize,
         kernels=describe() if device.type == "cpu" else "",
     )
-    token_flops = spec.flops(1, 0.0)
-    return Loaded(backend, info, token_flops, spec.flops(1, 1.0) - token_flops)
+    return Loaded(backend, info, spec.flops(1, 0.0), spec.flops(1, 1.0) - spec.flops(1, 0.0))
 
 
 def _assemble(decoder: Decoder, layout: KvLayout, memory: MemoryPlan, request: LoadRequest) -> TorchBackend:
     spec = decoder.spec
     pool = KvPool(layout, memory.group_blocks, decoder.dtype, decoder.device)
     tables = Tables(layout, memory.group_blocks, request.max_rows, memory.context_tokens, spec.vocab_size)
-    return TorchBackend(decoder, pool, tables, Sampler(request.max_rows, spec.vocab_size))
+    return TorchBackend(decoder, pool, tables, Sampler(request.max_rows, spec.vocab_size), memory.image_tokens)
 
 
 def choose_device(name: str) -> torch.device:

@@ -27,11 +27,15 @@ _GROUP_FILES = {"memory": ("memory.limit_in_bytes", "memory.usage_in_bytes"), ""
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """`lines` are (name, bytes); `group_blocks` the usable blocks of each group, the null block not counted."""
+    """`lines` are (name, bytes); `group_blocks` the usable blocks of each group, the null block not counted.
+
+    `image_tokens` encoded image tokens are kept at most.
+    """
 
     lines: tuple[tuple[str, int], ...]
     group_blocks: tuple[int, ...]
     context_tokens: int
+    image_tokens: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -56,7 +60,8 @@ def plan_memory(spec: ModelSpec, layout: KvLayout, element_bytes: int, request: 
     """
     context = _context(spec, request)
     workspace = workspace_bytes(spec, request.max_step_tokens, request.max_rows, element_bytes)
-    left = usage.available_bytes - usage.weight_bytes - workspace
+    image_tokens, image_bytes = _image_room(spec, context, request, element_bytes)
+    left = usage.available_bytes - usage.weight_bytes - workspace - image_bytes
     most = _pool_bytes(layout, context, request, float(request.max_rows), element_bytes)
     budget = request.kv_bytes or min(most, int(left * AUTO_SHARE))
     if budget > left:
@@ -71,8 +76,9 @@ def plan_memory(spec: ModelSpec, layout: KvLayout, element_bytes: int, request: 
         (f"kv:{group.name}", (count + 1) * layout.block_bytes(group, element_bytes))
         for group, count in zip(layout.groups, blocks, strict=True)
     )
-    lines = (("weights", usage.weight_bytes), *kv_lines, ("workspace", workspace), ("runtime", usage.runtime_bytes))
-    return MemoryPlan(lines, blocks, context)
+    image_lines = (("images", image_bytes),) if image_bytes else ()
+    lines = (("weights", usage.weight_bytes), *kv_lines, *image_lines, ("workspace", workspace), ("runtime", usage.runtime_bytes))
+    return MemoryPlan(lines, blocks, context, image_tokens)
 
 
 def workspace_bytes(spec: ModelSpec, step_tokens: int, max_rows: int, element_bytes: int) -> int:
@@ -84,7 +90,23 @@ def workspace_bytes(spec: ModelSpec, step_tokens: int, max_rows: int, element_by
         widest = max(widest, 3 * layer.mlp.hidden, 3 * heads + attention.heads * attention.head_dim)
     activations = step_tokens * (4 * spec.dim + widest) * element_bytes
     logits = max(min(max_rows, step_tokens), SCORED_ROWS) * spec.vocab_size * (element_bytes + 2 * 4)
-    return activations + logits
+    return activations + logits + _encoder_bytes(spec, element_bytes)
+
+
+def _encoder_bytes(spec: ModelSpec, element_bytes: int) -> int:
+    """Temporaries of encoding the largest image: its pixels in float32 and the activations of one layer."""
+    vision = spec.vision
+    if vision is None:
+        return 0
+    patches = vision.most_tokens * vision.merge**2
+    return patches * (4 * vision.patch_values + (8 * vision.dim + 3 * vision.mlp_hidden) * element_bytes)
+
+
+def _image_room(spec: ModelSpec, context: int, request: LoadRequest, element_bytes: int) -> tuple[int, int]:
+    """Image tokens that are kept encoded, at least those of one whole context, and their bytes."""
+    token_bytes = spec.image_token_values() * element_bytes
+    tokens = max(context, request.image_cache_bytes // token_bytes) if token_bytes else 0
+    return tokens, tokens * token_bytes
 
 
 def _context(spec: ModelSpec, request: LoadRequest) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 from service.engine.batch import Batch, Tables
 from service.engine.distribution import log_probs
 from service.engine.far_choices import FarChoices
+from service.engine.images import ImageStore
 from service.engine.kv_pool import KvPool
 from service.engine.memory import SCORED_ROWS
 from service.engine.paged_attend import PagedAttend
@@ -33,7 +34,7 @@ NUMERICAL_FAILURE = "numerical_failure"
 class TorchBackend:
     """A loaded checkpoint with its blocks and tables. `layers_done` counts layers since the start: it grows while a step gets on."""
 
-    def __init__(self, decoder: Decoder, pool: KvPool, tables: Tables, sampler: Sampler) -> None:
+    def __init__(self, decoder: Decoder, pool: KvPool, tables: Tables, sampler: Sampler, image_tokens: int = 0) -> None:
         self._decoder = decoder
         self._pool = pool
         self._tables = tables
@@ -42,6 +43,7 @@ class TorchBackend:
         self._choices = FarChoices(pool.layout, len(tables.known), self._device)
         self._far_blocks_read = 0
         self.layers_done = 0
+        self._images = ImageStore(decoder, image_tokens, self._count_layer)
         self._idle = threading.Event()
         pool.populate(self._idle)
 
@@ -51,6 +53,7 @@ class TorchBackend:
         began_s = time.perf_counter()
         self._idle.clear()
         self._tables.apply(plan)
+        self._images.apply(plan)
         for sequence in plan.open:
             self._sampler.open(sequence.row, sequence.sampling, sequence.stop, sequence.prompt_tokens)
         for _, group, sources, targets in plan.demote:
@@ -63,7 +66,8 @@ class TorchBackend:
             self._compute(plan.slices, tokens, scores)
         counts = tuple((op, name, count) for (op, name), count in take_counts().items())
         self._idle.set()
-        return StepResult(plan.step, tuple(tokens), _joined(scores), time.perf_counter() - began_s, counts, self._far_blocks_read)
+        work, far_blocks_read = self._images.take_work(), self._far_blocks_read
+        return StepResult(plan.step, tuple(tokens), _joined(scores), time.perf_counter() - began_s, counts, far_blocks_read, work)
 
     def rest(self) -> None:
         """No step is at hand: what can wait may be done in the background until the next one."""
@@ -94,6 +98,7 @@ class TorchBackend:
             prompt_tokens=np.full(1, tokens),
         )
         self._decoder.logits(self._hidden(batch)[-1:])
+        self._images.warm_up()
         take_counts()
 
     def _compute(self, slices: Sequence[Slice], tokens: list[SampledToken], scores: list[PromptLogprobs]) -> None:
@@ -131,7 +136,8 @@ class TorchBackend:
     def _hidden(self, batch: Batch) -> Tensor:
         attend = PagedAttend(self._decoder.spec, self._pool, batch, self._choices, self._count_layer)
         tokens = torch.from_numpy(batch.tokens).to(self._device)
-        hidden = self._decoder.hidden(tokens, torch.from_numpy(batch.positions).to(self._device), attend)
+        positions = torch.from_numpy(batch.positions).to(self._device)
+        hidden = self._decoder.hidden(tokens, positions, attend, self._images.context(batch))
         attend.keep_choices()
         self._far_blocks_read += attend.far_blocks_read
         return hidden

@@ -14,7 +14,7 @@ from service.schedulers.service_levels import ServiceLevels
 from service.telemetry import Distribution, VersionMetrics
 from service.types.errors import DeadlineExceeded
 from service.types.model_spec import ELEMENT_BYTES, ModelSpec
-from service.types.plan import BackendInfo, StepResult
+from service.types.plan import BackendInfo, ImageWork, StepResult
 from service.types.request import FinishEvent, FinishReason
 from service.types.settings import SchedulerSettings
 
@@ -97,8 +97,17 @@ class Accounting:
         if seconds is None:
             seconds = self._kinds[kind] = self._metrics.distribution("step_seconds", kind)
         seconds.observe(result.execute_s)
+        if result.images is not None:
+            self._looked(result.images)
         for op, implementation, calls in result.dispatch:
             self._metrics.value("kernel_dispatch_total", op, implementation).add(calls)
+
+    def _looked(self, work: ImageWork) -> None:
+        encoded, encoded_tokens, found, flops = work
+        self._metrics.value("images_total", "encoded").add(encoded)
+        self._metrics.value("images_total", "found").add(found)
+        self._metrics.value("image_tokens_total").add(encoded_tokens)
+        self._flops.value += flops
 
     def generated(self, tokens: int, last_s: float, now: float) -> None:
         """`tokens` were published now; of them, those counted as `lockstep` follow a token of their sequence at `last_s`."""

@@ -21,11 +21,11 @@ _RETRY_LIMITS_S = (1.0, 60.0)
 class Admission:
     """The bounds of one version's queue and the rate at which it empties.
 
-    `context_tokens` and `vocab_size` are set when the worker is known.
+    `context_tokens`, `vocab_size` and `image_tokens` are set when the worker is known.
     """
 
     def __init__(self, settings: SchedulerSettings) -> None:
-        self.context_tokens = self.vocab_size = 0
+        self.context_tokens = self.vocab_size = self.image_tokens = 0
         self._settings = settings
         self._last_end_s: float | None = None
         self._seconds_a_sequence = 1.0
@@ -45,6 +45,9 @@ class Admission:
             )
         if len(waiting) + sequences > limits.queue_requests or waiting.tokens + tokens > limits.queue_tokens:
             raise QueueFull("The queue is full; try again later.", retry_after_s=self.retry_after_s(len(waiting) + sequences))
+        pixel_bytes = sum(request.pixel_bytes for request in requests)
+        if pixel_bytes and waiting.tokens and waiting.pixel_bytes + pixel_bytes > limits.queue_pixel_bytes:
+            raise QueueFull("The queue holds as many images as it may; try again later.", retry_after_s=self.retry_after_s(len(waiting)))
 
     def ended(self, now: float, others_wait: bool) -> None:
         """A sequence ended now: the rate follows while `others_wait` (an idle stretch says nothing about the rate)."""
@@ -64,6 +67,11 @@ class Admission:
             raise InvalidRequest("The prompt has no tokens.", param="prompt")
         if max(request.prompt) >= self.vocab_size:
             raise InvalidRequest(f"The prompt holds token {max(request.prompt)}, which this model does not have.", param="prompt")
+        if request.image_tokens > self.image_tokens:
+            raise InvalidRequest(
+                f"The images take {request.image_tokens} tokens and this server can hold {self.image_tokens} for a request.",
+                param="messages",
+            )
         least = 1 if request.prompt_logprobs is None else 0
         if request.stop.max_tokens < least:
             raise InvalidRequest(f"max_tokens must be at least {least}.", param="max_tokens")

@@ -174,6 +174,7 @@ class Loop:
         space = BlockSpace(info.kv_layout, info.group_blocks)
         cache = PrefixCache(space, identity.digest, settings.prefix_cache)
         self._planner.restart(space, cache, min(settings.batch_size, info.max_rows), min(settings.step_tokens, info.max_step_tokens))
+        self._planner.image_tokens = self._admission.image_tokens = info.image_tokens
         self._admission.context_tokens = min(info.context_tokens, identity.spec.context_tokens)
         self._admission.vocab_size = info.vocab_size
         metrics = self._telemetry.version(identity.artifact, info.tier, info.device)

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from service.schedulers.blocks import BlockSpace, TableChanges
+from service.schedulers.openings import OPENED_PIXEL_BYTES, has_image_room, openings
 from service.schedulers.prefix_cache import PrefixCache
 from service.schedulers.sequence import Sequence, State
 from service.schedulers.waiting import WaitingQueue
-from service.types.plan import BatchPlan, OpenSequence, Slice, Want
+from service.types.plan import BatchPlan, Slice, Want
 
 _TOKEN = int(Want.TOKEN)
 _new = tuple.__new__
@@ -60,10 +61,14 @@ class _Draft:
     context_tokens: int = 0
     decodes: int = 0
     preempted: bool = False
+    pixel_bytes: int = 0
 
 
 class Planner:
-    """The sequences of one worker: who waits, who runs in which row, and the next plan."""
+    """The sequences of one worker: who waits, who runs in which row, and the next plan.
+
+    `image_tokens` is the most that running sequences may hold together; it is set when the worker is known.
+    """
 
     def __init__(self, space: BlockSpace, cache: PrefixCache, rows: int, step_tokens: int) -> None:
         self.space = space
@@ -71,6 +76,7 @@ class Planner:
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self.image_tokens = 0
         self._step_tokens = step_tokens
         self._free_rows = list(range(min(rows, step_tokens) - 1, -1, -1))
         self._closing: list[int] = []
@@ -218,7 +224,9 @@ class Planner:
     def _plan_waiting(self, draft: _Draft) -> None:
         reserve = self._reserve()
         for sequence in self.waiting.in_order():
-            if draft.budget <= 0 or not self._free_rows:
+            if draft.budget <= 0 or not self._free_rows or draft.pixel_bytes > OPENED_PIXEL_BYTES:
+                return
+            if sequence.image_tokens and not has_image_room(sequence, self.running, self.image_tokens):
                 return
             if self._follows(sequence):
                 continue
@@ -267,6 +275,7 @@ class Planner:
         if sequence.cached_tokens is None:
             sequence.cached_tokens = start
         draft.opened.append(sequence)
+        draft.pixel_bytes += sequence.request.pixel_bytes
         for kept, need in enumerate(space.shortfall(sequence)):
             reserve[kept] += need + 1
         blocks = self.cache.reusable_blocks(sequence)
@@ -296,7 +305,7 @@ class Planner:
             step=self._step,
             slices=tuple([entry.slice for entry in entries]),
             close=tuple(self._closing),
-            open=tuple([_opening(sequence) for sequence in draft.opened]),
+            open=openings(draft.opened),
             append=tuple(draft.changes.appends),
             release=tuple(draft.changes.releases),
             demote=tuple(draft.changes.demotes),
@@ -304,15 +313,3 @@ class Planner:
         self._closing = []
         samples = draft.decodes + sum(entry.slice.want & _TOKEN for entry in entries[draft.decodes :])
         return Step(plan, entries, self._step_tokens - draft.budget, draft.context_tokens, draft.decodes, samples, draft.opened)
-
-
-def _opening(sequence: Sequence) -> OpenSequence:
-    request = sequence.request
-    return OpenSequence(
-        row=sequence.row,
-        tokens=tuple(sequence.tokens),
-        prompt_tokens=sequence.prompt_tokens,
-        sampling=request.sampling,
-        stop=request.stop,
-        prompt_logprobs=request.prompt_logprobs,
-    )

@@ -2,7 +2,8 @@
 
 A block's key is the hash of the block before it and its own tokens, so that equal keys mean equal histories; the chain starts with the
 version's digest, the adapter and the request's `cache_salt` (requests share blocks only where all three are equal, so a salt keeps others
-from learning a prompt by timing it). It does not know plans or workers. Invariants: a hit counts only where every KV group still holds
+from learning a prompt by timing it). A block that holds image tokens also hashes the digests and places of their images.
+It does not know plans or workers. Invariants: a hit counts only where every KV group still holds
 what the next query reads; the last known token is always computed; only KV proven by finite logits is named.
 """
 
@@ -46,6 +47,8 @@ class PrefixCache:
                 if self._space.layout.dense_prompts and index == sequence.prompt_tokens // size:
                     hasher.update(sequence.prompt_tokens.to_bytes(8, "little"))
                 hasher.update(array("q", tokens[index * size : (index + 1) * size]).tobytes())
+                if sequence.image_tokens:
+                    hasher.update(_images_within(sequence.request, index * size, (index + 1) * size))
                 key = hasher.digest()
                 keys.append(key)
         return keys
@@ -129,3 +132,9 @@ class PrefixCache:
     def cached_tokens(self) -> int:
         """Tokens whose blocks can be found, by the group that holds most."""
         return max(len(pool.by_key) for pool in self._space.pools) * self._space.block_tokens
+
+
+def _images_within(request: GenerationRequest, start: int, end: int) -> bytes:
+    """What tells the images apart whose tokens lie in the positions from `start` to `end`; empty where there are none."""
+    places = (f"{image.digest}@{image.start};" for image in request.images if image.start < end and image.end > start)
+    return "".join(places).encode()

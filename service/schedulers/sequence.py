@@ -68,6 +68,7 @@ class Sequence:
         "epoch",
         "first_token_s",
         "hit_blocks",
+        "image_tokens",
         "in_flight",
         "keys",
         "last_token_s",
@@ -111,6 +112,7 @@ class Sequence:
         self.state = State.WAITING
         self.tokens = list(request.prompt)
         self.prompt_tokens = len(request.prompt)
+        self.image_tokens = request.image_tokens
         self.max_tokens = request.stop.max_tokens
         self.min_length = self.prompt_tokens + request.stop.min_tokens
         self.max_length = self.prompt_tokens + self.max_tokens

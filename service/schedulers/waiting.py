@@ -1,7 +1,7 @@
 """The waiting sequences, in the order in which they should run: priority, then the tenant served least, then arrival.
 
-It does not know blocks, budgets or why a sequence waits. Invariant: `tokens` and `len()` equal the sum over what waits, and a tenant that
-was idle starts level with the least served of the others, so that idling earns no credit.
+It does not know blocks, budgets or why a sequence waits. Invariant: `tokens`, `pixel_bytes` and `len()` equal the sum over what
+waits, and a tenant that was idle starts level with the least served of the others, so that idling earns no credit.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ class WaitingQueue:
 
     def __init__(self) -> None:
         self.tokens = 0
+        self.pixel_bytes = 0
         self._number = 0
         self._lanes: dict[int, dict[str, list[Sequence]]] = {}
         self._shares: dict[str, Share] = {}
@@ -50,6 +51,7 @@ class WaitingQueue:
         insort(lane.setdefault(sequence.share.tenant, []), sequence, key=lambda other: other.arrival)
         self._number += 1
         self.tokens += len(sequence.tokens)
+        self.pixel_bytes += sequence.request.pixel_bytes
 
     def remove(self, sequence: Sequence) -> None:
         """The sequence waits no longer."""
@@ -62,6 +64,7 @@ class WaitingQueue:
                 del self._lanes[priority]
         self._number -= 1
         self.tokens -= len(sequence.tokens)
+        self.pixel_bytes -= sequence.request.pixel_bytes
 
     def in_order(self) -> Iterator[Sequence]:
         """Each waiting sequence in the order in which it should run. The one given last may be removed while iterating."""

@@ -230,10 +230,13 @@ class ModelSpec:
         )
 
     def image_token_values(self) -> int:
-        """Numbers that a worker keeps for one image token beside the KV cache: its embedding, and its keys and values for the fusion."""
+        """Numbers that a worker keeps for one image token beside the KV cache.
+
+        They are its embedding, and its keys and values for the fusion, once by themselves and once joined for a sequence.
+        """
         if self.vision is None:
             return 0
-        return self.dim + (2 * self.fusion.kv_width if self.fusion is not None else 0)
+        return self.dim + (4 * self.fusion.kv_width if self.fusion is not None else 0)
 
     def bytes_read(self, sequences: int, context_tokens: float, weight_bytes: int, kv_bytes: int) -> float:
         """Bytes a decode step of `sequences` must read at least: the matmul weights once and every visible K/V entry once."""

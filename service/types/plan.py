@@ -13,7 +13,7 @@ from enum import IntFlag
 from typing import NamedTuple, Protocol
 
 from service.types.kv_layout import KvLayout
-from service.types.request import Sampling, Stop, TokenLogprob
+from service.types.request import ImageInput, Sampling, Stop, TokenLogprob
 
 
 class Want(IntFlag):
@@ -67,7 +67,10 @@ class BlockDemote(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class OpenSequence:
-    """A sequence enters a row. `tokens` is everything known: the prompt and, after preemption or restart, what was generated."""
+    """A sequence enters a row. `tokens` is everything known: the prompt and, after preemption or restart, what was generated.
+
+    `images` stand in the prompt; one whose pixels an earlier sequence of the same plan brings has none.
+    """
 
     row: int
     tokens: tuple[int, ...]
@@ -75,6 +78,7 @@ class OpenSequence:
     sampling: Sampling
     stop: Stop
     prompt_logprobs: int | None = None
+    images: tuple[ImageInput, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,18 @@ class PromptLogprobs(NamedTuple):
     failure: str | None = None
 
 
+class ImageWork(NamedTuple):
+    """What a step did for images: how many it encoded, of how many image tokens, and how many it found encoded.
+
+    `flops` are those of encoding and of the fusion.
+    """
+
+    encoded: int
+    encoded_tokens: int
+    found: int
+    flops: float
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """What one step gave: tokens in the order of the slices that wanted one; numbers for the metrics. Workers count nothing themselves.
@@ -125,6 +141,7 @@ class StepResult:
     execute_s: float = 0.0
     dispatch: tuple[tuple[str, str, int], ...] = ()
     far_blocks_read: int = 0
+    images: ImageWork | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +149,9 @@ class BackendInfo:
     """What a ready worker says of itself.
 
     `group_blocks` are the usable block ids per KV group: 1 … n (0 is the null block). `memory_bytes` names what was taken
-    (weights, kv:<group>, workspace, runtime). `phases_s` are the start-up phases in order with their seconds. `limits` are what the
+    (weights, kv:<group>, images, workspace, runtime). `phases_s` are the start-up phases in order with their seconds. `limits` are what the
     machine can do a second, by kind (bytes, flops). `kernels` says whether the compiled kernels are in use, and for which instruction set.
+    `image_tokens` is the most image tokens of all running sequences together, 0 for a model that reads no images.
     """
 
     kv_layout: KvLayout
@@ -152,6 +170,7 @@ class BackendInfo:
     limits: tuple[tuple[str, float], ...] = ()
     kernels: str = ""
     quantize: str = "none"
+    image_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +221,7 @@ class LoadRequest:
     max_rows: int = 64
     max_step_tokens: int = 512
     context_tokens: int = 0
+    image_cache_bytes: int = 0
     machine_limits: tuple[float, float] = (0.0, 0.0)
     quantize: str = "auto"
     quantize_cache: str = "none"

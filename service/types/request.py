@@ -57,6 +57,31 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageInput:
+    """One image of a prompt: its `rows` × `columns` image tokens begin at position `start`, one after the other, row by row.
+
+    `pixels` are RGB bytes, row by row, of exactly the size that the version's grid asks for. `digest` (hex) names grid and pixels: equal
+    digests mean equal image tokens.
+    """
+
+    start: int
+    rows: int
+    columns: int
+    digest: str
+    pixels: bytes = field(repr=False)
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens in all."""
+        return self.rows * self.columns
+
+    @property
+    def end(self) -> int:
+        """The position behind the last image token."""
+        return self.start + self.tokens
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One sequence to generate.
 
@@ -64,7 +89,7 @@ class GenerationRequest:
     `tenant` is the caller (fair share of the queue), `priority` orders the queue (lower runs first), `cache_salt` separates prefix
     caches, `adapter` names a LoRA adapter (None until adapters are served; anything else is refused by name).
     `deadline_s` is an absolute monotonic time. `prompt_logprobs` like `Sampling.logprobs`, for the prompt's own tokens. `route` is the
-    HTTP route it came by, a label of the latency metrics.
+    HTTP route it came by, a label of the latency metrics. `images` stand in the prompt in order of `start`, without overlap.
     """
 
     request_id: str
@@ -79,6 +104,17 @@ class GenerationRequest:
     adapter: str | None = None
     prompt_logprobs: int | None = None
     route: str = ""
+    images: tuple[ImageInput, ...] = ()
+
+    @property
+    def image_tokens(self) -> int:
+        """How many of the prompt's tokens stand for images."""
+        return sum(image.tokens for image in self.images)
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of the images' pixels."""
+        return sum(len(image.pixels) for image in self.images)
 
 
 class TokenLogprob(NamedTuple):

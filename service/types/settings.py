@@ -52,7 +52,8 @@ class HttpSettings:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerSettings:
-    """Bounds and policy of one version's loop. `queue_tokens` bounds the prompt tokens waiting; `run_ahead` is 0 or 1 steps.
+    """Bounds and policy of one version's loop. `queue_tokens` bounds the prompt tokens waiting, `queue_pixel_bytes` the pixels of their
+    images; `run_ahead` is 0 or 1 steps.
 
     A request meets its service levels when its first token came within `slo_ttft_ms` and its others within `slo_tpot_ms` each on average;
     0 is no target. `stream_events` is how many undelivered events a stream may hold before its client counts as too slow. `step_tokens` is
@@ -63,6 +64,7 @@ class SchedulerSettings:
     step_tokens: int = 512
     queue_requests: int = 256
     queue_tokens: int = 1 << 20
+    queue_pixel_bytes: int = 256 * MIB
     request_deadline_s: float = 600.0
     stream_events: int = 1024
     run_ahead: int = 0
@@ -87,6 +89,7 @@ class EngineSettings:
     threads: int = 0
     kv_bytes: int = 0
     context_tokens: int = 0
+    image_cache_bytes: int = 64 * MIB
     heartbeat_s: float = 5.0
     step_deadline_s: float = 60.0
     load_deadline_s: float = 1800.0

@@ -156,11 +156,11 @@ def test_a_step_that_does_not_fit_is_computed_in_halves(full_dense, backend_of, 
     driver = Driver(backend, pool, 1)
     sizes, hidden = [], full_dense.decoder.hidden
 
-    def scarce(tokens, positions, attend):
+    def scarce(tokens, positions, attend, images):
         if len(tokens) > 20:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate")
         sizes.append(len(tokens))
-        return hidden(tokens, positions, attend)
+        return hidden(tokens, positions, attend, images)
 
     monkeypatch.setattr(full_dense.decoder, "hidden", scarce)
     prompts = [prompt(50, 9), prompt(10, 10)]
@@ -181,10 +181,10 @@ def test_the_log_probs_of_a_prompt_computed_in_halves_are_one_list(full_dense, b
     driver = Driver(backend, pool, 1)
     hidden, tokens = full_dense.decoder.hidden, prompt(50, 9)
 
-    def scarce(flat, positions, attend):
+    def scarce(flat, positions, attend, images):
         if len(flat) > 20:
             raise torch.OutOfMemoryError
-        return hidden(flat, positions, attend)
+        return hidden(flat, positions, attend, images)
 
     monkeypatch.setattr(full_dense.decoder, "hidden", scarce)
     (scores,) = driver.run([Slice(0, 0, 50, SCORES | TOKEN)], [opened(0, tokens, prompt_logprobs=0)]).prompt_logprobs

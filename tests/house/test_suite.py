@@ -31,6 +31,7 @@ LEAST = {
     "tests/test_docs.py": 67,
     "tests/test_docs_examples.py": 6,
     "tests/test_launch.py": 7,
+    "tests/test_image_parity.py": 15,
     "tests/test_loadgen.py": 56,
     "tests/test_parity.py": 60,
     "tests/test_processes.py": 22,

@@ -66,5 +66,5 @@ def test_a_model_counts_what_it_sees_with() -> None:
     assert spec.matmul_parameters == blind.matmul_parameters
     assert (spec.modalities, blind.modalities) == (("text", "image"), ("text",))
     assert spec.image_flops(4) == spec.vision.flops(4, spec.dim) + spec.fusion.image_flops(4, spec.dim)
-    assert (spec.image_token_values(), blind.image_token_values(), blind.image_flops(4)) == (256 + 2 * 128, 0, 0)
+    assert (spec.image_token_values(), blind.image_token_values(), blind.image_flops(4)) == (256 + 4 * 128, 0, 0)
     assert (blind.image_id, blind.layers) == (None, V2_3.spec(shape).layers)
