@@ -53,8 +53,9 @@ gpu-check: ## run the kernels' tests on the GPU; GPU_PYTHON needs torch, triton,
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "make: $(GPU_PYTHON) finds no CUDA device; name an interpreter whose torch does with GPU_PYTHON="; exit 2; }
 	@$(GPU_PYTHON) -m pytest -p no:cacheprovider tests/kernels $(ARGS)
 
-docs: $(VENV)/.test ## write docs/cli.md from the commands' own definitions
+docs: $(VENV)/.test ## write docs/cli.md and the other files that are made from a definition
 	@$(BIN)/python -m service.cli.docs
+	@$(BIN)/python deploy/kubernetes/generate_rules.py
 
 IMAGE ?= localhost/deepseek-service:cpu
 

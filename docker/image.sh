@@ -52,7 +52,8 @@ fi
 settings=$(mktemp --directory)
 trap 'rm -rf "$settings"' EXIT
 "${PYTHON:-python3}" docker/pip_settings.py "$settings"
-WHEELS=${WHEELS:-$(cat "$settings/wheels")}
+# What lies beside pip is this machine's choice of torch, which is the cpu image's too; another image is told.
+test "$kind" != cpu || WHEELS=${WHEELS:-$(cat "$settings/wheels")}
 buildah build --isolation chroot --format docker --layers \
     --secret "id=pip,src=$settings/pip.conf" --secret "id=ca,src=$settings/ca.pem" \
     --build-arg "BASE=$BASE" --build-arg "TORCH_INDEX=${TORCH_INDEX:-}" \

@@ -55,7 +55,13 @@ strip() {
     find torch/bin -mindepth 1 ! -name torch_shm_manager -delete
     find torch/lib \( -name '*.a' -o -name '*test*.so' -o -name 'libjitbackend*' -o -name 'libbackend_with_compiler*' \) -delete
     find . -path ./torch/testing -prune -o -type d -name __pycache__ -path '*/tests/*' -exec rm -rf {} +
-    $ROOT/bin/python -c "import torch; print(f'install: torch {torch.__version__} in place')"
+    $ROOT/bin/python - "$TORCH" <<'PYTHON'
+import sys
+import torch
+if (torch.version.cuda is None) != (sys.argv[1] == "cpu"):
+    raise SystemExit(f"install: torch {torch.__version__} is not the {sys.argv[1]} build that this image is for; see WHEELS and TORCH_INDEX.")
+print(f"install: torch {torch.__version__} in place")
+PYTHON
 }
 
 step=$1

@@ -7,13 +7,14 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
-from cloudcoil.models.prometheus_operator.v1 import ServiceMonitor
+from cloudcoil.models.prometheus_operator.v1 import PrometheusRule, ServiceMonitor
 
 from service.api.app import ROUTES
 from service.api.server import CLOSE_S
@@ -25,11 +26,14 @@ from tests.deploy.kustomize import build
 from tests.house.source import ROOT
 
 KUBERNETES = ROOT / "deploy" / "kubernetes"
+PROMETHEUS = ROOT / "deploy" / "prometheus"
 TIERS = ("cpu", "edge", "gpu")
 # preStop's sleep is on by default from 1.30; the other end is the newest that the schemas know.
 API_VERSIONS = ("1.30", "1.37")
 BUILT = {tier: build(KUBERNETES / "overlays" / tier) for tier in TIERS}
-KINDS = {"Deployment", "Service", "PodDisruptionBudget", "NetworkPolicy", "PersistentVolumeClaim", "ServiceMonitor"}
+KINDS = {"Deployment", "Service", "PodDisruptionBudget", "NetworkPolicy", "PersistentVolumeClaim", "ServiceMonitor", "PrometheusRule"}
+# Kinds of the Prometheus operator, by their models.
+OPERATOR = {"ServiceMonitor": ServiceMonitor, "PrometheusRule": PrometheusRule}
 Tree = dict[str, Any]
 
 
@@ -78,7 +82,7 @@ def test_a_field_that_is_not_built_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tier", TIERS)
 def test_objects_fit_the_schemas(tier: str, version: str) -> None:
     for each in BUILT[tier]:
-        if each["kind"] != "ServiceMonitor":
+        if each["kind"] not in OPERATOR:
             kubernetes_validate.validate(each, version, strict=True)
 
 
@@ -89,17 +93,18 @@ def test_a_misspelt_field_does_not_fit() -> None:
         kubernetes_validate.validate(wrong, "1.37", strict=True)
 
 
-def kept_by_the_model(monitor: Tree) -> Tree:
-    """What the operator's own model keeps of a ServiceMonitor: a field that it does not know is lost."""
-    return dict(json.loads(ServiceMonitor.model_validate(monitor).model_dump_json(by_alias=True, exclude_none=True)))
+def kept_by_the_model(each: Tree) -> Tree:
+    """What the operator's own model keeps of an object: a field that it does not know is lost."""
+    return dict(json.loads(OPERATOR[each["kind"]].model_validate(each).model_dump_json(by_alias=True, exclude_none=True)))
 
 
+@pytest.mark.parametrize("kind", sorted(OPERATOR))
 @pytest.mark.parametrize("tier", TIERS)
-def test_the_monitor_fits_its_model(tier: str) -> None:
-    monitor = one(tier, "ServiceMonitor")
-    assert kept_by_the_model(monitor) == monitor
-    monitor["spec"]["endpoints"][0]["pathh"] = "/metrics"
-    assert kept_by_the_model(monitor) != monitor
+def test_the_operators_objects_fit_their_models(tier: str, kind: str) -> None:
+    each = one(tier, kind)
+    assert kept_by_the_model(each) == each
+    each["spec"]["endpoints" if kind == "ServiceMonitor" else "groups"][0]["pathh"] = "/metrics"
+    assert kept_by_the_model(each) != each
 
 
 # They hang together.
@@ -229,8 +234,25 @@ def test_the_scaler_reads_what_the_adapter_offers(tier: str) -> None:
 
 
 def test_the_job_is_the_one_of_the_rules() -> None:
-    scraped = ROOT / "deploy" / "prometheus" / "prometheus.yml"
-    if not scraped.exists():
-        pytest.skip("deploy/prometheus is not there")
-    jobs = {job["job_name"] for job in yaml.safe_load(scraped.read_text("utf-8"))["scrape_configs"]}
+    jobs = {job["job_name"] for job in yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text("utf-8"))["scrape_configs"]}
     assert {one(tier, "Service")["metadata"]["name"] for tier in TIERS} <= jobs
+
+
+def test_the_rules_are_those_of_deploy_prometheus() -> None:
+    groups = [
+        group
+        for path in ("recording", "alerts")
+        for group in yaml.safe_load((PROMETHEUS / f"{path}.rules.yml").read_text("utf-8"))["groups"]
+    ]
+    assert one("cpu", "PrometheusRule")["spec"]["groups"] == groups and len(groups) > 2
+
+
+def test_the_rules_are_written_by_their_generator(tmp_path: Path) -> None:
+    copy_of_deploy = tmp_path / "deploy"
+    for part in ("kubernetes", "prometheus"):
+        shutil.copytree(ROOT / "deploy" / part, copy_of_deploy / part)
+    command = [sys.executable, copy_of_deploy / "kubernetes" / "generate_rules.py", "--check"]
+    assert subprocess.run(command, check=False, capture_output=True, timeout=60).returncode == 0
+    with (copy_of_deploy / "prometheus" / "alerts.rules.yml").open("a", encoding="utf-8") as file:
+        file.write("      - alert: New\n        expr: up == 0\n")
+    assert subprocess.run(command, check=False, capture_output=True, timeout=60).returncode == 1
