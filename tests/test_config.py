@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.config.bundled import REQUIRED_FILES, bundled_source, choose_sources, complete_lines
+from service.checkpoints.bundled import REQUIRED_FILES, complete_lines
+from service.config.bundled import bundled_source, choose_sources
 from service.config.definition import SECTIONS, Definition
 from service.config.describe import settings_tables
 from service.config.flags import FlagParser, canonical, parse_bytes, wants_text

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from service.config.bundled import complete_lines
+from service.checkpoints.bundled import complete_lines
 from tests.pages import Block, blocks
 from tests.tiny_models import build_tiny
 

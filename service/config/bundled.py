@@ -9,13 +9,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import service
-from service.types.catalog import LINES, VersionLine, find_line
+from service.checkpoints.bundled import BUNDLED, bundled_directory, complete_lines
+from service.types.catalog import find_line
 from service.types.errors import SettingsError
 from service.types.settings import ModelSource
 
-BUNDLED = Path(service.__file__).parent / "bundled"
-REQUIRED_FILES = ("config.yaml", "manifest.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 
 
@@ -40,21 +38,12 @@ def bundled_source(version: str, bundled: Path = BUNDLED) -> ModelSource:
         if not complete:
             raise SettingsError("no bundled model is complete in this installation: name a checkpoint with --model DIR.")
         line = complete[-1]
-        return ModelSource(line.label, str(bundled / _directory(line)))
+        return ModelSource(line.label, str(bundled_directory(line, bundled)))
     wanted = find_line(version)
     if wanted is None or wanted not in complete:
         served = ", ".join(line.label for line in complete) or "none"
         raise SettingsError(f"--version {version[:40]!r} is not bundled (bundled: {served}): choose one of these or use --model DIR.")
-    return ModelSource(wanted.label, str(bundled / _directory(wanted)))
-
-
-def complete_lines(bundled: Path = BUNDLED) -> list[VersionLine]:
-    """The lines whose bundled directory holds every file, oldest first."""
-    return [line for line in LINES if all((bundled / _directory(line) / name).is_file() for name in REQUIRED_FILES)]
-
-
-def _directory(line: VersionLine) -> str:
-    return f"nano-{line.label}"
+    return ModelSource(wanted.label, str(bundled_directory(wanted, bundled)))
 
 
 def _parse(entry: str) -> ModelSource:
