@@ -15,8 +15,7 @@ from service.engine.batch import Batch
 from service.engine.far_choices import FarChoices, StepChoices, find_anchors
 from service.engine.kv_pool import KvPool
 from service.kernels.dispatch import resolve
-from service.kernels.paged_attention import AttentionPlan, plan_attention
-from service.kernels.window_sparse import SparsePlan, plan_sparse
+from service.kernels.window_sparse import plan_sparse
 from service.types.kv_layout import FarSpec, KvGroup
 from service.types.model_spec import GroupedQueryAttention, ModelSpec
 
@@ -38,7 +37,8 @@ class PagedAttend:
         self._write = resolve("write_kv", device, keys.dtype)
         self._attention = resolve("paged_attention", device, keys.dtype)
         self._sparse = resolve("window_sparse_attention", device, keys.dtype) if any(group.far for group in pool.layout.groups) else None
-        self._plans: dict[int, AttentionPlan | SparsePlan] = {}
+        self._plan = resolve("plan_attention", device, keys.dtype)
+        self._plans: dict[int, object] = {}
         self._planned = device.type == "cpu"
         self._chosen: dict[int, StepChoices] = {}
         self.far_blocks_read = 0
@@ -56,10 +56,10 @@ class PagedAttend:
         if spec.far is not None:
             return self._attend_sparse(layer, spec, spec.far, query)
         tables, starts, lengths = self._tables[group], self._query_starts, self._context_lengths
-        if self._planned and group not in self._plans:
-            self._plans[group] = plan_attention(tables, starts, lengths, block_tokens=keys.shape[2], window=spec.window)
+        if group not in self._plans:
+            self._plans[group] = self._plan(tables, starts, lengths, block_tokens=keys.shape[2], window=spec.window)
         scoring = {"scale": _scale(spec), "window": spec.window, "softcap": spec.softcap}
-        seen: Tensor = self._attention(query, keys, values, tables, starts, lengths, **scoring, plan=self._plans.get(group))
+        seen: Tensor = self._attention(query, keys, values, tables, starts, lengths, **scoring, plan=self._plans[group])
         return seen
 
     def keep_choices(self) -> None:

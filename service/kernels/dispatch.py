@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from service.kernels import elementwise, far_store, kv_store, linear, paged_attention, quantised, reference, reference_sparse, window_sparse
+from service.kernels.native import attention as native_attention
 from service.kernels.native import binding as native
 from service.kernels.native import elementwise as native_elementwise
 from service.kernels.native import quantised as native_quantised
@@ -91,6 +92,17 @@ def _gpu(like: Kernel, room: str) -> Implementation:
     return Implementation("triton", call, _triton_gpu)
 
 
+def _needs_no_plan(place: Place) -> str | None:
+    return _native(place) if place.device == "cpu" else None
+
+
+def _no_plan(
+    block_tables: torch.Tensor, query_starts: torch.Tensor, context_lengths: torch.Tensor, *, block_tokens: int, window: int | None
+) -> None:
+    """What a step's attention is told beyond its tables: nothing, where the kernel reads the tables itself."""
+    del block_tables, query_starts, context_lengths, block_tokens, window
+
+
 @cache
 def _onednn() -> bool:
     return linear.onednn_available()
@@ -148,6 +160,7 @@ TABLE: Mapping[str, tuple[Implementation, ...]] = {
         Implementation("reference", reference.write_kv, _anywhere),
     ),
     "paged_attention": (
+        Implementation("native", native_attention.paged_attention, _native),
         Implementation("cpu", paged_attention.paged_attention, _on_cpu),
         _gpu(reference.paged_attention, "paged_attention"),
         Implementation("reference", reference.paged_attention, _anywhere),
@@ -163,6 +176,10 @@ TABLE: Mapping[str, tuple[Implementation, ...]] = {
     "window_sparse_attention": (
         Implementation("cpu", window_sparse.window_sparse_attention, _on_cpu),
         Implementation("reference", reference_sparse.window_sparse_attention, _anywhere),
+    ),
+    "plan_attention": (
+        Implementation("none", _no_plan, _needs_no_plan),
+        Implementation("cpu", paged_attention.plan_attention, _on_cpu),
     ),
     "linear": (
         Implementation("onednn", linear.onednn_linear, _onednn_float32),

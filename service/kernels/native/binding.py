@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 # What `NATIVE_ABI` in native.h has to be.
-ABI = 2
+ABI = 3
 # Instruction sets by level, as `native_choose` takes them.
 LEVELS = ("baseline", "avx2", "avx512")
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -25,9 +25,18 @@ SIGNATURES: dict[str, tuple[object, ...]] = {
     "native_add_rms_norm": (_int, _pointer, _pointer, _pointer, _float, _pointer, _pointer, _size, _size, _int),
     "native_quantised_linear": (_pointer, _pointer, _pointer, _size, _int),
     "native_swiglu": (_int, _pointer, _pointer, _size, _size, _int),
+    "native_paged_attention": (
+        *(_int, _pointer, _size, _size),
+        *(_int, _pointer, _size, _size, _size),
+        *(_pointer, _size, _size, _size),
+        *(_pointer, _size, _pointer, _pointer, _size),
+        *(_size, _size, _size, _size, _size),
+        *(_float, _size, _float, _pointer),
+        *(_pointer, _pointer, _size, _int),
+    ),
 }
 # Functions that return something.
-RESULTS: dict[str, type[ctypes.c_int]] = {"native_has_quantised": _int, "native_quantised_linear": _int}
+RESULTS: dict[str, object] = {"native_has_quantised": _int, "native_quantised_linear": _int, "native_paged_attention": _size}
 
 
 class Library:

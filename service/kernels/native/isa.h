@@ -1,4 +1,5 @@
 /* Every kernel, compiled for the instruction set that the including file asks for, and the table of them. */
+#include "attention.h"
 #include "elementwise.h"
 #include "quantised.h"
 
@@ -11,4 +12,7 @@ const struct kernels KERNELS_TABLE = {
     .int8_strips = int8_strips,
     .int4_strips = int4_strips,
 #endif
+    .attention_scratch = attention_scratch,
+    .attention_partial = attention_partial,
+    .attention_task = attention_task,
 };

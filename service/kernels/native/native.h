@@ -17,7 +17,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 /* Counted up whenever an exported function changes; binding.py names the one it speaks to. */
-#define NATIVE_ABI 2
+#define NATIVE_ABI 3
 
 enum element { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
@@ -46,6 +46,10 @@ struct product {
     int64_t outputs;
 };
 
+/* See attention_call.h. */
+struct attention;
+struct tile;
+
 /* One implementation of every kernel, filled by isa_*.c. `add_rms_norm`: x and residual [rows, size] -> out and total [rows, size],
  * total = x + residual, out = total / sqrt(mean(total²) + eps) * weight; residual may be NULL and total then is not written. */
 struct kernels {
@@ -59,6 +63,10 @@ struct kernels {
     /* All rows of a product times the strips begin .. end - 1. */
     void (*int8_strips)(const struct product *product, int64_t begin, int64_t end);
     void (*int4_strips)(const struct product *product, int64_t begin, int64_t end);
+    /* Floats that a thread needs, and that the result of one split of one tile and head takes; then one task. */
+    int64_t (*attention_scratch)(const struct attention *attention);
+    int64_t (*attention_partial)(const struct attention *attention);
+    void (*attention_task)(const struct attention *attention, const struct tile *tile, int64_t head, int64_t split, float *memory);
 };
 
 extern const struct kernels kernels_baseline;

@@ -103,14 +103,19 @@ INLINE void store(enum element type, void *p, int64_t i, vfloat x) {
     memcpy((uint16_t *)p + i, &h, sizeof h);
 }
 
-/* The last count < WIDTH elements; lanes past them are 0 and are not touched in memory. */
+/* The last count <= WIDTH elements; lanes past them are 0 and are not touched in memory. */
 INLINE vfloat load_some(enum element type, const void *p, int64_t i, int64_t count) {
+    if (count == WIDTH) return load(type, p, i);
     size_t bytes = type == FLOAT32 ? 4 : 2;
     unsigned char buffer[WIDTH * 4] = {0};
     memcpy(buffer, (const unsigned char *)p + i * bytes, count * bytes);
     return load(type, buffer, 0);
 }
 INLINE void store_some(enum element type, void *p, int64_t i, vfloat x, int64_t count) {
+    if (count == WIDTH) {
+        store(type, p, i, x);
+        return;
+    }
     size_t bytes = type == FLOAT32 ? 4 : 2;
     unsigned char buffer[WIDTH * 4];
     store(type, buffer, 0, x);
@@ -125,6 +130,9 @@ INLINE float sum_lanes(vfloat x) {
     return lanes[0];
 }
 INLINE float maximum_of_lanes(vfloat x) {
+#if defined(ISA_AVX512)
+    return _mm512_reduce_max_ps((__m512)x);
+#endif
     float lanes[WIDTH];
     store_float(lanes, x);
     for (int width = WIDTH / 2; width; width /= 2)

@@ -1,0 +1,225 @@
+/* Attention of a tile of query rows over K/V blocks, one split of consecutive blocks at a time.
+ *
+ * Rows are (query token, query head of one K/V head), token by token, packed and scaled to log2 units. A block's keys are turned into a
+ * panel [D, B] of float32 once for all rows of the tile; then six rows at a time are multiplied, weighed and mixed while panel and values
+ * stay in the first level cache. Invariants: what is computed for a row is a chain of operations that depends on the row alone, so it gets
+ * the same bits in every tile; keys that no row of a group of six sees are never mixed, whatever they hold.
+ */
+#include "attention_call.h"
+#include "panels.h"
+
+/* tanh by its series near 0 and by 2^x elsewhere. */
+INLINE vfloat vtanh(vfloat x) {
+    vfloat square = x * x;
+    vfloat near = x + x * square * (splat(-1.0f / 3) + square * (splat(2.0f / 15) + square * (splat(-17.0f / 315) + square * splat(62.0f / 2835))));
+    vfloat far = splat(1.0f) - splat(2.0f) / (splat(1.0f) + vexp2(x * splat(2 * LOG2_E)));
+    return pick(square < splat(0.09f), near, far);
+}
+
+/* Scores of one row over a block -> unnormalised weights; updates the row's maximum and lane sums and gives the factor for what was mixed. */
+INLINE float weigh_row(float *scores, int64_t columns, int64_t low, int64_t high, float softcap, float *maximum, float *sums) {
+    vfloat highest = splat(*maximum);
+    vint lane;
+    for (int i = 0; i < WIDTH; i++) lane[i] = i;
+    int masked = low > 0 || high < columns;
+    for (int64_t i = 0; i < columns; i += WIDTH) {
+        vfloat s = load_float(scores + i);
+        if (softcap > 0) s = splat(softcap * LOG2_E) * vtanh(s * splat(1.0f / softcap));
+        if (masked) {
+            vint at = lane + (int32_t)i;
+            s = pick((at >= (int32_t)low) & (at < (int32_t)high), s, splat(-INFINITY));
+        }
+        highest = vmaximum(s, highest);
+        store_float(scores + i, s);
+    }
+    float before = *maximum, now = maximum_of_lanes(highest);
+    vfloat top = splat(now), total = splat(0.0f);
+    float factor = vexp2(splat(before - now))[0];
+    for (int64_t i = 0; i < columns; i += WIDTH) {
+        vfloat weight = vexp2(load_float(scores + i) - top);
+        store_float(scores + i, weight);
+        total += weight;
+    }
+    store_float(sums, load_float(sums) * splat(factor) + total);
+    *maximum = now;
+    return factor;
+}
+
+/* Six rows or fewer, at row0 of the tile, over one block whose keys lie in the panel. */
+static void attend_rows(const struct attention *a, struct scratch *s, int64_t row0, int rows, int64_t first_position, int64_t block_start,
+                        enum element type, const void *values, int64_t value_stride, struct upcoming *ahead) {
+    int64_t columns = whole_vectors(a->block_tokens), value_columns = whole_vectors(a->value_size);
+    int64_t low[ROWS], high[ROWS], from = a->block_tokens, to = 0;
+    for (int r = 0; r < rows; r++) {
+        int64_t position = first_position + (row0 + r) / a->group;
+        low[r] = position - a->window + 1 > block_start ? position - a->window + 1 - block_start : 0;
+        high[r] = position + 1 - block_start < a->block_tokens ? position + 1 - block_start : a->block_tokens;
+        if (low[r] >= high[r]) continue;
+        from = low[r] < from ? low[r] : from;
+        to = high[r] > to ? high[r] : to;
+    }
+    if (from >= to) return;
+    float *scores = s->scores, factors[ROWS];
+    multiply_float32(rows, columns / WIDTH, 0, a->key_size, s->query + row0 * a->key_size, a->key_size, s->panel, columns, scores, columns,
+                     NULL, NULL);
+    for (int r = 0; r < rows; r++) {
+        float *row = scores + r * columns;
+        if (low[r] >= high[r]) {
+            factors[r] = 1.0f;
+            memset(row, 0, columns * sizeof *row);
+        } else {
+            factors[r] = weigh_row(row, columns, low[r], high[r], a->softcap, s->maxima + row0 + r, s->sums + (row0 + r) * WIDTH);
+        }
+    }
+    float *mixed = s->mixed + row0 * value_columns;
+    if (type == FLOAT32)
+        multiply_float32(rows, value_columns / WIDTH, from, to, scores, columns, values, value_stride, mixed, value_columns, factors, ahead);
+    else if (type == BFLOAT16)
+        multiply_bfloat16(rows, value_columns / WIDTH, from, to, scores, columns, values, value_stride, mixed, value_columns, factors, ahead);
+    else
+        multiply_float16(rows, value_columns / WIDTH, from, to, scores, columns, values, value_stride, mixed, value_columns, factors, ahead);
+}
+
+/* All rows of a tile over one split of the blocks: s->maxima, s->mixed and s->totals hold the split's result. */
+static void attend_split(const struct attention *a, struct scratch *s, const struct tile *tile, int64_t head, int64_t split) {
+    int64_t value_columns = whole_vectors(a->value_size), bytes = a->kv_type == FLOAT32 ? 4 : 2, rows = tile->tokens * a->group;
+    int64_t first_block = (tile->first_split + split) * a->split_blocks, end_block = first_block + a->split_blocks;
+    int64_t first_position = tile->first_position, last_block = tile->end_block;
+    const int32_t *table = tile->table;
+    first_block = first_block > tile->first_block ? first_block : tile->first_block;
+    end_block = end_block < last_block ? end_block : last_block;
+    for (int64_t i = 0; i < rows; i++) s->maxima[i] = -INFINITY;
+    memset(s->sums, 0, rows * WIDTH * sizeof(float));
+    memset(s->mixed, 0, rows * value_columns * sizeof(float));
+    for (int64_t block = first_block; block < end_block; block++) {
+        const char *keys = (const char *)a->keys + (table[block] * a->key_strides[0] + head * a->key_strides[1]) * bytes;
+        const char *values = (const char *)a->values + (table[block] * a->value_strides[0] + head * a->value_strides[1]) * bytes;
+        int64_t start = block * a->block_tokens, last = first_position + (rows - 1) / a->group;
+        int64_t tokens = last + 1 - start < a->block_tokens ? last + 1 - start : a->block_tokens;
+        struct upcoming keys_ahead = {NULL, 0}, values_ahead = {NULL, 0};
+        if (block + 1 < last_block) {
+            keys_ahead.at = (const char *)a->keys + (table[block + 1] * a->key_strides[0] + head * a->key_strides[1]) * bytes;
+            keys_ahead.lines = a->block_tokens * a->key_strides[2] * bytes / 64;
+            values_ahead.at = (const char *)a->values + (table[block + 1] * a->value_strides[0] + head * a->value_strides[1]) * bytes;
+            values_ahead.lines = a->block_tokens * a->value_strides[2] * bytes / 64;
+        }
+        pack_keys(a->kv_type, keys, a->key_strides[2] * bytes, tokens, a->key_size, s->panel, whole_vectors(a->block_tokens), &keys_ahead);
+        enum element type = a->kv_type;
+        const void *mixed_from = values;
+        int64_t stride = a->value_strides[2];
+        if (value_columns != a->value_size || (type != FLOAT32 && rows > 2 * ROWS)) {
+            widen_values(type, values, stride, 0, tokens, a->value_size, s->values);
+            type = FLOAT32, mixed_from = s->values, stride = value_columns;
+        }
+        for (int64_t row = 0; row < rows; row += ROWS)
+            attend_rows(a, s, row, rows - row < ROWS ? (int)(rows - row) : ROWS, first_position, start, type, mixed_from, stride,
+                        &values_ahead);
+    }
+    for (int64_t i = 0; i < rows; i++) s->totals[i] = sum_lanes(load_float(s->sums + i * WIDTH));
+}
+
+/* Query rows of a tile -> s->query [rows, key_size], scaled. */
+static void pack_query(const struct attention *a, struct scratch *s, int64_t first_row, int64_t tokens, int64_t head) {
+    float scale = a->softcap > 0 ? a->scale : a->scale * LOG2_E;
+    for (int64_t token = 0; token < tokens; token++)
+        for (int64_t g = 0; g < a->group; g++) {
+            int64_t at = (first_row + token) * a->query_strides[0] + (head * a->group + g) * a->query_strides[1];
+            float *out = s->query + (token * a->group + g) * a->key_size;
+            for (int64_t i = 0; i < a->key_size; i += WIDTH) {
+                int64_t count = a->key_size - i < WIDTH ? a->key_size - i : WIDTH;
+                vfloat x = load_some(a->query_type, a->query, at + i, count) * splat(scale);
+                store_some(FLOAT32, out, i, x, count);
+            }
+        }
+}
+
+/* Add a split's result (maximum, total and mixed [value_columns]) to a row's (the same); in the order of the splits. */
+INLINE void join_row(float *maximum, float *total, float *mixed, float more_maximum, float more_total, const float *more, int64_t columns) {
+    if (more_total == 0.0f) return;
+    float highest = *maximum > more_maximum ? *maximum : more_maximum;
+    float old = vexp2(splat(*maximum - highest))[0], new = vexp2(splat(more_maximum - highest))[0];
+    *maximum = highest;
+    *total = *total * old + more_total * new;
+    for (int64_t i = 0; i < columns; i += WIDTH)
+        store_float(mixed + i, load_float(mixed + i) * splat(old) + load_float(more + i) * splat(new));
+}
+
+static void start_rows(const struct attention *a, int64_t head, int64_t rows, float *maxima, float *totals, float *mixed) {
+    memset(mixed, 0, rows * whole_vectors(a->value_size) * sizeof(float));
+    for (int64_t i = 0; i < rows; i++) {
+        maxima[i] = a->sinks ? a->sinks[head * a->group + i % a->group] * LOG2_E : -INFINITY;
+        totals[i] = a->sinks ? 1.0f : 0.0f;
+    }
+}
+
+static void join_rows(const struct attention *a, int64_t rows, float *maxima, float *totals, float *mixed, const float *more_maxima,
+                      const float *more_totals, const float *more_mixed) {
+    int64_t columns = whole_vectors(a->value_size);
+    for (int64_t i = 0; i < rows; i++)
+        join_row(maxima + i, totals + i, mixed + i * columns, more_maxima[i], more_totals[i], more_mixed + i * columns, columns);
+}
+
+static void finish_rows(const struct attention *a, int64_t first_row, int64_t rows, int64_t head, const float *totals, const float *mixed) {
+    int64_t columns = whole_vectors(a->value_size);
+    for (int64_t i = 0; i < rows; i++) {
+        int64_t at = ((first_row + i / a->group) * a->kv_heads * a->group + head * a->group + i % a->group) * a->value_size;
+        vfloat total = splat(totals[i] == 0.0f ? 1.0f : totals[i]);
+        for (int64_t v = 0; v < a->value_size; v += WIDTH) {
+            int64_t count = a->value_size - v < WIDTH ? a->value_size - v : WIDTH;
+            store_some(a->query_type, a->out, at + v, load_float(mixed + i * columns + v) / total, count);
+        }
+    }
+}
+
+static void carve(const struct attention *a, float *memory, struct scratch *s) {
+    int64_t columns = whole_vectors(a->block_tokens), value_columns = whole_vectors(a->value_size), rows = a->tile_rows;
+    s->panel = memory;
+    s->values = s->panel + a->key_size * columns;
+    s->query = s->values + a->block_tokens * value_columns;
+    s->scores = s->query + whole_vectors(rows * a->key_size);
+    s->mixed = s->scores + ROWS * columns;
+    s->joined = s->mixed + rows * value_columns;
+    s->sums = s->joined + rows * value_columns;
+    s->maxima = s->sums + rows * WIDTH;
+    s->totals = s->maxima + rows;
+    s->joined_maxima = s->totals + rows;
+    s->joined_totals = s->joined_maxima + rows;
+}
+
+static int64_t attention_scratch(const struct attention *a) {
+    struct scratch s;
+    carve(a, NULL, &s);
+    return s.joined_totals + a->tile_rows - (float *)NULL;
+}
+
+static int64_t attention_partial(const struct attention *a) { return a->tile_rows * (2 + whole_vectors(a->value_size)); }
+
+/* One task: every split of a tile and head in order, or a run of them from `split` on, whose results wait for the last run to join all. */
+static void attention_task(const struct attention *a, const struct tile *tile, int64_t head, int64_t split, float *memory) {
+    struct scratch s;
+    carve(a, memory, &s);
+    int64_t rows = tile->tokens * a->group, columns = whole_vectors(a->value_size);
+    pack_query(a, &s, tile->first_row, tile->tokens, head);
+    if (tile->parts) {
+        int64_t size = attention_partial(a), last = split + a->task_splits < tile->splits ? split + a->task_splits : tile->splits;
+        float *parts = tile->parts + head * tile->splits * size;
+        for (int64_t i = split; i < last; i++) {
+            attend_split(a, &s, tile, head, i);
+            float *part = parts + i * size;
+            memcpy(part, s.maxima, rows * sizeof(float));
+            memcpy(part + rows, s.totals, rows * sizeof(float));
+            memcpy(part + 2 * rows, s.mixed, rows * columns * sizeof(float));
+        }
+        if (atomic_fetch_sub_explicit(&tile->pending[head], 1, memory_order_acq_rel) > 1) return;
+        start_rows(a, head, rows, s.joined_maxima, s.joined_totals, s.joined);
+        for (int64_t i = 0; i < tile->splits; i++, parts += size)
+            join_rows(a, rows, s.joined_maxima, s.joined_totals, s.joined, parts, parts + rows, parts + 2 * rows);
+    } else {
+        start_rows(a, head, rows, s.joined_maxima, s.joined_totals, s.joined);
+        for (int64_t i = 0; i < tile->splits; i++) {
+            attend_split(a, &s, tile, head, i);
+            join_rows(a, rows, s.joined_maxima, s.joined_totals, s.joined, s.maxima, s.totals, s.mixed);
+        }
+    }
+    finish_rows(a, tile->first_row, rows, head, s.joined_totals, s.joined);
+}
