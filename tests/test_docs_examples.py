@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from service.checkpoints.bundled import complete_lines
-from tests.pages import Block, blocks
+from tests.pages import ROOT, Block, blocks
 from tests.tiny_models import build_tiny
 
 EXAMPLE_URL = "http://127.0.0.1:8000"
@@ -66,6 +66,7 @@ def test_examples_run(block: Block, server_url: str, tmp_path: Path) -> None:
     if "curl" in block.text and shutil.which("curl") is None:
         pytest.skip("curl is not installed")
     assert EXAMPLE_URL in block.text
+    (tmp_path / "loadtests").symlink_to(ROOT / "loadtests")
     done = run_block(block, server_url, tmp_path)
     assert done.returncode == 0, (done.stdout[-2000:], done.stderr[-2000:])
     assert done.stdout.strip()

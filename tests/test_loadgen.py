@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import io
 import itertools
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from loadtests.null_server import NullProtocol
-from service.loadgen.arrivals import Load, abort_choices, poisson_times
+from service.loadgen.arrivals import Load, Phase, abort_choices, due_times, poisson_times
 from service.loadgen.drive import Drive, Measured
 from service.loadgen.httpx_sender import HttpxSender
-from service.loadgen.prompts import PromptPlan
+from service.loadgen.prompts import Mix, PromptPlan
 from service.loadgen.senders import RawSender
-from service.loadgen.summary import Targets, percentile, spread_ms, summarise
+from service.loadgen.summary import CURVE_POINTS, Targets, percentile, spread_ms, summarise
 from service.loadgen.watch import SendFailure, Watch
 from service.loadgen.wire import EVENT_BYTES, EventParser, ResponseParser
 
@@ -200,7 +204,7 @@ def test_a_row_counts_every_watch_once() -> None:
     assert (row["requests"], row["completed"], row["aborted"], row["errors"]) == (4, 2, 1, {"status_429": 1})
     assert (row["output_tokens"], row["prompt_tokens"], row["token_counts"]) == (7, 7, "mixed")
     assert (row["requests_per_s"], row["output_tokens_per_s"], row["total_tokens_per_s"]) == (0.5, 1.75, 3.5)
-    assert (row["goodput_requests_per_s"], row["goodput_share"]) == (0.25, 0.25)
+    assert (row["goodput_requests_per_s"], row["goodput_share"]) == (0.25, 0.3333)
     assert row["sender"]["cpu_share"] == 0.25  # type: ignore[index]
 
 
@@ -328,6 +332,89 @@ async def test_connections_are_reused() -> None:
         await Drive(sender, PromptPlan(), Load(30, concurrency=3)).run()
         await sender.close()
     assert len(made) == 3
+
+
+def test_phases_repeat_and_keep_their_rates() -> None:
+    load = Load(3000, phases=(Phase(2.0, 10.0), Phase(0.0, 5.0), Phase(40.0, 5.0)), seed=1)
+    times = due_times(load)
+    assert load.mode == "open" and len(times) == 3000 and times == sorted(times) == due_times(load)
+    cycles = times[-1] / 20
+    within = [time % 20 for time in times]
+    assert sum(place < 10 for place in within) / cycles == pytest.approx(20, rel=0.2)
+    assert sum(place >= 15 for place in within) / cycles == pytest.approx(200, rel=0.1)
+    assert not any(10 <= place < 15 for place in within)
+
+
+def test_a_load_is_bounded_in_time() -> None:
+    assert due_times(Load(100, rate=10.0, max_seconds=2.0)) == [due for due in poisson_times(10.0, 100, 0) if due <= 2.0]
+    assert due_times(Load(2, trace_s=(0.0, 1.0, 4.0), speed=2.0)) == [0.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"rate": 1.0, "trace_s": (0.0,)}, {"rate": 1.0, "phases": (Phase(1.0, 1.0),)}, {"phases": (Phase(0.0, 1.0),)}]
+)
+def test_a_load_that_contradicts_itself_is_refused(fields: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="rate"):
+        Load(1, **fields)  # type: ignore[arg-type]
+
+
+async def test_a_closed_loop_ends_at_its_time() -> None:
+    async with listening(lambda: NullProtocol(2, gap_s=0.02)) as url:
+        sender = RawSender(url)
+        measured = await Drive(sender, PromptPlan(), Load(10_000, concurrency=2, max_seconds=0.2)).run()
+        await sender.close()
+    assert 2 <= len(measured.watches) < 100 and {watch.outcome for watch in measured.watches} == {"ok"}
+
+
+def test_lengths_vary_within_their_spread_and_prefixes_are_shared_by_some() -> None:
+    plan = PromptPlan(prompt_tokens=100, shared_prefix_tokens=20, prefixes=3, output_tokens=50, length_spread=0.5, seed=2)
+    texts = [plan.text(index).split() for index in range(200)]
+    lengths = [len(words) for words in texts]
+    assert min(lengths) >= 50 and max(lengths) <= 150 and len(set(lengths)) > 40
+    assert len({tuple(words[:20]) for words in texts}) == 3
+    outputs = [json.loads(plan.body(index))["max_tokens"] for index in range(200)]
+    assert min(outputs) >= 25 and max(outputs) <= 75 and len(set(outputs)) > 20
+    assert plan.body(7) == plan.body(7)
+
+
+def test_pictures_are_pictures() -> None:
+    plan = PromptPlan(endpoint="chat", images=2, image_pixels=50, prompt_tokens=3)
+    content = json.loads(plan.body(0))["messages"][0]["content"]
+    assert [part["type"] for part in content] == ["image_url", "image_url", "text"]
+    data = [base64.b64decode(part["image_url"]["url"].removeprefix("data:image/png;base64,")) for part in content[:2]]
+    assert data[0] != data[1]
+    for one in data:
+        picture = Image.open(io.BytesIO(one))
+        picture.load()
+        assert (picture.size, picture.mode) == ((50, 50), "RGB") and len(set(picture.get_flattened_data())) > 20
+    with pytest.raises(ValueError, match="images need the endpoint chat"):
+        PromptPlan(images=1)
+
+
+def test_a_mix_keeps_its_weights_and_a_trace_its_sizes() -> None:
+    plans = [PromptPlan(name="a", weight=3.0, shared_prefix_tokens=6), PromptPlan(name="b", endpoint="chat", model="m")]
+    mix = Mix(plans, seed=1, sizes=[(4, 9)])
+    kinds = [mix.kind(index) for index in range(400)]
+    assert 0.65 < kinds.count("a") / 400 < 0.85
+    assert {mix.path(index) for index in range(400) if kinds[index] == "b"} == {"/v1/chat/completions"}
+    first = json.loads(mix.body(0))
+    text = first["prompt"] if "prompt" in first else first["messages"][0]["content"]
+    assert (first["max_tokens"], len(text.split())) == (9, 4)
+    assert json.loads(mix.body(1))["max_tokens"] == 64
+
+
+async def test_kinds_and_the_course_of_a_load_are_in_the_row() -> None:
+    plans = [PromptPlan(name="a", prompt_tokens=2), PromptPlan(name="b", endpoint="chat", prompt_tokens=2)]
+    async with listening(lambda: NullProtocol(3)) as url:
+        sender = RawSender(url)
+        measured = await Drive(sender, Mix(plans, 0), Load(40, rate=400.0, warmup=2)).run()
+        await sender.close()
+    row = summarise(measured, Targets())
+    kinds, line, curves = row["kinds"], row["timeline"], row["curves"]
+    assert {kind: entry["requests"] for kind, entry in kinds.items()} == Counter(watch.kind for watch in measured.watches)  # type: ignore[attr-defined]
+    assert sum(entry["completed"] for entry in kinds.values()) == 40  # type: ignore[attr-defined]
+    assert sum(line["due"]) == sum(line["ended"]) == 40 and sum(line["failed"]) == 0 and len(line["due"]) <= 61  # type: ignore[index]
+    assert len(curves["itl_ms"]) == len(CURVE_POINTS) and curves["ttft_ms"] == sorted(curves["ttft_ms"])  # type: ignore[index]
 
 
 def test_it_stands_alone() -> None:

@@ -1,35 +1,43 @@
 """`deepseek-benchmark`: put load on any OpenAI-compatible server and print a table and, as the last line of stdout, one JSON row.
 
-It joins the load generator with flags and the terminal; it knows nothing of our server. Invariant: stdout ends with the row and nothing but
-the row is added to `--out`.
+It joins the load generator with flags, scenario files and the terminal; it knows nothing of our server. Invariant: stdout ends with the row
+(or the comparison) and nothing but the row is added to `--out`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import dataclasses
 import json
+import os
 import platform
 import sys
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import service
+from service.cli.benchmark_tables import print_comparison, print_row, progress_bar
 from service.cli.ending import run_command
-from service.config.flags import FlagParser
+from service.config.flags import FlagParser, canonical
 from service.loadgen.arrivals import Load
-from service.loadgen.drive import Drive, Measured, Progress
+from service.loadgen.compare import RowsError, compare, read_rows
+from service.loadgen.drive import Drive, Measured
 from service.loadgen.prompts import PromptPlan
+from service.loadgen.scenario import Levels, Ready, Scenario, ScenarioError, read_scenario
 from service.loadgen.senders import RawSender, Sender
 from service.loadgen.summary import Targets, summarise
-from service.loadgen.watch import SendFailure, Watch
+from service.loadgen.watch import SendFailure
 from service.types.errors import SettingsError, StartupError
 
 PROGRAM = "deepseek-benchmark"
+# Flags that make the shape of a request, those of the load, and what of the shape a row repeats.
+_SHAPE = ("endpoint", "prompt_tokens", "shared_prefix_tokens", "output_tokens", "temperature", "ignore_eos")
+_LOAD = ("requests", "concurrency", "rate", "warmup", "timeout_s", "abort_share", "seed")
+_ASKED = _SHAPE[1:]
 DESCRIPTION = (
     "Measure an OpenAI-compatible server: latencies, throughput and goodput under an open (--rate) or closed (--concurrency) load."
 )
@@ -44,6 +52,9 @@ def benchmark_parser() -> FlagParser:
     server.add_argument("--api_key", metavar="KEY", default="", help="key sent as a bearer token")
     server.add_argument("--endpoint", choices=("completions", "chat"), default="completions", help="protocol (default %(default)s)")
     load = parser.add_argument_group("Load")
+    load.add_argument(
+        "--scenario", metavar="FILE", default="", help="TOML file that says what is sent and when; flags that are given go before it"
+    )
     load.add_argument("--rate", metavar="R", type=_positive, default=0.0, help="open loop: requests per second, Poisson arrivals")
     load.add_argument("--concurrency", metavar="N", type=_count, default=None, help="closed loop: clients at once (default 8)")
     load.add_argument("--requests", metavar="N", type=_count, default=100, help="measured requests (default %(default)s)")
@@ -66,6 +77,11 @@ def benchmark_parser() -> FlagParser:
     result.add_argument("--slo_tpot_ms", metavar="MS", type=_positive, default=0.0, help="goodput: most time of an output token")
     result.add_argument("--out", metavar="FILE", default="", help="file to which the row is added")
     result.add_argument("--label", metavar="TEXT", default="", help="words kept in the row")
+    result.add_argument("--report", metavar="FILE", default="", help="HTML page with plots of the row, or of the rows of --rows")
+    result.add_argument("--rows", metavar="FILE", default="", help="file of rows for --report; nothing is measured then")
+    result.add_argument(
+        "--compare", metavar="FILE", nargs=2, default=None, help="two files of rows, before and after: print ratios and spread"
+    )
     result.add_argument("--client", choices=("raw", "httpx"), default="raw", help="HTTP client of the sender (default %(default)s)")
     return parser
 
@@ -77,9 +93,19 @@ def main() -> int:
 
 def _benchmark(arguments: Sequence[str]) -> int:
     given = Namespace(**benchmark_parser().read(arguments))
-    _check(given)
-    row = _run_loop(_measure(given))
-    _print_table(row)
+    named = {canonical(argument).partition("=")[0].removeprefix("--") for argument in arguments if argument.startswith("--")}
+    _check(given, named)
+    try:
+        if given.compare:
+            return _compare(given)
+        if given.rows:
+            _write_report(given.report, read_rows(Path(given.rows)))
+            return 0
+        ready = _plan(given, named)
+    except (ScenarioError, RowsError) as error:
+        raise SettingsError(str(error)) from None
+    row = _run_loop(_measure(given, ready))
+    print_row(row)
     line = json.dumps(row)
     if given.out:
         try:
@@ -87,19 +113,44 @@ def _benchmark(arguments: Sequence[str]) -> int:
                 file.write(line + "\n")
         except OSError as error:
             raise SettingsError(f"--out {given.out} cannot be written: {error.strerror}.") from None
+    if given.report:
+        _write_report(given.report, [row])
     print(line, flush=True)
     return 0 if row["completed"] else 1
 
 
-def _check(given: Namespace) -> None:
+def _check(given: Namespace, named: set[str]) -> None:
     if not _is_server(given.url):
         raise SettingsError("--url must look like http://127.0.0.1:8000, without a user name or a query.")
     if given.rate and given.concurrency:
         raise SettingsError("--rate is an open loop and --concurrency a closed one: give only one of them.")
     if given.shared_prefix_tokens > given.prompt_tokens:
         raise SettingsError("--shared_prefix_tokens must not exceed --prompt_tokens.")
-    if given.out and not Path(given.out).absolute().parent.is_dir():
-        raise SettingsError(f"--out {given.out} lies in a directory that does not exist: make it first.")
+    if given.rows and not given.report:
+        raise SettingsError("--rows needs --report, the page to write.")
+    if given.scenario and named & set(_SHAPE):
+        raise SettingsError(f"--{min(named & set(_SHAPE))} is said by the scenario: change the file, or leave --scenario out.")
+    for flag in ("out", "report"):
+        path = getattr(given, flag)
+        if path and not Path(path).absolute().parent.is_dir():
+            raise SettingsError(f"--{flag} {path} lies in a directory that does not exist: make it first.")
+
+
+def _compare(given: Namespace) -> int:
+    before, after = (read_rows(Path(path)) for path in given.compare)
+    differences = compare(before, after)
+    print_comparison(differences)
+    print(json.dumps({"kind": "comparison", "differences": [dataclasses.asdict(one) for one in differences]}), flush=True)
+    return 0
+
+
+def _write_report(path: str, rows: list[dict[str, Any]]) -> None:
+    from service.cli.benchmark_report import report
+
+    try:
+        Path(path).write_text(report(rows), encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(f"--report {path} cannot be written: {error.strerror}.") from None
 
 
 def _is_server(url: str) -> bool:
@@ -111,55 +162,54 @@ def _is_server(url: str) -> bool:
     return parts.scheme in ("http", "https") and bool(parts.hostname) and valid_port and not (parts.username or parts.query)
 
 
-async def _measure(given: Namespace) -> dict[str, Any]:
+def _plan(given: Namespace, named: set[str]) -> Ready:
+    """The scenario, with the flags that were given in place of what it says; or one made of flags alone."""
+    if not given.scenario:
+        shape = PromptPlan(**{name: getattr(given, name) for name in _SHAPE})
+        load = Load(**{name: getattr(given, name) for name in _LOAD if name != "concurrency"}, concurrency=given.concurrency or 8)
+        return Ready(Scenario("", "", load, [shape], Levels(given.slo_ttft_ms, given.slo_tpot_ms)), load, [])
+    ready = read_scenario(Path(given.scenario))
+    changes: dict[str, Any] = {name: getattr(given, name) for name in _LOAD if name in named}
+    levels = {name: getattr(given, f"slo_{name}") for name in ("ttft_ms", "tpot_ms") if f"slo_{name}" in named}
+    return ready.changed(changes, levels)
+
+
+async def _measure(given: Namespace, ready: Ready) -> dict[str, Any]:
     sender = _sender(given)
     try:
-        model = given.model or await _first_model(sender, given.url)
-        plan = PromptPlan(
-            endpoint=given.endpoint,
-            model=model,
-            prompt_tokens=given.prompt_tokens,
-            shared_prefix_tokens=given.shared_prefix_tokens,
-            output_tokens=given.output_tokens,
-            temperature=given.temperature,
-            ignore_eos=given.ignore_eos,
-            seed=given.seed,
-        )
-        load = Load(
-            requests=given.requests,
-            concurrency=given.concurrency or 8,
-            rate=given.rate,
-            warmup=given.warmup,
-            timeout_s=given.timeout_s,
-            abort_share=given.abort_share,
-            seed=given.seed,
-        )
-        with _progress(given.requests) as progress:
-            measured = await Drive(sender, plan, load, progress).run()
+        nameless = any(not plan.model for plan in ready.scenario.requests)
+        model = given.model or (await _first_model(sender, given.url) if nameless else "")
+        with progress_bar(ready.load.requests) as progress:
+            measured = await Drive(sender, ready.mix(model), ready.load, progress).run()
     finally:
         await sender.close()
-    return _row(given, plan, load, measured)
+    return _row(given, ready, model, measured)
 
 
-def _row(given: Namespace, plan: PromptPlan, load: Load, measured: Measured) -> dict[str, Any]:
-    asked = {"prompt_tokens": plan.prompt_tokens, "shared_prefix_tokens": plan.shared_prefix_tokens, "output_tokens": plan.output_tokens}
+def _row(given: Namespace, ready: Ready, model: str, measured: Measured) -> dict[str, Any]:
+    scenario, load, shape = ready.scenario, ready.load, ready.scenario.requests[0]
+    asked = {name: getattr(shape, name) for name in _ASKED}
     return {
         "kind": "benchmark",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "program": service.__version__,
         "python": platform.python_version(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": round(os.getloadavg()[0], 2),
         "label": given.label,
+        "scenario": scenario.name,
+        "changes": ready.changes,
         "url": given.url,
         "client": given.client,
-        "endpoint": plan.endpoint,
-        "model": plan.model,
+        "endpoint": shape.endpoint,
+        "model": model or ", ".join(sorted({plan.model for plan in scenario.requests})),
         "mode": load.mode,
         "rate": load.rate or None,
-        "concurrency": None if load.rate else load.concurrency,
+        "concurrency": None if load.mode == "open" else load.concurrency,
         "warmup": load.warmup,
         "seed": load.seed,
-        "asked": {**asked, "temperature": plan.temperature, "ignore_eos": plan.ignore_eos, "abort_share": load.abort_share},
-        **summarise(measured, Targets(given.slo_ttft_ms, given.slo_tpot_ms)),
+        "asked": {**asked, "abort_share": load.abort_share},
+        **summarise(measured, Targets(scenario.slo.ttft_ms, scenario.slo.tpot_ms)),
         "failures": measured.failures,
     }
 
@@ -186,54 +236,6 @@ async def _first_model(sender: Sender, url: str) -> str:
         return str(json.loads(body)["data"][0]["id"])
     except (ValueError, LookupError, TypeError):
         raise StartupError(f"the server at {url} lists no models (status {status}): name one with --model.") from None
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Progress]:
-    if not sys.stderr.isatty():
-        yield lambda watch: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Bar(*columns, console=Console(stderr=True), refresh_per_second=4) as bar:
-        task = bar.add_task("requests", total=total)
-
-        def advance(watch: Watch) -> None:
-            if watch.due_s:
-                bar.advance(task)
-
-        yield advance
-
-
-def _print_table(row: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    load = f"{row['rate']} requests/s" if row["rate"] else f"{row['concurrency']} clients"
-    table = Table(title=f"{row['model']} · {row['endpoint']} · {load}", title_justify="left")
-    for column in ("", "p50", "p90", "p99", "mean", "max"):
-        table.add_column(column, justify="left" if not column else "right")
-    late = row["sender"]["lateness_ms"]
-    spreads = (
-        ("time to first token, ms", row["ttft_ms"]),
-        ("time per output token, ms", row["tpot_ms"]),
-        ("between tokens, ms", row["itl_ms"]),
-    )
-    for name, spread in (*spreads, ("whole request, ms", row["latency_ms"]), ("sender's lateness, ms", late)):
-        table.add_row(name, *(f"{spread[key]:.2f}" if spread else "-" for key in ("p50", "p90", "p99", "mean", "max")))
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    console.print(table)
-    console.print(
-        f"{row['completed']} of {row['requests']} requests in {row['duration_s']:.2f} s: {row['requests_per_s']:.2f} requests/s, "
-        f"{row['output_tokens_per_s']:.1f} output tokens/s, {row['total_tokens_per_s']:.1f} tokens/s, counted from {row['token_counts']}."
-    )
-    console.print(
-        f"goodput {row['goodput_requests_per_s']:.2f} requests/s ({row['goodput_share']:.1%}); aborted {row['aborted']}; errors "
-        f"{row['errors'] or 'none'}; sender used {row['sender']['cpu_share']:.0%} of a core."
-    )
 
 
 def _run_loop(work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:

@@ -11,12 +11,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from service.loadgen.arrivals import Load, abort_choices, poisson_times
-from service.loadgen.prompts import PromptPlan
+from service.loadgen.arrivals import Load, abort_choices, due_times
+from service.loadgen.prompts import Requests
 from service.loadgen.senders import Sender
 from service.loadgen.watch import SendFailure, Watch
 
 Progress = Callable[[Watch], None]
+Prepared = tuple[str, bytes]
+# Made before the clock starts, so that making them delays nothing; a soak of millions makes the rest as it goes.
+READY_BODIES = 50_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,54 +35,60 @@ class Measured:
 class Drive:
     """One load against one server."""
 
-    def __init__(self, sender: Sender, plan: PromptPlan, load: Load, progress: Progress = lambda watch: None) -> None:
+    def __init__(self, sender: Sender, plan: Requests, load: Load, progress: Progress = lambda watch: None) -> None:
         self._sender, self._plan, self._load, self._progress = sender, plan, load, progress
-        self._path = f"/v1/{plan.path}"
         self._failures: dict[str, str] = {}
 
     async def run(self) -> Measured:
         """Warm up, measure, and return every watch."""
         load = self._load
-        await self._closed([Watch() for _ in range(load.warmup)], first=load.requests)
+        await self._closed([Watch() for _ in range(load.warmup)], load.requests, float("inf"))
         self._failures.clear()
-        bodies = [self._plan.body(index) for index in range(load.requests)]
+        times = due_times(load) if load.mode == "open" else [0.0] * load.requests
         aborts = abort_choices(load.abort_share, load.requests, load.seed)
+        ready = [(self._plan.path(index), self._plan.body(index)) for index in range(min(len(times), READY_BODIES))]
         started_s, started_cpu_s = time.perf_counter(), time.process_time()
+        watches = [Watch(started_s + due, abort) for due, abort in zip(times, aborts, strict=False)]
+        for index, watch in enumerate(watches):
+            watch.kind = self._plan.kind(index)
         if load.mode == "open":
-            times = poisson_times(load.rate, load.requests, load.seed)
-            watches = [Watch(started_s + due, abort) for due, abort in zip(times, aborts, strict=True)]
-            await self._open(watches, bodies)
+            await self._open(watches, ready)
         else:
-            watches = [Watch(abort=abort) for abort in aborts]
-            await self._closed(watches, bodies=bodies)
+            await self._closed(watches, 0, started_s + (load.max_seconds or float("inf")), ready)
+            watches = [watch for watch in watches if watch.outcome]
         end_s = max((watch.end_s for watch in watches), default=started_s)
         return Measured(watches, end_s - started_s, time.process_time() - started_cpu_s, dict(self._failures))
 
-    async def _open(self, watches: list[Watch], bodies: list[bytes]) -> None:
+    async def _open(self, watches: list[Watch], ready: list[Prepared]) -> None:
         async with asyncio.TaskGroup() as group:
-            for watch, body in zip(watches, bodies, strict=True):
+            for index, watch in enumerate(watches):
                 wait_s = watch.due_s - time.perf_counter()
                 if wait_s > 0:
                     await asyncio.sleep(wait_s)
-                group.create_task(self._one(watch, body))
+                group.create_task(self._one(watch, *self._prepared(index, ready)))
 
-    async def _closed(self, watches: list[Watch], *, first: int = 0, bodies: list[bytes] | None = None) -> None:
+    async def _closed(self, watches: list[Watch], first: int, until_s: float, ready: list[Prepared] | None = None) -> None:
         waiting = iter(range(len(watches)))
 
         async def client() -> None:
             for index in waiting:
                 watches[index].due_s = time.perf_counter()
-                await self._one(watches[index], bodies[index] if bodies else self._plan.body(first + index))
+                if watches[index].due_s > until_s:
+                    return
+                await self._one(watches[index], *self._prepared(first + index, ready or []))
 
         async with asyncio.TaskGroup() as group:
             for _ in range(min(self._load.concurrency, len(watches))):
                 group.create_task(client())
 
-    async def _one(self, watch: Watch, body: bytes) -> None:
+    def _prepared(self, index: int, ready: list[Prepared]) -> Prepared:
+        return ready[index] if index < len(ready) else (self._plan.path(index), self._plan.body(index))
+
+    async def _one(self, watch: Watch, path: str, body: bytes) -> None:
         failure: SendFailure | None = None
         try:
             async with asyncio.timeout(self._load.timeout_s):
-                await self._sender.stream(self._path, body, watch)
+                await self._sender.stream(path, body, watch)
         except SendFailure as caught:
             failure = caught
         except TimeoutError:

@@ -44,7 +44,8 @@ _DECODER = msgspec.json.Decoder(_Event)
 
 
 class Watch:
-    """One request as seen by the client. `due_s` is when it should have been sent; `gaps_s` the times between pieces of text."""
+    """One request as seen by the client. `due_s` is when it should have been sent; `gaps_s` the times between pieces of text; `kind`
+    the word under which it is counted."""
 
     __slots__ = (
         "_abort",
@@ -53,6 +54,7 @@ class Watch:
         "end_s",
         "first_s",
         "gaps_s",
+        "kind",
         "last_s",
         "outcome",
         "output_tokens",
@@ -67,7 +69,7 @@ class Watch:
         self.pieces, self.gaps_s = 0, array("d")
         self.prompt_tokens: int | None = None
         self.output_tokens: int | None = None
-        self.done, self.outcome = False, ""
+        self.done, self.outcome, self.kind = False, "", ""
 
     def event(self, data: bytes, now_s: float) -> bool:
         """Take the data of one server-sent event; False when the client now leaves. Raises SendFailure."""

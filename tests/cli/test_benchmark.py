@@ -65,6 +65,46 @@ def test_rows_are_appended(null_url: str, start: Start, tmp_path: Path) -> None:
     assert [json.loads(line)["seed"] for line in out.read_text().splitlines()] == [1, 2]
 
 
+CHAT = str(ROOT / "loadtests" / "scenarios" / "chat.toml")
+
+
+def test_a_scenario_with_flags_before_it(null_url: str, start: Start, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    flags = ["--requests", "12", "--concurrency", "4", "--slo-ttft-ms", "60000", "--report", str(page)]
+    row = row_of(start(BENCHMARK, "--url", null_url, "--scenario", CHAT, *flags))
+    assert (row["scenario"], row["changes"], row["mode"]) == ("chat", {"requests": 12, "concurrency": 4}, "closed")
+    assert row["slo"] == {"ttft_ms": 60000.0, "tpot_ms": 200}
+    assert row["completed"] + row["aborted"] == 12 and row["errors"] == {}  # type: ignore[operator]
+    assert page.read_text().count("<svg") == 2
+
+
+def test_rows_are_compared_and_reported(null_url: str, start: Start, tmp_path: Path) -> None:
+    files = [tmp_path / "before.jsonl", tmp_path / "after.jsonl"]
+    for file in files:
+        row_of(start(BENCHMARK, "--url", null_url, "--requests", "4", "--out", str(file)))
+    code, out, error = start(BENCHMARK, "--compare", *map(str, files)).end()
+    found = json.loads(out.splitlines()[-1])
+    assert code == 0 and "ratio" in out, error
+    assert {one["measure"] for one in found["differences"]} >= {"requests_per_s", "ttft_ms.p50"}
+    page = tmp_path / "page.html"
+    code, _, error = start(BENCHMARK, "--rows", str(files[0]), "--report", str(page)).end()
+    assert code == 0 and page.read_text().startswith("<!doctype html>"), error
+
+
+def test_a_scenario_on_our_own_server(served: tuple[str, Command], start: Start, tmp_path: Path) -> None:
+    """Short texts, since the tiny model has a context of 256 tokens."""
+    file = tmp_path / "small.toml"
+    text = (
+        Path(CHAT)
+        .read_text("utf-8")
+        .replace("prompt_tokens = 120", "prompt_tokens = 12")
+        .replace("output_tokens = 128", "output_tokens = 16")
+    )
+    file.write_text(text, "utf-8")
+    row = row_of(start(BENCHMARK, "--url", served[0], "--scenario", str(file), "--requests", "10", "--rate", "20", "--abort_share", "0"))
+    assert (row["completed"], row["errors"], row["model"], row["token_counts"]) == (10, {}, "tiny", "usage")
+
+
 def failure(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     monkeypatch.setattr(sys, "argv", ["deepseek-benchmark", *arguments])
     assert benchmark.main() == 2
@@ -87,6 +127,11 @@ def failure(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytes
         (["--out", "/does/not/exist/rows.jsonl"], "does not exist"),
         (["--reqests", "3"], "did you mean --requests?"),
         (["--client", "curl"], "--client"),
+        (["--scenario", "/does/not/exist.toml"], "cannot be read: No such file"),
+        (["--scenario", CHAT, "--prompt-tokens", "5"], "--prompt_tokens is said by the scenario"),
+        (["--compare", "/does/not/exist", "/nor/this"], "cannot be read"),
+        (["--rows", "rows.jsonl"], "--rows needs --report"),
+        (["--report", "/does/not/exist/page.html"], "--report /does/not/exist/page.html lies in a directory"),
     ],
 )
 def test_mistakes_get_one_sentence(
