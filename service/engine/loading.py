@@ -65,7 +65,7 @@ def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallba
     manifest = read_manifest(Path(request.directory))
     spec = manifest.spec
     device = choose_device(request.device)
-    quantize = spec.precision.quantize if request.quantize == "auto" else request.quantize
+    quantize = choose_quantize(request.quantize, spec, device)
     dtype = choose_dtype(request.dtype, spec, device, manifest.stored_dtype, quantize)
     element_bytes = ELEMENT_BYTES[dtype]
     layout = spec.kv_layout()
@@ -124,6 +124,13 @@ def choose_device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise CapacityError("No CUDA device is usable here: choose the device cpu or auto.")
     return torch.device(name)
+
+
+def choose_quantize(name: str, spec: ModelSpec, device: torch.device) -> str:
+    """An explicit choice, else the line's own where the device has quantised products (a CPU), else none."""
+    if name != "auto":
+        return name
+    return spec.precision.quantize if device.type == "cpu" else "none"
 
 
 def choose_dtype(name: str, spec: ModelSpec, device: torch.device, stored: str, quantize: str = "none") -> str:

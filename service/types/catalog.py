@@ -157,7 +157,7 @@ V4_8 = VersionLine(
     name="light",
     essence="a small decoder whose consecutive layers share their weights, trained for int8 and distilled from v5.2",
     gated_heads=True,
-    precision=PrecisionSpec(compute="auto", train_compute="float32"),
+    precision=PrecisionSpec(compute="auto", train_compute="float32", quantize="int8"),
     shapes=(("nano", _NANO_LIGHT), ("reference", _REFERENCE_LIGHT)),
     shares_weights=True,
 )

@@ -12,8 +12,8 @@ import torch
 from service.checkpoints.manifest import read_manifest
 from service.checkpoints.quantisation import weight_bytes
 from service.engine import loading
-from service.engine.loading import choose_device, choose_dtype, load_backend
-from service.types.catalog import V1_0, V2_3
+from service.engine.loading import choose_device, choose_dtype, choose_quantize, load_backend
+from service.types.catalog import V1_0, V2_3, V4_8
 from service.types.errors import CapacityError
 from service.types.model_spec import ELEMENT_BYTES
 from service.types.plan import BatchPlan, BlockAppend, LoadRequest, OpenSequence, Slice, Want
@@ -28,6 +28,12 @@ STOP = Stop(max_tokens=9)
 def test_an_explicit_type_beats_the_line_and_the_device() -> None:
     assert choose_dtype("float16", FIXED, CPU, "bfloat16") == "float16"
     assert choose_dtype("bfloat16", FREE, CPU, "float32") == "bfloat16"
+
+
+def test_the_light_line_is_served_in_int8_where_products_are() -> None:
+    light = V4_8.spec(V4_8.shapes[0][1])
+    assert [choose_quantize(name, light, CPU) for name in ("auto", "none", "int4")] == ["int8", "none", "int4"]
+    assert choose_quantize("auto", light, CUDA) == "none" and choose_quantize("auto", FREE, CPU) == "none"
 
 
 def test_the_line_beats_the_device() -> None:
