@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.checkpoints.bundled import REQUIRED_FILES, complete_lines
-from service.config.bundled import bundled_source, choose_sources
+from service.checkpoints.manifest import read_manifest
+from service.checkpoints.registry import Registry
+from service.config.bundled import bundled_source, choose_sources, named_source, registry_path, restored_sources
 from service.config.definition import SECTIONS, Definition
 from service.config.describe import settings_tables
 from service.config.flags import FlagParser, canonical, parse_bytes, wants_text
@@ -275,6 +280,48 @@ def test_bundled_line_is_the_newest_complete(tmp_path: Path) -> None:
     assert [line.label for line in complete_lines(tmp_path)] == ["v1.0"]
     with pytest.raises(SettingsError, match=r"not bundled \(bundled: v1.0\)"):
         bundled_source("v2.3", tmp_path)
+
+
+def test_only_one_way_to_say_what_is_served(tmp_path: Path) -> None:
+    for models, version, restore in ((["/m"], "2.3", False), (["/m"], "", True), ([], "2.3", True)):
+        with pytest.raises(SettingsError, match="only one of them"):
+            choose_sources(models, version, restore, tmp_path / "registry")
+
+
+def test_restoring_needs_a_registry_that_knows_something(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="--registry"):
+        restored_sources(None)
+    with pytest.raises(SettingsError, match="finds nothing"):
+        choose_sources([], "", True, tmp_path / "registry")
+
+
+def test_a_patch_and_a_digest_are_found_in_the_registry(tmp_path: Path) -> None:
+    bundled = Path(bundled_source("2.3").directory)
+    copy = Path(shutil.copytree(bundled, tmp_path / "patched"))
+    config = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(config.replace("version: '2.3'", "version: 2.3.4"))
+    listed = json.loads((copy / "manifest.json").read_text())
+    size, digest = (copy / "config.yaml").stat().st_size, hashlib.sha256((copy / "config.yaml").read_bytes()).hexdigest()
+    listed["files"]["config.yaml"] = {"bytes": size, "sha256": digest}
+    (copy / "manifest.json").write_text(json.dumps(listed))
+    registry = tmp_path / "registry"
+    manifest = read_manifest(copy)
+    Registry(registry).register(manifest)
+    assert manifest.version == "2.3.4"
+    for name in ("v2.3.4", "2.3.4", manifest.digest[:12]):
+        assert named_source(name, registry) == ModelSource("v2.3.4", str(copy))
+    assert named_source("v2.3", registry) == ModelSource("v2.3", str(bundled))
+    with pytest.raises(SettingsError, match="not registered"):
+        named_source("v2.3.5x", registry)
+
+
+def test_where_the_registry_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert registry_path("none") is None and registry_path("/a/b") == Path("/a/b")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assert registry_path("") == tmp_path / "deepseek-service" / "registry.sqlite"
+    monkeypatch.delenv("XDG_DATA_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert registry_path("") == tmp_path / ".local" / "share" / "deepseek-service" / "registry.sqlite"
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h", "--about"])

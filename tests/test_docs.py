@@ -22,6 +22,7 @@ from service.checkpoints.hugging_face import FAMILIES
 from service.cli.benchmark import benchmark_parser
 from service.cli.convert import convert_parser
 from service.cli.train import build_parser
+from service.cli.versions import versions_parser
 from service.config.definition import Definition, LimitSection
 from service.config.describe import default_text
 from service.config.load import serve_parser
@@ -42,6 +43,7 @@ PARSERS = {
     "deepseek-benchmark": benchmark_parser,
     "deepseek-train": build_parser,
     "deepseek-convert": convert_parser,
+    "deepseek-versions": versions_parser,
 }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from service.checkpoints.digests import file_digest, list_digest, sampled_digest
 from service.checkpoints.fields import Fields, read_object, read_text
 from service.checkpoints.hugging_face import read_config
-from service.checkpoints.own_format import CONFIG, read_own
+from service.checkpoints.own_format import CONFIG, read_own, read_version
 from service.checkpoints.pieces import HARMLESS, match_hugging_face, match_own
 from service.checkpoints.stored_tensors import DTYPES, StoredTensor, WeightFiles, find_weight_files, read_tensors, require_float
 from service.types.errors import CheckpointError
@@ -36,7 +36,11 @@ class GenerationDefaults:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A checkpoint that can be loaded. `digest` is 64 hex digits; `weight_bytes` the parameters in `stored_dtype`, nothing else."""
+    """A checkpoint that can be loaded. `digest` is 64 hex digits; `weight_bytes` the parameters in `stored_dtype`, nothing else.
+
+    `version` is the line or a patch of it as config.yaml says (`2.3.1`), None for other families; `lock` the versions of the interpreter
+    and of libraries that it was published with.
+    """
 
     directory: Path
     spec: ModelSpec
@@ -48,6 +52,8 @@ class Manifest:
     stored_dtype: str
     generation: GenerationDefaults
     chat_template: str | None
+    version: str | None = None
+    lock: tuple[tuple[str, str], ...] = ()
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -115,7 +121,14 @@ def _read_own(directory: Path) -> Manifest:
         stored_dtype=stored_dtype,
         generation=generation_defaults(generation),
         chat_template=find_chat_template(directory),
+        version=read_version(directory / CONFIG),
+        lock=_lock(directory),
     )
+
+
+def _lock(directory: Path) -> tuple[tuple[str, str], ...]:
+    lock = Fields(read_object(directory / MANIFEST), str(directory / MANIFEST)).nested("lock")
+    return tuple((name, lock.text(name)) for name in lock.values)
 
 
 def _describe_hugging_face(path: Path) -> tuple[ModelSpec, GenerationDefaults]:

@@ -37,6 +37,11 @@ def read_own(path: Path) -> tuple[ModelSpec, Fields]:
     return parse_own(read_text(path), str(path))
 
 
+def read_version(path: Path) -> str:
+    """The `version` of a config.yaml that `read_own` accepts, without a leading v: a line or a patch of it. Raises CheckpointError."""
+    return str(yaml.safe_load(read_text(path))["version"]).removeprefix("v")
+
+
 def parse_own(text: str, source: str) -> tuple[ModelSpec, Fields]:
     """The same from the text of a config.yaml; `source` is what messages call it. Raises CheckpointError."""
     try:

@@ -13,8 +13,9 @@ from pathlib import Path
 from torch import Tensor
 
 from service.checkpoints.digests import file_digest, list_digest
+from service.checkpoints.lock import current_lock
 from service.checkpoints.manifest import MANIFEST, Manifest, read_manifest
-from service.checkpoints.own_format import CONFIG, own_config
+from service.checkpoints.own_format import CONFIG, own_config, read_version
 from service.checkpoints.pieces import parameter_shapes
 from service.checkpoints.stage import staged_directory, write_synced
 from service.checkpoints.stored_tensors import SINGLE
@@ -88,10 +89,11 @@ def _write_manifest(directory: Path, spec: ModelSpec, dtype: str) -> None:
     files = {path.name: {"sha256": file_digest(path), "bytes": path.stat().st_size} for path in sorted(directory.iterdir())}
     content = {
         "format": 1,
-        "version": spec.line,
+        "version": read_version(directory / CONFIG),
         "parameters": spec.parameters,
         "dtype": dtype,
         "digest": list_digest({name: str(entry["sha256"]) for name, entry in files.items()}),
+        "lock": current_lock(),
         "files": files,
     }
     write_synced(directory / MANIFEST, json.dumps(content, indent=2).encode() + b"\n")

@@ -12,6 +12,7 @@ import service
 from service.cli.benchmark import benchmark_parser
 from service.cli.convert import convert_parser
 from service.cli.train import build_parser
+from service.cli.versions import versions_parser
 from service.config.describe import settings_tables
 from service.config.flags import FlagParser
 from service.config.load import DESCRIPTION, PROGRAM
@@ -36,7 +37,14 @@ alone is true and `--no_name` is false.
 
 def render() -> str:
     """The page."""
-    parts = [_HEAD, settings_tables(), _command(benchmark_parser()), _command(build_parser()), _command(convert_parser())]
+    parts = [
+        _HEAD,
+        settings_tables(),
+        _command(benchmark_parser()),
+        _command(build_parser()),
+        _command(convert_parser()),
+        _command(versions_parser()),
+    ]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 

@@ -15,7 +15,9 @@ from pathlib import Path
 from service.api.app import build_app
 from service.api.server import bind
 from service.api.server import serve as serve_http
+from service.checkpoints.lock import lock_differences
 from service.checkpoints.manifest import Manifest, read_manifest
+from service.checkpoints.registry import Registry
 from service.cli.budget import share_kv
 from service.cli.report import LoadProgress, StartTimes, client_url, example_request, memory_table, parent_memory_line
 from service.config.load import ServeSettings
@@ -24,8 +26,8 @@ from service.engine.supervisor import WorkerBackend
 from service.inputs.tokens import TokenCodec
 from service.processes import ChildProcess
 from service.schedulers.router import Model, Router
-from service.telemetry import Telemetry
-from service.types.errors import StartupError, Unavailable
+from service.telemetry import Telemetry, log_event
+from service.types.errors import CheckpointError, StartupError, Unavailable
 from service.types.plan import LoadRequest
 
 INTERRUPTED = 130
@@ -55,6 +57,7 @@ def build_models(settings: ServeSettings, child: ChildProcess | None, progress: 
     models = []
     for index, (source, manifest, kv_bytes) in enumerate(zip(settings.models, manifests, shares, strict=True)):
         request = load_request(settings, manifest, kv_bytes)
+        _report_lock(manifest)
 
         def moved(phase: str, fraction: float, name: str = source.name) -> None:
             progress.update(name, phase, fraction)
@@ -102,6 +105,7 @@ async def _serve(
         times.mark("load")
         progress.close()
         _announce(router, telemetry, times)
+        await asyncio.to_thread(_record, settings, router)
         _invite(router, url, keyed=bool(settings.http.api_keys))
         _settle_collector()
         await serving
@@ -109,6 +113,22 @@ async def _serve(
     finally:
         await _end([loading, serving])
         await router.close()
+
+
+def _record(settings: ServeSettings, router: Router) -> None:
+    """Keep in the registry that this was served; one that cannot be written is reported and no reason to end."""
+    if settings.registry is not None:
+        try:
+            Registry(settings.registry).mark_served([(version.name, version.manifest) for version in router.versions()])
+        except CheckpointError as error:
+            log_event("not_recorded", reason=str(error))
+
+
+def _report_lock(manifest: Manifest) -> None:
+    """Say where this environment differs from the one that a version was published with."""
+    differences = lock_differences(dict(manifest.lock))
+    if differences:
+        log_event("environment_differs", version=manifest.directory.name, digest=manifest.digest, published_with=differences)
 
 
 def _settle_collector() -> None:

@@ -1,15 +1,18 @@
-"""Which models are asked for: `--model` entries as sources, or the bundled line that `--version` names.
+"""Which models are asked for: `--model` entries as sources, what `--version` names, or what `--restore` finds in the registry.
 
-It reads no checkpoint, only whether a bundled directory is complete. Invariant: every source has a distinct name fit for a URL and a label.
+It reads no weights. Invariant: every source has a distinct name fit for a URL and a label.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from service.checkpoints.bundled import BUNDLED, bundled_directory, complete_lines
+from service.checkpoints.manifest import read_manifest
+from service.checkpoints.registry import Registry
 from service.types.catalog import find_line
 from service.types.errors import SettingsError
 from service.types.settings import ModelSource
@@ -17,18 +20,55 @@ from service.types.settings import ModelSource
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 
 
-def choose_sources(models: Sequence[str], version: str, bundled: Path = BUNDLED) -> tuple[ModelSource, ...]:
-    """The models to serve, the default one first. Raises SettingsError."""
-    if models and version:
-        raise SettingsError("--version names a bundled model and --model a directory: give only one of them.")
+def choose_sources(models: Sequence[str], version: str, restore: bool = False, registry: Path | None = None) -> tuple[ModelSource, ...]:
+    """The models to serve, the default one first. Raises SettingsError or CheckpointError."""
+    if sum((bool(models), bool(version), restore)) > 1:
+        raise SettingsError("--model names a directory, --version a version and --restore what was served last: give only one of them.")
+    if restore:
+        return restored_sources(registry)
+    if version:
+        return (named_source(version, registry),)
     if not models:
-        return (bundled_source(version, bundled),)
+        return (bundled_source(""),)
     sources = tuple(_parse(entry) for entry in models)
     names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1:
             raise SettingsError(f"--model names {name!r} twice: give each directory its own name with --model NAME=DIR.")
     return sources
+
+
+def restored_sources(registry: Path | None) -> tuple[ModelSource, ...]:
+    """What was last served and ready, unchanged since. Raises SettingsError or CheckpointError."""
+    if registry is None:
+        raise SettingsError("--restore needs a registry: name its file with --registry.")
+    recorded = Registry(registry).last_good()
+    if not recorded:
+        raise SettingsError(f"--restore finds nothing in {registry} that was served and is still there: name a model with --model DIR.")
+    for source, digest in recorded:
+        if read_manifest(Path(source.directory)).digest != digest:
+            raise SettingsError(f"--restore: {source.directory} is not what was served as {source.name}: name a model with --model DIR.")
+    return tuple(source for source, _ in recorded)
+
+
+def named_source(version: str, registry: Path | None) -> ModelSource:
+    """The bundled model of a line, or a registered artifact: by patch, by digest, or of a line that is not bundled."""
+    found = Registry(registry).find(version) if registry is not None else None
+    line = find_line(version)
+    bundled_line = line is not None and version.removeprefix("v") == line.number and line in complete_lines()
+    if found is None or bundled_line or not found.is_live:
+        return bundled_source(version)
+    return ModelSource(f"v{found.version}" if found.version else Path(found.directory).name, found.directory)
+
+
+def registry_path(given: str) -> Path | None:
+    """Where the registry is: the file named, none for `none`, by default one in the user's data directory."""
+    if given == "none":
+        return None
+    if given:
+        return Path(given).expanduser()
+    data = os.environ.get("XDG_DATA_HOME")
+    return (Path(data) if data else Path.home() / ".local" / "share") / "deepseek-service" / "registry.sqlite"
 
 
 def bundled_source(version: str, bundled: Path = BUNDLED) -> ModelSource:
@@ -40,9 +80,11 @@ def bundled_source(version: str, bundled: Path = BUNDLED) -> ModelSource:
         line = complete[-1]
         return ModelSource(line.label, str(bundled_directory(line, bundled)))
     wanted = find_line(version)
-    if wanted is None or wanted not in complete:
+    if wanted is None or wanted not in complete or version.removeprefix("v") != wanted.number:
         served = ", ".join(line.label for line in complete) or "none"
-        raise SettingsError(f"--version {version[:40]!r} is not bundled (bundled: {served}): choose one of these or use --model DIR.")
+        raise SettingsError(
+            f"--version {version[:40]!r} is not bundled (bundled: {served}) and not registered: choose one of these or use --model DIR."
+        )
     return ModelSource(wanted.label, str(bundled_directory(wanted, bundled)))
 
 

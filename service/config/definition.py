@@ -68,7 +68,12 @@ class ModelSection(BaseModel):
 
     model: Texts = Field([], description="directory of a checkpoint, served under its base name, or NAME=DIR; repeatable")
     version: Annotated[str, BeforeValidator(_to_text)] = Field(
-        "", description="the bundled line to serve, such as v2.3, instead of a directory; the newest that is complete when left out"
+        "", description="the version to serve instead of a directory: a bundled line such as v2.3, or a registered patch or digest"
+    )
+    restore: bool = Field(False, description="serve what was last served and ready, as the registry recorded it")
+    registry: str = Field(
+        "",
+        description="file that records what was verified and served (in the user's data directory when left out); none keeps none",
     )
 
 

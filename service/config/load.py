@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from pydantic_settings import EnvSettingsSource
 
 import service
-from service.config.bundled import choose_sources
+from service.config.bundled import choose_sources, registry_path
 from service.config.definition import ENVIRONMENT_PREFIX, SECTIONS, SHORT_DTYPES, Definition
 from service.config.describe import default_note, expectation, is_list, metavar
 from service.config.flags import FlagParser
@@ -35,12 +35,13 @@ _Room = TypeVar("_Room", HttpLimits, SchedulerSettings, EngineSettings)
 
 @dataclass(frozen=True, slots=True)
 class ServeSettings:
-    """What `deepseek-serve` was asked for: the models, the default first, and the settings of each room."""
+    """What `deepseek-serve` was asked for: the models, the default first, the settings of each room, and the registry, if one is kept."""
 
     models: tuple[ModelSource, ...]
     http: HttpSettings
     scheduler: SchedulerSettings
     engine: EngineSettings
+    registry: Path | None = None
 
 
 def serve_parser() -> FlagParser:
@@ -129,7 +130,9 @@ def _convert(given: Definition, origins: Sequence[_Origin]) -> ServeSettings:
         access_log=given.access_log,
         limits=_room(HttpLimits, given),
     )
-    return ServeSettings(choose_sources(given.model, given.version), http, _room(SchedulerSettings, given), _room(EngineSettings, given))
+    registry = registry_path(given.registry)
+    sources = choose_sources(given.model, given.version, given.restore, registry)
+    return ServeSettings(sources, http, _room(SchedulerSettings, given), _room(EngineSettings, given), registry)
 
 
 def _room(room: type[_Room], given: Definition) -> _Room:

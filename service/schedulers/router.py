@@ -13,6 +13,7 @@ from collections.abc import Sequence as Requests
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from service.checkpoints.names import artifact_name
 from service.schedulers.loop import Identity, Loop
 from service.schedulers.streams import Stream
 from service.telemetry import Telemetry
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from service.inputs.tokens import TokenCodec
 
 STABLE = "stable"
-_DIGEST_CHARACTERS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class Router:
         versions = []
         for index, model in enumerate(models):
             manifest = model.manifest
-            artifact = artifact_name(model)
+            artifact = artifact_name(model.manifest, model.name)
             loop = Loop(Identity(artifact, manifest.digest, manifest.spec, model.codec), model.backend, settings, telemetry, clock)
             mine = tuple(name for name, owner in names.items() if owner == index)
             aliases = tuple(name for name in mine if name not in (model.name, artifact))
@@ -145,13 +145,6 @@ class Router:
         await asyncio.gather(*(version.loop.close() for version in self._versions))
 
 
-def artifact_name(model: Model) -> str:
-    """The immutable name: the line (or served name) and the start of the digest, as `v2.3@0123456789ab`."""
-    line = model.manifest.line
-    stem = f"v{line.removeprefix('v')}" if line else model.name
-    return f"{stem}@{model.manifest.digest[:_DIGEST_CHARACTERS]}"
-
-
 def _names(models: Requests[Model]) -> dict[str, int]:
     """Each name and the index of the model it means: served names first, then artifacts, lines and `stable`."""
     names: dict[str, int] = {}
@@ -159,7 +152,7 @@ def _names(models: Requests[Model]) -> dict[str, int]:
         if names.setdefault(model.name, index) != index:
             raise InvalidRequest(f"Two models are called {model.name}.")
     for index, model in enumerate(models):
-        names.setdefault(artifact_name(model), index)
+        names.setdefault(artifact_name(model.manifest, model.name), index)
         if model.manifest.line:
             number = model.manifest.line.removeprefix("v")
             names.setdefault(f"v{number}", index)

@@ -22,7 +22,7 @@ class Command:
         clean = {name: value for name, value in os.environ.items() if not name.upper().startswith("DEEPSEEK_")}
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
-            env={**clean, **environment},
+            env={**clean, "DEEPSEEK_REGISTRY": "none", **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

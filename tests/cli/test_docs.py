@@ -14,7 +14,7 @@ def test_the_page_is_current() -> None:
     assert docs.DOCUMENT.read_text("utf-8") == docs.render(), "run python -m service.cli.docs"
 
 
-@pytest.mark.parametrize("command", ["deepseek-serve", "deepseek-benchmark", "deepseek-train", "deepseek-convert"])
+@pytest.mark.parametrize("command", ["deepseek-serve", "deepseek-benchmark", "deepseek-train", "deepseek-convert", "deepseek-versions"])
 def test_every_command_is_there(command: str) -> None:
     assert f"## {command}\n" in docs.render()
 

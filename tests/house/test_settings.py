@@ -11,7 +11,7 @@ from tests.house.source import ROOT, SourceTree
 
 ROOMS = (HttpSettings, HttpLimits, SchedulerSettings, EngineSettings)
 # Flags that are no field of a room: they choose models, are short for another flag, or are named in the singular because they repeat.
-OF_CONFIG = {"model", "version", "api_key", *SHORT_DTYPES}
+OF_CONFIG = {"model", "version", "restore", "registry", "api_key", *SHORT_DTYPES}
 OF_ROOMS_ONLY = {"limits", "api_keys"}
 
 
