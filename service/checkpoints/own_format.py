@@ -15,12 +15,14 @@ import yaml
 from service.checkpoints.fields import Fields, read_text
 from service.types.catalog import LINES, Shape, find_line
 from service.types.errors import CheckpointError
+from service.types.kv_layout import BLOCK_TOKENS, FarSpec, FarStore
 from service.types.model_spec import ModelSpec, RopeScaling, RopeSpec
 from service.types.vision import VisionSpec
 
 CONFIG = "config.yaml"
 GENERATION_KEYS = ("temperature", "top_p", "top_k", "repetition_penalty")
 _SHAPE_KEYS = tuple(entry.name for entry in fields(Shape))
+_FAR_KEYS = frozenset(entry.name for entry in fields(FarSpec))
 _VISION_KEYS = tuple(entry.name for entry in fields(VisionSpec))
 _KEYS = frozenset({"version", "end_ids", "bos_id", "image_id", "generation", *_SHAPE_KEYS})
 # Written even where they have their default: a reader looks for them.
@@ -63,6 +65,9 @@ def parse_own(text: str, source: str) -> tuple[ModelSpec, Fields]:
         raise config.refusal("vision", f"belongs to a line that reads images, and v{line.number} does not")
     if shape.shared_layers > 1 and not line.shares_weights:
         raise config.refusal("shared_layers", f"belongs to a line that shares weights, and v{line.number} does not")
+    if line.far is None and (shape.window or shape.far is not None or shape.dense_layers):
+        name = "window" if shape.window else "far" if shape.far is not None else "dense_layers"
+        raise config.refusal(name, f"belongs to a line that reads long contexts by far blocks, and v{line.number} does not")
     bos, image = config.ids("bos_id", shape.vocab_size), config.ids("image_id", shape.vocab_size)
     if len(image) != (shape.vision is not None):
         raise config.refusal("image_id", "must be one token id with `vision`, and absent without it")
@@ -89,7 +94,10 @@ def own_config(spec: ModelSpec, generation: dict[str, float] | None = None, vers
 
 
 def shape_of(spec: ModelSpec) -> Shape:
-    """The shape from which a line makes a model of these sizes, taken from the first layer."""
+    """The shape from which a line makes a model of these sizes, taken from the first layer and the first that reads far blocks."""
+    line = find_line(spec.line or "")
+    sparse = next((layer.attention for layer in spec.layers if layer.attention.far is not None), None)
+    dense = tuple(index for index, layer in enumerate(spec.layers) if layer.attention.far is None)
     attention, mlp = spec.layers[0].attention, spec.layers[0].mlp
     plain = RopeSpec(theta=spec.rope.theta, rotary_dim=attention.head_dim, original_context=spec.context_tokens)
     return Shape(
@@ -111,6 +119,9 @@ def shape_of(spec: ModelSpec) -> Shape:
         rope=None if spec.rope == plain else spec.rope,
         vision=spec.vision,
         shared_layers=1 if spec.sharing is None else spec.sharing.owners.count(0),
+        window=0 if sparse is None or (line and line.window == sparse.window) else sparse.window or 0,
+        far=None if sparse is None or (line and line.far == sparse.far) else sparse.far,
+        dense_layers=dense if sparse is not None else (),
     )
 
 
@@ -128,6 +139,10 @@ def _written(shape: Shape) -> dict[str, Any]:
         values["rope"] = {"scaling": shape.rope.scaling.value, **differing}
     if shape.vision is not None:
         values["vision"] = asdict(shape.vision)
+    if shape.far is not None:
+        values["far"] = {**asdict(shape.far), "store": shape.far.store.value}
+    if shape.dense_layers:
+        values["dense_layers"] = list(shape.dense_layers)
     return values
 
 
@@ -144,6 +159,7 @@ def _read_shape(config: Fields) -> Shape:
         head_dim=config.integer("head_dim", 0, low=0),
         norm_eps=config.number("norm_eps", 1e-6, low=0.0, high=1.0),
         shared_layers=config.integer("shared_layers", 1),
+        window=config.integer("window", 0, low=0),
     )
     plain = {entry.name: entry.default for entry in fields(Shape)}
     switches: dict[str, Any] = {name: config.flag(name, bool(plain[name])) for name in _SWITCHES}
@@ -156,6 +172,8 @@ def _read_shape(config: Fields) -> Shape:
         shape,
         rope=_read_rope(config.nested("rope"), shape) if config.has("rope") else None,
         vision=_read_vision(config.nested("vision")) if config.has("vision") else None,
+        far=_read_far(config.nested("far")) if config.has("far") else None,
+        dense_layers=_read_dense_layers(config, shape.layers),
     )
 
 
@@ -179,6 +197,37 @@ def _read_rope(rope: Fields, shape: Shape) -> RopeSpec:
     if spec.high_freq_factor <= spec.low_freq_factor:
         raise rope.refusal("high_freq_factor", "must be greater than low_freq_factor")
     return spec
+
+
+def _read_far(config: Fields) -> FarSpec:
+    for key in config.values:
+        if key not in _FAR_KEYS:
+            raise CheckpointError(f"{config.source}: {str(key)[:60]} is not a field of far blocks.")
+    plain, stores = FarSpec(), {store.value: store for store in FarStore}
+    store = config.text("store") if config.has("store") else plain.store.value
+    if store not in stores:
+        raise config.refusal("store", f"must be one of {', '.join(stores)}")
+    spec = FarSpec(
+        blocks=config.integer("blocks", plain.blocks, low=0),
+        store=stores[store],
+        refresh=config.integer("refresh", plain.refresh),
+        sub_block_tokens=config.integer("sub_block_tokens", plain.sub_block_tokens),
+        sink_blocks=config.integer("sink_blocks", plain.sink_blocks, low=0),
+        dense_prompts=config.flag("dense_prompts", plain.dense_prompts),
+    )
+    for name in ("refresh", "sub_block_tokens"):
+        if BLOCK_TOKENS % getattr(spec, name):
+            raise config.refusal(name, f"must divide a block of {BLOCK_TOKENS} tokens")
+    return spec
+
+
+def _read_dense_layers(config: Fields, layers: int) -> tuple[int, ...]:
+    found = config.values.get("dense_layers") or []
+    if not isinstance(found, list) or not all(type(index) is int and 0 <= index < layers for index in found):
+        raise config.refusal("dense_layers", f"must list layers from 0 to {layers - 1}")
+    if len(set(found)) == layers:
+        raise config.refusal("dense_layers", "leaves no layer that reads far blocks")
+    return tuple(sorted(set(found)))
 
 
 def _read_vision(config: Fields) -> VisionSpec:

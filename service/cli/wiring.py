@@ -10,6 +10,7 @@ import asyncio
 import gc
 import socket
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from service.api.app import build_app
@@ -28,6 +29,7 @@ from service.processes import ChildProcess
 from service.schedulers.router import Model, Router
 from service.telemetry import Telemetry, log_event
 from service.types.errors import CheckpointError, StartupError, Unavailable
+from service.types.long_context import adapt
 from service.types.plan import LoadRequest
 
 INTERRUPTED = 130
@@ -52,7 +54,7 @@ async def serve(settings: ServeSettings, child: ChildProcess, times: StartTimes)
 
 def build_models(settings: ServeSettings, child: ChildProcess | None, progress: LoadProgress) -> list[Model]:
     """Read every model directory (not its weights) and give each a backend. Raises StartupError."""
-    manifests = [read_manifest(Path(source.directory)) for source in settings.models]
+    manifests = [_read(source.directory, settings) for source in settings.models]
     shares = share_kv(manifests, settings.engine, settings.scheduler, available_bytes())
     models = []
     for index, (source, manifest, kv_bytes) in enumerate(zip(settings.models, manifests, shares, strict=True)):
@@ -65,6 +67,12 @@ def build_models(settings: ServeSettings, child: ChildProcess | None, progress: 
         backend = WorkerBackend(request, settings.engine, child=child if index == 0 else None, on_progress=moved)
         models.append(Model(source.name, manifest, TokenCodec.load(manifest.directory), backend))
     return models
+
+
+def _read(directory: str, settings: ServeSettings) -> Manifest:
+    """The manifest of a directory, its attention as it is to be served."""
+    manifest = read_manifest(Path(directory))
+    return replace(manifest, spec=adapt(manifest.spec, settings.attention))
 
 
 def load_request(settings: ServeSettings, manifest: Manifest, kv_bytes: int) -> LoadRequest:
@@ -84,6 +92,7 @@ def load_request(settings: ServeSettings, manifest: Manifest, kv_bytes: int) -> 
         quantize_cache_bytes=engine.quantize_cache_bytes,
         image_cache_bytes=engine.image_cache_bytes,
         machine_limits=(engine.machine_bytes_per_s, engine.machine_flops_per_s),
+        attention=settings.attention,
     )
 
 

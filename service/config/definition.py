@@ -12,12 +12,12 @@ from pydantic import BaseModel, BeforeValidator, Field
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from service.config.flags import parse_bytes
-from service.types.settings import EngineSettings, HttpLimits, HttpSettings, SchedulerSettings
+from service.types.settings import AttentionSettings, EngineSettings, HttpLimits, HttpSettings, SchedulerSettings
 
 ENVIRONMENT_PREFIX = "DEEPSEEK_"
 SHORT_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
 
-_HTTP, _LIMITS, _SCHEDULER, _ENGINE = HttpSettings(), HttpLimits(), SchedulerSettings(), EngineSettings()
+_HTTP, _LIMITS, _SCHEDULER, _ENGINE, _ATTENTION = HttpSettings(), HttpLimits(), SchedulerSettings(), EngineSettings(), AttentionSettings()
 
 
 class Unit(NamedTuple):
@@ -60,7 +60,11 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize = Literal["auto", "none", "int8", "int4"]
 Tier = Literal["auto", "gpu", "edge", "cpu"]
 Compat = Literal["none", "vllm"]
+KvFar = Literal["auto", "int8", "int4", "bf16", "evict"]
+Prefill = Literal["sparse", "dense"]
+RopeScaling = Literal["auto", "keep", "linear", "dynamic", "yarn"]
 Texts = Annotated[list[str], NoDecode, BeforeValidator(_to_list)]
+Layers = Annotated[list[Annotated[int, Field(ge=0, le=4095)]], NoDecode, BeforeValidator(_to_list)]
 
 
 class ModelSection(BaseModel):
@@ -206,10 +210,38 @@ class EngineSection(BaseModel):
     )
 
 
-SECTIONS: tuple[type[BaseModel], ...] = (ModelSection, HttpSection, LimitSection, SchedulerSection, EngineSection)
+class AttentionSection(BaseModel):
+    """Attention and context"""
+
+    attention_window: Annotated[Whole, Field(le=1 << 24)] = Field(
+        _ATTENTION.attention_window, description="last tokens that every layer reads as they were computed; 0 is what the model says"
+    )
+    far_blocks: Annotated[Whole, Field(le=1 << 16)] = Field(
+        _ATTENTION.far_blocks,
+        description="64-token blocks behind the window that a query reads; 0 is what the model says, or 16 (32 far out)",
+    )
+    far_refresh: Annotated[Whole, Field(le=64)] = Field(
+        _ATTENTION.far_refresh, description="tokens that share one choice of far blocks; 0 is what the model says, or 1"
+    )
+    kv_far: KvFar = Field(
+        cast(KvFar, _ATTENTION.kv_far),
+        description="how the rest is kept; bf16 is the model's own type, evict keeps nothing",
+    )
+    prefill: Prefill = Field(cast(Prefill, _ATTENTION.prefill), description="dense lets prompt tokens read all far blocks")
+    dense_layers: Layers = Field(list(_ATTENTION.dense_layers), description="layers that keep reading everything, such as 0,1; repeatable")
+    max_position_embeddings: Annotated[Whole, Field(le=1 << 24)] = Field(
+        _ATTENTION.max_position_embeddings, description="longest sequence that the model is made to take; 0 is what it was trained for"
+    )
+    rope_scaling: RopeScaling = Field(
+        cast(RopeScaling, _ATTENTION.rope_scaling),
+        description="how more positions than trained are reached; keep changes nothing",
+    )
 
 
-class Definition(ModelSection, HttpSection, LimitSection, SchedulerSection, EngineSection, BaseSettings):
+SECTIONS: tuple[type[BaseModel], ...] = (ModelSection, HttpSection, LimitSection, SchedulerSection, EngineSection, AttentionSection)
+
+
+class Definition(ModelSection, HttpSection, LimitSection, SchedulerSection, EngineSection, AttentionSection, BaseSettings):
     """All sections joined. It takes values only from its arguments: `load` joins the sources."""
 
     model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, env_ignore_empty=True, extra="forbid", hide_input_in_errors=True)

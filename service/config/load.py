@@ -11,7 +11,7 @@ import difflib
 import ipaddress
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,12 +25,12 @@ from service.config.definition import ENVIRONMENT_PREFIX, SECTIONS, SHORT_DTYPES
 from service.config.describe import default_note, expectation, is_list, metavar
 from service.config.flags import FlagParser
 from service.types.errors import SettingsError
-from service.types.settings import EngineSettings, HttpLimits, HttpSettings, ModelSource, SchedulerSettings
+from service.types.settings import AttentionSettings, EngineSettings, HttpLimits, HttpSettings, ModelSource, SchedulerSettings
 
 PROGRAM = "deepseek-serve"
 DESCRIPTION = "Serve language models over HTTP. Every flag --name is also the environment variable DEEPSEEK_NAME and a key of --config."
 _SECRET = frozenset({"api_key"})
-_Room = TypeVar("_Room", HttpLimits, SchedulerSettings, EngineSettings)
+_Room = TypeVar("_Room", HttpLimits, SchedulerSettings, EngineSettings, AttentionSettings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,7 @@ class ServeSettings:
     http: HttpSettings
     scheduler: SchedulerSettings
     engine: EngineSettings
+    attention: AttentionSettings
     registry: Path | None = None
 
 
@@ -133,7 +134,8 @@ def _convert(given: Definition, origins: Sequence[_Origin]) -> ServeSettings:
     )
     registry = registry_path(given.registry)
     sources = choose_sources(given.model, given.version, given.restore, registry)
-    return ServeSettings(sources, http, _room(SchedulerSettings, given), _room(EngineSettings, given), registry)
+    attention = replace(_room(AttentionSettings, given), dense_layers=tuple(given.dense_layers))
+    return ServeSettings(sources, http, _room(SchedulerSettings, given), _room(EngineSettings, given), attention, registry)
 
 
 def _room(room: type[_Room], given: Definition) -> _Room:

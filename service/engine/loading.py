@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ from service.kernels.native.binding import describe
 from service.models.decoder import Decoder
 from service.types.errors import CapacityError
 from service.types.kv_layout import KvLayout
+from service.types.long_context import adapt
 from service.types.model_spec import ELEMENT_BYTES, ModelSpec
 from service.types.plan import BackendInfo, LoadRequest
 
@@ -63,7 +65,8 @@ def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallba
     phases = _Phases(import_s)
     torch.set_num_threads(request.threads or len(os.sched_getaffinity(0)))
     manifest = read_manifest(Path(request.directory))
-    spec = manifest.spec
+    spec = adapt(manifest.spec, request.attention)
+    manifest = replace(manifest, spec=spec)
     device = choose_device(request.device)
     quantize = choose_quantize(request.quantize, spec, device)
     dtype = choose_dtype(request.dtype, spec, device, manifest.stored_dtype, quantize)

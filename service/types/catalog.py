@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from service.types.kv_layout import FarSpec
 from service.types.model_spec import (
     DenseMlp,
     GroupedQueryAttention,
@@ -26,7 +27,8 @@ class Shape:
 
     `head_dim` is dim / heads unless given. `rope` overrides `rope_theta`: a scaled rotation. By these choices (biases, no q/k norm, an
     output head of its own) a model of another family becomes one of a line and computes what it did. `vision` is for
-    lines that read images, `shared_layers` > 1 (so many consecutive layers have one set of weights) for lines that share them.
+    lines that read images, `shared_layers` > 1 (so many consecutive layers have one set of weights) for lines that share them. `window`,
+    `far` (0 and None: the line's own) and `dense_layers`, which read everything, are for lines that read long contexts by far blocks.
     """
 
     vocab_size: int
@@ -47,6 +49,9 @@ class Shape:
     rope: RopeSpec | None = None
     vision: VisionSpec | None = None
     shared_layers: int = 1
+    window: int = 0
+    far: FarSpec | None = None
+    dense_layers: tuple[int, ...] = ()
 
     @property
     def rotary_dim(self) -> int:
@@ -59,7 +64,8 @@ class VersionLine:
     """One line: its number, name, what it adds, whether heads are gated, its precision policy and its shapes by name.
 
     `reads_images`: its shapes may have a patch encoder, whose image tokens are fused in after the lower half of the layers.
-    `shares_weights`: in its shapes consecutive layers may compute with one set of weights.
+    `shares_weights`: in its shapes consecutive layers may compute with one set of weights. `far`: layers read a window of `window` tokens
+    as they were computed, and behind it the best blocks.
     """
 
     number: str
@@ -70,6 +76,8 @@ class VersionLine:
     shapes: tuple[tuple[str, Shape], ...]
     reads_images: bool = False
     shares_weights: bool = False
+    window: int = 0
+    far: FarSpec | None = None
 
     @property
     def label(self) -> str:
@@ -90,12 +98,16 @@ class VersionLine:
             out_bias=shape.out_bias,
         )
         layer = LayerSpec(attention, DenseMlp(shape.mlp_hidden, shape.mlp_bias))
+        sparse = layer
+        if self.far is not None:
+            sparse = replace(layer, attention=replace(attention, window=shape.window or self.window, far=shape.far or self.far))
+        dense = shape.dense_layers if self.far is not None else ()
         plain = RopeSpec(theta=shape.rope_theta, rotary_dim=shape.rotary_dim, original_context=shape.context_tokens)
         return ModelSpec(
             family="deepseek-line",
             vocab_size=shape.vocab_size,
             dim=shape.dim,
-            layers=(layer,) * shape.layers,
+            layers=tuple(layer if index in dense else sparse for index in range(shape.layers)),
             rope=plain if shape.rope is None else shape.rope,
             context_tokens=shape.context_tokens,
             norm_eps=shape.norm_eps,
@@ -162,7 +174,26 @@ V4_8 = VersionLine(
     shares_weights=True,
 )
 
-LINES: tuple[VersionLine, ...] = (V1_0, V2_3, V3_5, V4_8)
+_NANO_LONG = Shape(
+    vocab_size=4096, dim=256, layers=4, heads=4, kv_heads=2, mlp_hidden=704, context_tokens=16_384, rope_theta=500_000.0, dense_layers=(0,)
+)
+_REFERENCE = Shape(
+    vocab_size=32_000, dim=1024, layers=24, heads=16, kv_heads=8, mlp_hidden=2752, context_tokens=16_384, rope_theta=500_000.0
+)
+
+V5_2 = VersionLine(
+    number="5.2",
+    name="flagship",
+    essence="v3.5 over long contexts: a window of 2048 tokens as computed, all that lies behind it kept in int8 and chosen by blocks",
+    gated_heads=True,
+    precision=V2_3.precision,
+    shapes=(("nano", _NANO_LONG), ("reference", replace(_REFERENCE, vision=_LARGE_EYES))),
+    reads_images=True,
+    window=2048,
+    far=FarSpec(),
+)
+
+LINES: tuple[VersionLine, ...] = (V1_0, V2_3, V3_5, V4_8, V5_2)
 
 
 def find_line(version: str) -> VersionLine | None:

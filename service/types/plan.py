@@ -8,12 +8,13 @@ running one step ahead needs. Invariant: the worker holds no truth that the pare
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntFlag
 from typing import NamedTuple, Protocol
 
 from service.types.kv_layout import KvLayout
 from service.types.request import ImageInput, Sampling, Stop, TokenLogprob
+from service.types.settings import AttentionSettings
 
 
 class Want(IntFlag):
@@ -226,3 +227,4 @@ class LoadRequest:
     quantize: str = "auto"
     quantize_cache: str = "none"
     quantize_cache_bytes: int = 0
+    attention: AttentionSettings = field(default_factory=AttentionSettings)

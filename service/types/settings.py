@@ -111,6 +111,25 @@ class EngineSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionSettings:
+    """What is asked of every served model's attention; 0, `auto` and nothing mean what the checkpoint says.
+
+    `attention_window` tokens and the first block are read as they were computed, of the rest the best `far_blocks` blocks, chosen anew
+    every `far_refresh` tokens and kept as `kv_far` says. `prefill` dense lets prompt tokens read all far blocks; `dense_layers` stay
+    without a window. `max_position_embeddings` is the longest sequence, `rope_scaling` how a longer one than trained is reached.
+    """
+
+    attention_window: int = 0
+    far_blocks: int = 0
+    far_refresh: int = 0
+    kv_far: str = "auto"
+    prefill: str = "sparse"
+    dense_layers: tuple[int, ...] = ()
+    max_position_embeddings: int = 0
+    rope_scaling: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSource:
     """One model to serve: its served `name` and the directory that holds it."""
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from service.checkpoints.own_format import own_config, read_own, shape_of
-from service.types.catalog import LINES, V2_3, V3_5, V4_8, Shape, VersionLine
+from service.types.catalog import LINES, V2_3, V3_5, V4_8, V5_2, Shape, VersionLine
 from service.types.errors import CheckpointError
+from service.types.kv_layout import FarSpec, FarStore
 from service.types.model_spec import RopeScaling, RopeSpec
 from service.types.vision import VisionSpec
 
@@ -157,3 +158,36 @@ def test_refused_by_name(tmp_path: Path, old: str, new: str, name: str) -> None:
 def test_not_a_mapping(tmp_path: Path, text: str) -> None:
     with pytest.raises(CheckpointError, match="mapping"):
         read_own(written(tmp_path, text))
+
+
+LONG = {"window": 128, "far": FarSpec(blocks=3, store=FarStore.INT4, refresh=4, sink_blocks=2, dense_prompts=True), "dense_layers": (0, 2)}
+
+
+@pytest.mark.parametrize("choice", LONG)
+def test_windows_and_far_blocks_come_back_and_belong_to_their_line(tmp_path: Path, choice: str) -> None:
+    shape = replace(SHAPE, **{choice: LONG[choice]})
+    spec = V5_2.spec(shape)
+    assert spec != V5_2.spec(SHAPE) and shape_of(spec) == shape
+    text = own_config(spec)
+    assert read_own(written(tmp_path, text))[0] == spec and f"{choice}:" not in own_config(V5_2.spec(SHAPE))
+    with pytest.raises(CheckpointError, match=rf"{choice} .*belongs to a line that reads long contexts"):
+        read_own(written(tmp_path, text.replace("'5.2'", "'2.3'")))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("far: {store: int2}", "store .*must be one of int8, int4, native, evict"),
+        ("far: {refresh: 3}", "refresh .*must divide a block of 64 tokens"),
+        ("far: {sub_block_tokens: 24}", "sub_block_tokens .*must divide"),
+        ("far: {speed: 3}", "speed is not a field of far blocks"),
+        ("far: {blocks: -1}", "blocks .*must be a whole number"),
+        ("dense_layers: [3]", "dense_layers .*must list layers from 0 to 2"),
+        ("dense_layers: [true]", "dense_layers .*must list layers"),
+        ("dense_layers: [0, 1, 2]", "dense_layers .*leaves no layer"),
+        ("window: -5", "window .*must be a whole number"),
+    ],
+)
+def test_senseless_far_blocks_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        read_own(written(tmp_path, GOOD.replace("2.3", "5.2") + text + "\n"))

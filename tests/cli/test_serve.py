@@ -19,7 +19,7 @@ from service.cli.report import LoadProgress
 from service.cli.wiring import build_models
 from service.config.load import ServeSettings
 from service.types.errors import CheckpointError
-from service.types.settings import EngineSettings, HttpSettings, ModelSource, SchedulerSettings
+from service.types.settings import AttentionSettings, EngineSettings, HttpSettings, ModelSource, SchedulerSettings
 from tests.cli.conftest import Command, Start
 from tests.tiny_models import build_tiny
 
@@ -74,7 +74,9 @@ def test_missing_directory(start: Start, tmp_path: Path) -> None:
 
 def refusal(directory: Path) -> str:
     """The sentence with which a model directory is refused, before any worker hears of it."""
-    settings = ServeSettings((ModelSource("m", str(directory)),), HttpSettings(), SchedulerSettings(), EngineSettings())
+    settings = ServeSettings(
+        (ModelSource("m", str(directory)),), HttpSettings(), SchedulerSettings(), EngineSettings(), AttentionSettings()
+    )
     with pytest.raises(CheckpointError) as caught:
         build_models(settings, None, LoadProgress())
     assert "\n" not in str(caught.value)

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from service.types.catalog import LINES, V1_0, V2_3, V3_5, V4_8, Shape, find_line
+from service.types.catalog import LINES, V1_0, V2_3, V3_5, V4_8, V5_2, Shape, find_line
+from service.types.kv_layout import FarSpec
 
 
 @pytest.mark.parametrize(("text", "line"), [("v1.0", V1_0), ("1.0", V1_0), ("v2.3", V2_3), ("2.3.7", V2_3), ("v2.3.1", V2_3)])
@@ -22,7 +23,7 @@ def test_other_names_are_no_lines(text: str) -> None:
 def test_lines_are_in_order_and_distinct() -> None:
     numbers = [tuple(map(int, line.number.split("."))) for line in LINES]
     assert numbers == sorted(set(numbers))
-    assert [line.label for line in LINES] == ["v1.0", "v2.3", "v3.5", "v4.8"]
+    assert [line.label for line in LINES] == ["v1.0", "v2.3", "v3.5", "v4.8", "v5.2"]
 
 
 def test_the_second_line_differs_from_the_first_in_precision_alone() -> None:
@@ -72,3 +73,16 @@ def test_a_head_dimension_of_its_own() -> None:
 def test_the_bundled_shape_fits_its_bound() -> None:
     nano = dict(V2_3.shapes)["nano"]
     assert V2_3.spec(nano).parameters * 2 <= 16 << 20
+
+
+def test_the_flagship_reads_far_blocks_in_all_but_its_dense_layers() -> None:
+    shapes = dict(V5_2.shapes)
+    nano, reference = V5_2.spec(shapes["nano"]), V5_2.spec(shapes["reference"], image_id=4)
+    assert [layer.attention.window for layer in nano.layers] == [None, 2048, 2048, 2048]
+    assert [layer.attention.far is None for layer in nano.layers] == [True, False, False, False]
+    assert (reference.dim, len(reference.layers), reference.layers[0].attention.heads, reference.context_tokens) == (1024, 24, 16, 16384)
+    assert reference.fusion is not None and reference.fusion.after_layers == 12 and nano.fusion is None
+    plain = V3_5.spec(shapes["reference"], image_id=4)
+    assert all(layer.attention.window is None for layer in plain.layers) and plain.parameters == reference.parameters
+    shorter = V5_2.spec(replace(shapes["reference"], window=512, far=FarSpec(blocks=8)))
+    assert {(layer.attention.window, layer.attention.far) for layer in shorter.layers} == {(512, FarSpec(blocks=8))}
