@@ -6,6 +6,7 @@ For tests that compare many schedules of one checkpoint and would otherwise star
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,17 +17,27 @@ from service.engine.batch import Tables
 from service.engine.kv_pool import KvPool
 from service.engine.sampler import Sampler
 from service.engine.torch_backend import TorchBackend
+from service.types.long_context import adapt
 from service.types.plan import BackendHealth, BackendInfo, BatchPlan, StepResult, WorkerLost
+from service.types.settings import AttentionSettings
 
 
 class InlineBackend:
     """Implements types.plan.Backend over one loaded checkpoint; every start begins with empty tables and poisoned blocks."""
 
     def __init__(
-        self, directory: Path, *, blocks: int = 64, max_rows: int = 32, lose_at: frozenset[int] = frozenset(), image_tokens: int = 512
+        self,
+        directory: Path,
+        *,
+        blocks: int | tuple[int, ...] = 64,
+        max_rows: int = 32,
+        lose_at: frozenset[int] = frozenset(),
+        image_tokens: int = 512,
+        attention: AttentionSettings | None = None,
     ) -> None:
         torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
-        self.manifest = read_manifest(directory)
+        read = read_manifest(directory)
+        self.manifest = replace(read, spec=adapt(read.spec, attention or AttentionSettings()))
         self._decoder = load(self.manifest, torch.device("cpu"), torch.float32, lambda done, total: None)
         self.blocks = blocks
         self.max_rows = max_rows
@@ -38,11 +49,13 @@ class InlineBackend:
     async def start(self) -> BackendInfo:
         spec = self.manifest.spec
         layout = spec.kv_layout()
-        group_blocks = (self.blocks,) * len(layout.groups)
+        group_blocks = (self.blocks,) * len(layout.groups) if isinstance(self.blocks, int) else self.blocks
         pool = KvPool(layout, group_blocks, torch.float32, torch.device("cpu"))
         for layer in range(len(spec.layers)):
-            for blocks in pool.blocks_of(layer):
-                blocks.fill_(float("nan"))
+            far = pool.far_of(layer) if pool.far_group_of(layer) is not None else ()
+            for tensor in (*pool.blocks_of(layer), *far):
+                if tensor is not None:
+                    tensor.fill_(float("nan") if tensor.is_floating_point() else 119)
         tables = Tables(layout, group_blocks, self.max_rows, spec.context_tokens, spec.vocab_size)
         image_tokens = self.image_tokens if spec.vision is not None else 0
         self._engine = TorchBackend(self._decoder, pool, tables, Sampler(self.max_rows, spec.vocab_size), image_tokens)

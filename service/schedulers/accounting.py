@@ -54,6 +54,7 @@ class Accounting:
         self._preemptions = metrics.value("preemptions_total")
         self._flops = metrics.value("model_flops_total")
         self._bytes = metrics.value("model_bytes_read_total")
+        self._far_blocks = metrics.value("far_blocks_read_total")
         self._step_tokens = metrics.distribution("step_tokens")
         self._kinds: dict[str, Distribution] = {}
 
@@ -90,6 +91,7 @@ class Accounting:
         flops, size = self._cost.of(step.tokens, len(result.tokens), rows, step.context_tokens / rows)
         self._flops.value += flops
         self._bytes.value += size
+        self._far_blocks.value += result.far_blocks_read
         self._preemptions.value += preemptions
         self._step_tokens.observe(step.tokens)
         kind = "decode" if step.decodes == rows else "mixed" if step.decodes else "prefill"

@@ -180,6 +180,7 @@ class BlockSpace:
             if 0 in near or len(near) < len(blocks):
                 raise InvariantBroken(f"sequence {sequence.arrival}: a block became far after it was released")
             changes.demotes.append(BlockDemote(sequence.row, group, near, blocks))
+            sequence.next_proof = 0  # what became far may have been proven long ago, and can be named as soon as this step is sent
         table.extend(blocks)
 
     def release_behind(self, sequence: Sequence, position: int, changes: TableChanges) -> None:

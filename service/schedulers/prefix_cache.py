@@ -103,8 +103,6 @@ class PrefixCache:
         """Finite logits came from everything computed so far: name its full blocks."""
         full = sequence.computed // self._space.block_tokens
         sequence.next_proof = (full + 1) * self._space.block_tokens
-        if full <= sequence.proven_blocks:
-            return
         if self.enabled:
             keys = self.keys(sequence, full)
             for group, pool in enumerate(self._space.pools):

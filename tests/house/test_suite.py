@@ -34,6 +34,7 @@ LEAST = {
     "tests/test_image_parity.py": 15,
     "tests/test_loadgen.py": 56,
     "tests/test_parity.py": 60,
+    "tests/test_sparse_parity.py": 60,
     "tests/test_processes.py": 22,
     "tests/test_scenarios.py": 20,
     "tests/test_telemetry.py": 10,

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pytest
+
 from service.schedulers.blocks import BlockSpace, TableChanges
 from service.schedulers.prefix_cache import PrefixCache
 from tests.fakes import Far, layout
@@ -100,8 +102,9 @@ def test_a_hit_needs_sinks_window_and_every_far_block_of_the_next_query():
     assert cache.match(second) == 0
 
 
-def test_blocks_that_became_far_after_they_were_proven_are_named():
-    space = BlockSpace(layout(4, (Far(6),)), (40, 40))
+@pytest.mark.parametrize("refresh", [1, 4])
+def test_blocks_that_became_far_after_they_were_proven_are_named(refresh):
+    space = BlockSpace(layout(4, (Far(6, refresh),)), (40, 40))
     cache = PrefixCache(space, "d")
     computed(space, cache, make_sequence("a" * 33), [6, *range(7, 34)])
     assert len(space.pools[1].by_key) == 5
