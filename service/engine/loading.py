@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from service.checkpoints.load import Quantisation, load
-from service.checkpoints.manifest import read_manifest
+from service.checkpoints.manifest import Manifest, read_manifest
 from service.checkpoints.quantisation import weight_bytes
 from service.checkpoints.quantised_cache import cache_in
 from service.engine.batch import Tables
@@ -64,9 +64,8 @@ def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallba
     """Load it all. Raises CheckpointError or CapacityError."""
     phases = _Phases(import_s)
     torch.set_num_threads(request.threads or len(os.sched_getaffinity(0)))
-    manifest = read_manifest(Path(request.directory))
-    spec = adapt(manifest.spec, request.attention)
-    manifest = replace(manifest, spec=spec)
+    manifest = _read_as_served(request)
+    spec = manifest.spec
     device = choose_device(request.device)
     quantize = choose_quantize(request.quantize, spec, device)
     dtype = choose_dtype(request.dtype, spec, device, manifest.stored_dtype, quantize)
@@ -111,6 +110,12 @@ def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallba
         kernels=describe() if device.type == "cpu" else "",
     )
     return Loaded(backend, info, spec.flops(1, 0.0), spec.flops(1, 1.0) - spec.flops(1, 0.0))
+
+
+def _read_as_served(request: LoadRequest) -> Manifest:
+    """The checkpoint's manifest with its attention as the request asks."""
+    manifest = read_manifest(Path(request.directory))
+    return replace(manifest, spec=adapt(manifest.spec, request.attention))
 
 
 def _assemble(decoder: Decoder, layout: KvLayout, memory: MemoryPlan, request: LoadRequest) -> TorchBackend:
