@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from service.checkpoints.load import load
+from service.checkpoints.long_context import adapt
 from service.checkpoints.manifest import read_manifest
 from service.engine.batch import Tables
 from service.engine.kv_pool import KvPool
 from service.engine.sampler import Sampler
 from service.engine.torch_backend import TorchBackend
-from service.types.long_context import adapt
 from service.types.plan import BackendHealth, BackendInfo, BatchPlan, StepResult, WorkerLost
 from service.types.settings import AttentionSettings
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from service.checkpoints.long_context import adapt
 from service.checkpoints.manifest import Manifest, read_manifest
 from service.engine.supervisor import WorkerBackend
 from service.inputs.tokens import TokenCodec
@@ -22,7 +23,6 @@ from service.schedulers.router import Model, Router
 from service.telemetry import Telemetry
 from service.types.catalog import V5_2, Shape
 from service.types.kv_layout import FarSpec
-from service.types.long_context import adapt
 from service.types.plan import Backend, LoadRequest
 from service.types.request import FinishEvent, FinishReason, GenerationRequest, TokenEvent
 from service.types.settings import AttentionSettings, EngineSettings, SchedulerSettings

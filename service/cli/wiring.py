@@ -17,6 +17,7 @@ from service.api.app import build_app
 from service.api.server import bind
 from service.api.server import serve as serve_http
 from service.checkpoints.lock import lock_differences
+from service.checkpoints.long_context import adapt
 from service.checkpoints.manifest import Manifest, read_manifest
 from service.checkpoints.registry import Registry
 from service.cli.budget import share_kv
@@ -29,7 +30,6 @@ from service.processes import ChildProcess
 from service.schedulers.router import Model, Router
 from service.telemetry import Telemetry, log_event
 from service.types.errors import CheckpointError, StartupError, Unavailable
-from service.types.long_context import adapt
 from service.types.plan import LoadRequest
 
 INTERRUPTED = 130

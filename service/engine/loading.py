@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from service.checkpoints.load import Quantisation, load
+from service.checkpoints.long_context import adapt
 from service.checkpoints.manifest import Manifest, read_manifest
 from service.checkpoints.quantisation import weight_bytes
 from service.checkpoints.quantised_cache import cache_in
@@ -29,7 +30,6 @@ from service.kernels.native.binding import describe
 from service.models.decoder import Decoder
 from service.types.errors import CapacityError
 from service.types.kv_layout import KvLayout
-from service.types.long_context import adapt
 from service.types.model_spec import ELEMENT_BYTES, ModelSpec
 from service.types.plan import BackendInfo, LoadRequest
 

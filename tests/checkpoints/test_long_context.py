@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from service.checkpoints.long_context import adapt
 from service.types.catalog import V5_2
 from service.types.errors import SettingsError
 from service.types.kv_layout import FarSpec, FarStore
-from service.types.long_context import adapt
 from service.types.model_spec import ModelSpec, RopeScaling, RopeSpec
 from service.types.settings import AttentionSettings
 from tests.types.test_model_spec import ATTENTION, spec_of
