@@ -24,10 +24,10 @@ MODELS = json.dumps({"object": "list", "data": [{"id": "null", "object": "model"
 
 
 class NullProtocol(asyncio.Protocol):
-    """One connection. `tokens` events a request, then usage and the end; with `gap_s` between events, else all at once."""
+    """One connection. `tokens` events a request, then the end; `first_s` before the first and `gap_s` between them, else at once."""
 
-    def __init__(self, tokens: int, gap_s: float = 0.0) -> None:
-        self._gap_s = gap_s
+    def __init__(self, tokens: int, gap_s: float = 0.0, first_s: float = 0.0) -> None:
+        self._gap_s, self._first_s = gap_s, first_s
         self._rest = b""
         usage = {"prompt_tokens": 8, "completion_tokens": tokens, "total_tokens": 8 + tokens}
         self._text = _event({"choices": [{"index": 0, "text": " word", "finish_reason": None}]})
@@ -60,25 +60,29 @@ class NullProtocol(asyncio.Protocol):
             return
         event = self._chat if b"/chat/" in head[:60] else self._text
         write(HEAD)
-        if self._gap_s:
-            self._later(event, self._tokens)
+        if self._gap_s or self._first_s:
+            loop = asyncio.get_running_loop()
+            loop.call_later(self._first_s, self._later, event, self._tokens, loop.time() + self._first_s)
             return
         for _ in range(self._tokens):
             write(event)
         write(self._tail)
 
-    def _later(self, event: bytes, left: int) -> None:
+    def _later(self, event: bytes, left: int, due_s: float) -> None:
         if self._transport is None or self._transport.is_closing():
             return
         if left == 0:
             self._transport.write(self._tail)
             return
         self._transport.write(event)
-        asyncio.get_running_loop().call_later(self._gap_s, self._later, event, left - 1)
+        asyncio.get_running_loop().call_at(due_s + self._gap_s, self._later, event, left - 1, due_s + self._gap_s)
 
 
-async def _serve(port: int, tokens: int, gap_s: float) -> None:
-    server = await asyncio.get_running_loop().create_server(lambda: NullProtocol(tokens, gap_s), "127.0.0.1", port, backlog=2048)
+async def _serve(given: argparse.Namespace) -> None:
+    def connection() -> NullProtocol:
+        return NullProtocol(given.tokens, given.gap_ms / 1000, given.first_ms / 1000)
+
+    server = await asyncio.get_running_loop().create_server(connection, "127.0.0.1", given.port, backlog=2048)
     print(f"ready on {server.sockets[0].getsockname()[1]}", flush=True)
     await server.serve_forever()
 
@@ -89,6 +93,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8100)
     parser.add_argument("--tokens", type=int, default=10)
     parser.add_argument("--gap_ms", type=float, default=0.0)
+    parser.add_argument("--first_ms", type=float, default=0.0)
     arguments = parser.parse_args()
     try:
         import uvloop
@@ -96,7 +101,7 @@ def main() -> None:
         run = uvloop.run
     except ImportError:
         run = asyncio.run
-    run(_serve(arguments.port, arguments.tokens, arguments.gap_ms / 1000))
+    run(_serve(arguments))
 
 
 if __name__ == "__main__":

@@ -499,10 +499,7 @@ class FakeManifest:
     stored_dtype: str = "float32"
     generation: FakeGeneration = field(default_factory=FakeGeneration)
     chat_template: str | None = None
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        return self.spec.modalities
+    modalities: tuple[str, ...] = ("text",)
 
 
 def fake_spec(context_tokens: int = 2048) -> ModelSpec:

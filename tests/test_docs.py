@@ -322,6 +322,19 @@ def test_every_measured_number_comes_from_its_row() -> None:
         assert file.suffix == ".jsonl" and unfounded(result, file) == [], what
 
 
+def test_the_numbers_of_tuning_come_from_their_rows() -> None:
+    listed = table_after("docs/tuning.md", "measured")
+    assert len(listed) >= 3
+    for what, result, link in listed:
+        file = ROOT / "docs" / re.findall(r"\]\(([^)]+)\)", link)[0]
+        assert file.suffix == ".jsonl" and unfounded(result, file) == [], what
+
+
+def test_every_flag_is_weighed() -> None:
+    weighed = set(re.findall(r"`--(\w+)", PAGES["docs/tuning.md"]))
+    assert set(Definition.model_fields) - weighed == set()
+
+
 def test_an_unfounded_number_is_seen(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"p99_ms": 1.6173, "steps": 2000, "passed": true}\n')
     assert unfounded("1.62 ms of 2,000", tmp_path / "rows.jsonl") == []

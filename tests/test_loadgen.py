@@ -248,6 +248,17 @@ async def test_a_client_that_leaves(client: type[RawSender] | type[HttpxSender])
     assert [(watch.outcome, watch.pieces) for watch in measured.watches] == [("aborted", 1)] * 6
 
 
+async def test_times_are_those_of_a_server_that_answers_by_the_clock() -> None:
+    """Late by what the machine needs, never early."""
+    async with listening(lambda: NullProtocol(5, gap_s=0.01, first_s=0.05)) as url:
+        sender = RawSender(url)
+        measured = await Drive(sender, PromptPlan(), Load(3, concurrency=3)).run()
+        await sender.close()
+    for watch in measured.watches:
+        assert watch.ttft_s is not None and watch.tpot_s is not None
+        assert watch.ttft_s >= 0.049 and watch.tpot_s >= 0.0075 and watch.last_s - watch.sent_s >= 0.089
+
+
 class Scripted(asyncio.Protocol):
     """Answers each request with fixed bytes and, when asked, closes."""
 
@@ -363,7 +374,7 @@ async def test_a_closed_loop_ends_at_its_time() -> None:
         sender = RawSender(url)
         measured = await Drive(sender, PromptPlan(), Load(10_000, concurrency=2, max_seconds=0.2)).run()
         await sender.close()
-    assert 2 <= len(measured.watches) < 100 and {watch.outcome for watch in measured.watches} == {"ok"}
+    assert 1 <= len(measured.watches) < 100 and {watch.outcome for watch in measured.watches} == {"ok"}
 
 
 def test_lengths_vary_within_their_spread_and_prefixes_are_shared_by_some() -> None:

@@ -100,7 +100,7 @@ def _latency_plot(row: dict[str, Any]) -> str:
     figure, axes = _figure("percentile", "ms", "Latency by percentile")
     for name, curve in row["curves"].items():
         if curve:
-            axes.plot(CURVE_POINTS, [max(value, 1e-3) for value in curve], color=_COLOURS[name], label=_NAMES[name])
+            axes.plot(CURVE_POINTS, [max(value, 1e-2) for value in curve], color=_COLOURS[name], label=_NAMES[name])
     for limit in filter(None, (row["slo"]["ttft_ms"], row["slo"]["tpot_ms"])):
         axes.axhline(limit, color="#b3261e", linewidth=0.8, linestyle=":")
     axes.set_yscale("log")

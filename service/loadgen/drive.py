@@ -47,11 +47,13 @@ class Drive:
         times = due_times(load) if load.mode == "open" else [0.0] * load.requests
         aborts = abort_choices(load.abort_share, load.requests, load.seed)
         ready = [(self._plan.path(index), self._plan.body(index)) for index in range(min(len(times), READY_BODIES))]
-        started_s, started_cpu_s = time.perf_counter(), time.process_time()
-        watches = [Watch(started_s + due, abort) for due, abort in zip(times, aborts, strict=False)]
+        watches = [Watch(due, abort) for due, abort in zip(times, aborts, strict=False)]
         for index, watch in enumerate(watches):
             watch.kind = self._plan.kind(index)
+        started_s, started_cpu_s = time.perf_counter(), time.process_time()
         if load.mode == "open":
+            for watch in watches:
+                watch.due_s += started_s
             await self._open(watches, ready)
         else:
             await self._closed(watches, 0, started_s + (load.max_seconds or float("inf")), ready)

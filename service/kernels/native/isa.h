@@ -1,6 +1,5 @@
 /* Every kernel, compiled for the instruction set that the including file asks for, and the table of them. */
 #include "attention.h"
-#include "choosing.h"
 #include "elementwise.h"
 #include "quantised.h"
 
@@ -16,5 +15,4 @@ const struct kernels KERNELS_TABLE = {
     .attention_scratch = attention_scratch,
     .attention_partial = attention_partial,
     .attention_task = attention_task,
-    .choose_far = choose_far,
 };
