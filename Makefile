@@ -66,5 +66,4 @@ image-test: ## run the built cpu image and try what its users rely on (root, bui
 	@IMAGE=$(IMAGE) python3 docker/image_test.py
 
 clean: ## remove the virtual environment and caches
-	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info service/kernels/native/*.so
-	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info .tools
+	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info .tools service/kernels/native/*.so

@@ -21,7 +21,7 @@ class Group:
     def __init__(self, launch: LaunchSettings | None = None, device: str = "cpu") -> None:
         """Join the group of `launch`, over NCCL for a CUDA `device` and Gloo otherwise; None is a run of one process."""
         self.rank, self.size = (0, 1) if launch is None else (launch.rank, launch.size)
-        self._device = torch.device(device if launch is None or device == "cpu" else f"cuda:{launch.local_rank}")
+        self._device = torch.device(device)
         if launch is not None and launch.size > 1:
             dist.init_process_group(
                 "gloo" if self._device.type == "cpu" else "nccl",

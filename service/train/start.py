@@ -32,8 +32,9 @@ def start(run: PreparedRun, device: str = "auto", threads: int = 0, launch: Laun
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if launch is not None:
         _check_passes(run.recipe, launch.size)
-        chosen = f"cuda:{launch.local_rank}" if chosen == "cuda" else chosen
-    group = Group(launch, chosen.partition(":")[0])
+        # A launcher may show each process its own device alone, or all of them.
+        chosen = f"cuda:{launch.local_rank % torch.cuda.device_count()}" if chosen == "cuda" else chosen
+    group = Group(launch, chosen)
     model = build(run.spec, torch.device(chosen), torch.float32)
     model.gradient_checkpointing_enable(run.recipe.gradient_checkpointing)
     trainer = Trainer(run.recipe, model, run.train, run.identity)
