@@ -1,4 +1,5 @@
-# The cpu image: the service, torch's CPU build and the bundled models. Runs as user 10001 on a read-only root with a tmpfs on /tmp.
+# The cpu image: the service, torch's CPU build and the bundled models. Runs as user 10001 on a read-only root with a tmpfs on /tmp;
+# what is mounted on /var/cache/deepseek keeps quantised weights for the next start.
 # Build arguments: BASE, an image of Debian 12 or later; TORCH_INDEX, an additional index for torch's CPU build. A named context `wheels` may
 # hold wheels to take first; a secret `pip` is pip's configuration, a secret `ca` its certificate authorities. docker/image.sh gives them all.
 ARG BASE=debian:bookworm-slim
@@ -27,6 +28,7 @@ FROM ${BASE}
 COPY docker/install.sh /tmp/
 RUN /tmp/install.sh packages python3 tini && rm /tmp/install.sh \
     && useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin deepseek \
+    && install --directory --owner=10001 --group=10001 /var/cache/deepseek \
     && find / -xdev -type f -perm /6000 -exec chmod a-s {} +
 COPY --from=builder /opt/deepseek /opt/deepseek
 COPY docker/healthcheck.py /opt/deepseek/healthcheck.py
@@ -35,6 +37,7 @@ ENV PATH=/opt/deepseek/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONDONTWRITEBYTECODE=1 \
     DEEPSEEK_HOST=0.0.0.0 \
     DEEPSEEK_PORT=8000 \
+    DEEPSEEK_QUANTIZE_CACHE=/var/cache/deepseek/weights \
     DEEPSEEK_TIER=cpu
 USER 10001:10001
 WORKDIR /tmp

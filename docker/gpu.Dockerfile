@@ -1,6 +1,6 @@
 # The gpu image: the service, torch's CUDA build with the CUDA libraries that its wheels bring, triton and the bundled models. The driver comes from
 # the host (NVIDIA's container toolkit). triton compiles its launchers when they are first used: hence gcc, and a cache to mount on
-# /var/cache/deepseek if the next start is not to compile them again. Runs as user 10001 on a read-only root with a tmpfs on /tmp.
+# /var/cache/deepseek if the next start is not to do it again. Runs as user 10001 on a read-only root with a tmpfs on /tmp.
 # Build arguments, context and secrets: as in cpu.Dockerfile.
 ARG BASE=debian:bookworm-slim
 
@@ -37,6 +37,7 @@ ENV PATH=/opt/deepseek/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONDONTWRITEBYTECODE=1 \
     DEEPSEEK_HOST=0.0.0.0 \
     DEEPSEEK_PORT=8000 \
+    DEEPSEEK_QUANTIZE_CACHE=/var/cache/deepseek/weights \
     DEEPSEEK_TIER=gpu \
     TRITON_CACHE_DIR=/var/cache/deepseek/triton \
     NVIDIA_VISIBLE_DEVICES=all \

@@ -228,6 +228,21 @@ class ItsEnd(unittest.TestCase):
             self.assertEqual(container.end()[0], 0)
 
 
+class ItsCache(unittest.TestCase):
+    """What is mounted on /var/cache/deepseek."""
+
+    def test_quantised_weights_are_kept_there(self):
+        with tempfile.TemporaryDirectory() as directory:
+            os.chown(directory, 10001, 10001)
+            for _ in range(2):
+                container = Container("--quantize=int8", env=[f"DEEPSEEK_API_KEY={KEY}"], volume=[f"{directory}:/var/cache/deepseek:rw"])
+                container.wait_for("/ready", 200)
+                self.assertEqual(container.ask("POST", "/v1/completions", {"prompt": "def f", "max_tokens": 2})[0], 200)
+                self.assertEqual(container.end()[0], 0)
+                kept = {path: path.stat().st_mtime_ns for path in Path(directory).rglob("*") if path.is_file()}
+                self.assertEqual(len(kept), 1, kept)
+
+
 class TheDocs(unittest.TestCase):
     """`docker run` as docs/deployment.md has it: its settings, mounts and arguments, on another port and with our own model directory."""
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-# $1 is the root, $2 the size of /tmp, $3 "uid gid", $4 the working directory; then SOURCE:TARGET pairs, "--" and the command.
+# $1 is the root, $2 the size of /tmp, $3 "uid gid", $4 the directory; then SOURCE:TARGET[:rw] for each volume, "--" and the command.
 PREPARE = """
 set -eu
 root=$1 tmp_bytes=$2 user=$3 directory=$4
@@ -36,9 +36,10 @@ mkdir "$root/dev/shm"
 mount -t tmpfs -o "mode=1777,size=64m,nosuid,nodev,noexec" shm "$root/dev/shm"
 mount -t tmpfs -o "mode=1777,size=$tmp_bytes,nosuid,nodev" tmp "$root/tmp"
 while [ "$1" != -- ]; do
-    mkdir -p "$root${1##*:}"
-    mount --bind "${1%:*}" "$root${1##*:}"
-    mount -o remount,ro,bind "$root${1##*:}"
+    volume=${1%:rw}
+    mkdir -p "$root${volume##*:}"
+    mount --bind "${volume%:*}" "$root${volume##*:}"
+    [ "$volume" != "$1" ] || mount -o remount,ro,bind "$root${volume##*:}"
     shift
 done
 shift
@@ -120,7 +121,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("image")
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="set in the container; repeatable")
-    parser.add_argument("--volume", action="append", default=[], metavar="SOURCE:TARGET", help="directory to mount read-only; repeatable")
+    parser.add_argument(
+        "--volume", action="append", default=[], metavar="SOURCE:TARGET[:rw]", help="directory to mount, read-only unless :rw"
+    )
     parser.add_argument("--tmp", default="64m", metavar="SIZE", help="size of the tmpfs on /tmp (64m)")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the entrypoint")
     options = parser.parse_args()

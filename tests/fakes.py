@@ -499,7 +499,10 @@ class FakeManifest:
     stored_dtype: str = "float32"
     generation: FakeGeneration = field(default_factory=FakeGeneration)
     chat_template: str | None = None
-    modalities: tuple[str, ...] = ("text",)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return self.spec.modalities
 
 
 def fake_spec(context_tokens: int = 2048) -> ModelSpec:

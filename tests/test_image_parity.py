@@ -6,16 +6,24 @@ was lost, and when the worker can keep few encoded images at once.
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import contextlib
+import io
 import re
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openai
 import pytest
 import torch
+from PIL import Image
 
+from service.api.app import build_app
+from service.api.server import bind, build_server
 from service.checkpoints.load import load
 from service.checkpoints.manifest import read_manifest
 from service.engine.supervisor import WorkerBackend
@@ -28,8 +36,9 @@ from service.telemetry import Telemetry
 from service.types.errors import InvalidRequest, QueueFull
 from service.types.plan import Backend, LoadRequest
 from service.types.request import FinishEvent, FinishReason, GenerationRequest, ImageInput, PromptEvent, Sampling, Stop, TokenEvent
-from service.types.settings import EngineSettings, SchedulerSettings
+from service.types.settings import EngineSettings, HttpSettings, SchedulerSettings
 from service.types.vision import Grid
+from tests.api.conftest import stop_now
 from tests.inline_backend import InlineBackend
 from tests.tiny_models import IMAGE_ID, build_tiny_line
 
@@ -276,3 +285,52 @@ async def test_the_pixels_that_wait_are_bounded(directory: Path) -> None:
 def metric(telemetry: Telemetry, pattern: str) -> float:
     rows = telemetry.snapshot().render(False)[0].decode().splitlines()
     return sum(float(row.split()[-1]) for row in rows if re.match(f"deepseek_{pattern}", row))
+
+
+@contextlib.asynccontextmanager
+async def served(router: Router, telemetry: Telemetry) -> AsyncIterator[str]:
+    """The HTTP application over a router on a loopback socket; its address."""
+    settings = HttpSettings(port=0)
+    listener = bind(settings)
+    server = build_server(build_app(router, telemetry, settings))
+    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+    await server.accepting.wait()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    finally:
+        await stop_now(server, serving)
+
+
+async def test_the_official_client_asks_about_pictures_of_several_sizes(directory: Path, decoder: Decoder) -> None:
+    """From PNG and JPEG in data URLs to the tokens that the dense forward gives for the same pixels."""
+    telemetry = Telemetry()
+    router = await start(InlineBackend(directory), directory, telemetry)
+    pictures = [
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8) for seed, height, width in ((1, 8, 12), (2, 4, 8))
+    ]
+    content: list[dict[str, Any]] = [{"type": "text", "text": "which?"}]
+    for picture in pictures:
+        stream = io.BytesIO()
+        Image.fromarray(picture).save(stream, "PNG")
+        url = f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+        content.append({"type": "image_url", "image_url": {"url": url}})
+    messages: Any = [{"role": "user", "content": content}]
+    async with served(router, telemetry) as url, openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as api:
+        answer = await api.chat.completions.create(
+            model="v3.5", messages=messages, max_tokens=GENERATED, temperature=0, logprobs=True, extra_body={"ignore_eos": True}
+        )
+        models = {model.id for model in (await api.models.list()).data}
+    assert "v3.5" in models
+    ids, images = [256, 259, *TokenCodec.load(directory).encode("which?", add_special=False)], []
+    for picture in pictures:
+        grid = decoder.spec.vision.grid(picture.shape[1], picture.shape[0])
+        images.append(ImageInput(len(ids), grid.rows, grid.columns, "", picture.tobytes()))
+        ids += [IMAGE_ID] * grid.tokens
+    ids += [257, 260]
+    wanted = expected(decoder, tuple(ids), tuple(images))
+    assert answer.usage is not None and answer.usage.prompt_tokens == len(ids)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None and logprobs.content is not None
+    codec = TokenCodec.load(directory)
+    assert [entry.token for entry in logprobs.content[: len(wanted)]] == [codec.token_text(token) for token in wanted]
+    await router.close()

@@ -22,6 +22,7 @@ from service.api.calls import call_of
 from service.api.context import JsonAnswer, Services
 from service.api.errors import error_body, error_headers, public
 from service.api.front import Front
+from service.api.images import ImageReader
 from service.api.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from service.inputs.templates import TemplateRenderer
 from service.telemetry import Telemetry
@@ -77,9 +78,9 @@ class Application:
 
 
 def build_app(router: Router, telemetry: Telemetry, settings: HttpSettings) -> Application:
-    """The whole HTTP application over a router. Its lifespan keeps the process that renders chat templates."""
+    """The whole HTTP application over a router. Its lifespan keeps the processes that render templates and decode images."""
     limits = settings.limits
-    services = Services(router, telemetry, settings, TemplateRenderer(limits.template_s, limits.template_bytes))
+    services = Services(router, telemetry, settings, TemplateRenderer(limits.template_s, limits.template_bytes), ImageReader(settings))
 
     async def refuse(request: Request, failure: Exception) -> Response:
         error = public(failure)
@@ -96,6 +97,7 @@ def build_app(router: Router, telemetry: Telemetry, settings: HttpSettings) -> A
             warming.cancel()
             await asyncio.gather(warming, return_exceptions=True)
             await services.renderer.close()
+            await services.images.close()
 
     app = FastAPI(
         title="deepseek-service",
@@ -133,8 +135,11 @@ def _schema(body: type[BaseModel] | None) -> dict[str, Any] | None:
 
 
 async def _warm(services: Services) -> None:
-    if any(version.manifest.chat_template is not None for version in services.router.versions()):
+    manifests = [version.manifest for version in services.router.versions()]
+    if any(manifest.chat_template is not None for manifest in manifests):
         await services.renderer.warm()
+    if any("image" in manifest.modalities for manifest in manifests):
+        await services.images.warm()
 
 
 async def _framework_failure(request: Request, failure: Exception) -> Response:

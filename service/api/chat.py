@@ -35,7 +35,8 @@ async def chat(services: Services, request: Request) -> Response:
     body = parse(await services.read(request))
     call, served = services.resolve(request, body.model)
     limits = services.settings.limits
-    prompt = await PromptReader(served, services.renderer, limits).chat(body.messages, body.chat_template_kwargs)
+    pictures = await services.images.read(served, services.router.versions(), body.messages)
+    prompt = await PromptReader(served, services.renderer, limits).chat(body.messages, body.chat_template_kwargs, pictures)
     requests = Translator(served, call, limits).chat(body, prompt)
     frame = Frame(call.request_id, served.name, served.codec, usage_in_stream(body.stream, body.stream_options))
     shape = ChatShape(frame, len(requests), bool(body.logprobs))

@@ -15,6 +15,7 @@ from fastapi import Request, Response
 from service.api.bodies import read_json
 from service.api.calls import NO_VERSION, Call, call_of
 from service.api.exchange import Receive, Scope, Send
+from service.api.images import ImageReader
 from service.inputs.templates import TemplateRenderer
 from service.telemetry import Telemetry
 from service.types.errors import QueueFull, RequestCancelled, ServiceError
@@ -32,6 +33,7 @@ class Services:
     telemetry: Telemetry
     settings: HttpSettings
     renderer: TemplateRenderer
+    images: ImageReader
     draining: bool = False
 
     async def read(self, request: Request) -> dict[str, Any]:

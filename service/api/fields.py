@@ -75,7 +75,7 @@ MESSAGE_UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     "reasoning_content": (None, ""),
 }
 
-FOREIGN_PARTS: Final = frozenset({"image_url", "input_audio", "audio_url", "video_url", "file", "refusal", "image", "input_image"})
+FOREIGN_PARTS: Final = frozenset({"input_audio", "audio_url", "video_url", "file", "refusal", "image", "input_image"})
 
 
 def drop_neutral(data: dict[str, Any], table: dict[str, tuple[Any, ...]], served: frozenset[str], where: str = "") -> dict[str, Any]:
@@ -125,13 +125,29 @@ def validate(schema: type[Schema], data: dict[str, Any]) -> Schema:
     try:
         return schema.model_validate(data)
     except ValidationError as failure:
-        first = failure.errors(include_url=False, include_input=False, include_context=False)[0]
-        raise _refusal(first) from None
+        errors = failure.errors(include_url=False, include_input=False, include_context=False)
+        raise _refusal(_telling(errors)) from None
+
+
+def _telling(errors: list[Any]) -> Any:
+    """The first error; where it is that a list is no string, the deepest about the same field."""
+    *place, kind = errors[0]["loc"] or ("",)
+    if kind != "str":
+        return errors[0]
+    return max((error for error in errors if list(error["loc"][: len(place)]) == place), key=lambda error: len(error["loc"]))
+
+
+def _names(location: tuple[Any, ...]) -> list[str]:
+    """The names and indexes of a location, without the library's marks of unions and their tags."""
+    named = [str(part) for part in location if not _is_union_tag(part)]
+    tagged = next((at for at, part in enumerate(location) if str(part).startswith("list[tagged-union")), None)
+    if tagged is not None and len(location) > tagged + 2:
+        del named[tagged + 1]
+    return named
 
 
 def _refusal(error: Any) -> InvalidRequest:
-    named = [str(part) for part in error["loc"] if not _is_union_tag(part)]
-    param = clip(".".join(named))
+    param = clip(".".join(_names(error["loc"])))
     if error["type"] == "extra_forbidden":
         return UnknownField(f"`{param}` is not a field of this request.", param=param)
     if error["type"] == "missing":

@@ -6,12 +6,14 @@ It does not know sampling or streams. Invariant: a prompt's characters are count
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from service.api.schemas import ChatMessage
+from service.api.placement import ChatPrompt, place_images
+from service.api.schemas import ChatMessage, ContentPart, TextPart
 from service.api.translate import context_of
+from service.inputs.image_preparer import PreparedImage
 from service.inputs.templates import TemplateRenderer, render_chat
 from service.types.errors import ContextLengthExceeded, InvalidRequest
 from service.types.settings import HttpLimits
@@ -59,8 +61,10 @@ class PromptReader:
             ids = [bos]
         return ids
 
-    async def chat(self, messages: list[ChatMessage], extra: Mapping[str, Any] | None = None) -> list[int]:
-        """Token ids of messages through the version's chat template, ready for an answer."""
+    async def chat(
+        self, messages: list[ChatMessage], extra: Mapping[str, Any] | None = None, pictures: Sequence[PreparedImage] = ()
+    ) -> ChatPrompt:
+        """Messages through the version's chat template, ready for an answer; `pictures` are their image parts' in order."""
         template = self.served.manifest.chat_template
         if template is None:
             raise InvalidRequest(f"The model {self.served.name} has no chat template; use /v1/completions.", param="messages")
@@ -68,17 +72,20 @@ class PromptReader:
         if reserved:
             raise InvalidRequest(f"`chat_template_kwargs` may not set {reserved[0]}.", param="chat_template_kwargs")
         plain = [_plain(message) for message in messages]
-        self._check_length(sum(len(message["content"]) for message in plain), "messages")
+        self._check_length(sum(len(piece) for message in plain for piece in message["content"] if piece is not None), "messages")
         variables = {**(extra or {}), "messages": plain, "add_generation_prompt": True}
-        ids = await render_chat(self.renderer, self.served.codec, template, variables, self.characters)
+        image_id = self.served.manifest.spec.image_id
+        ids = await render_chat(self.renderer, self.served.codec, template, variables, self.characters, image_id)
         if not ids:
             raise InvalidRequest("The messages render to an empty prompt.", param="messages")
-        return ids
+        return place_images(ids, image_id, pictures) if pictures else ChatPrompt(ids)
 
     def _ids(self, ids: list[int]) -> list[int]:
         vocabulary = self.served.manifest.spec.vocab_size
         if min(ids) < 0 or max(ids) >= vocabulary:
             raise InvalidRequest(f"`prompt`: token ids of this model lie between 0 and {vocabulary - 1}.", param="prompt")
+        if (image_id := self.served.manifest.spec.image_id) in ids:
+            raise InvalidRequest(f"`prompt`: token {image_id} stands for an image, which only messages can bring.", param="prompt")
         return ids
 
     def _check_length(self, characters: int, param: str) -> None:
@@ -90,9 +97,20 @@ class PromptReader:
             )
 
 
-def _plain(message: ChatMessage) -> dict[str, str]:
+def _plain(message: ChatMessage) -> dict[str, Any]:
+    """A message as templates know it; `content` in pieces, None for each image."""
     content = message.content
-    text = content if isinstance(content, str) else "\n".join(part.text for part in content or ())
     role = "system" if message.role == "developer" else message.role
     named = {} if message.name is None else {"name": message.name}
-    return {"role": role, "content": text, **named}
+    return {"role": role, "content": [content or ""] if not isinstance(content, list) else _pieces(content), **named}
+
+
+def _pieces(parts: Sequence[ContentPart]) -> list[str | None]:
+    """Texts, and None for each image; a line break between two texts."""
+    pieces: list[str | None] = []
+    for part in parts:
+        if isinstance(part, TextPart):
+            pieces.append(part.text if not pieces or pieces[-1] is None else "\n" + part.text)
+        else:
+            pieces.append(None)
+    return pieces

@@ -89,11 +89,28 @@ class TextPart(StrictModel):
     text: str
 
 
+class ImageUrl(StrictModel):
+    """A data URL, or an http(s) URL of a listed host; `detail` low takes a quarter of the image tokens."""
+
+    url: str = Field(min_length=1)
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(StrictModel):
+    """A content part that is an image."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
 class ChatMessage(StrictModel):
-    """One message; `content` parts are joined by line breaks."""
+    """One message; neighbouring text parts of `content` are joined by line breaks, images stand where they are."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str | list[TextPart] | None, Field(union_mode="left_to_right")] = None
+    content: Annotated[str | list[ContentPart] | None, Field(union_mode="left_to_right")] = None
     name: str | None = Field(None, max_length=256)
 
 

@@ -38,7 +38,8 @@ async def tokenize(services: Services, request: Request) -> Response:
     _, served = services.resolve(request, body.model)
     reader = PromptReader(served, services.renderer, services.settings.limits)
     if body.messages is not None:
-        ids = await reader.chat(body.messages)
+        pictures = await services.images.read(served, services.router.versions(), body.messages)
+        ids = (await reader.chat(body.messages, pictures=pictures)).ids
     else:
         ids = await reader.text(body.prompt or "", body.add_special_tokens is not False)
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": context_of(served), "tokens": ids}

@@ -7,10 +7,11 @@ anything is queued; prompt + max_tokens fits the context of the version.
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from service.api.calls import Call
+from service.api.placement import ChatPrompt
 from service.api.schemas import ChatBody, CompletionBody, SamplingBody
 from service.types.errors import ContextLengthExceeded, InvalidRequest
 from service.types.request import GenerationRequest, Sampling, Stop
@@ -61,7 +62,7 @@ class Translator:
         budget = [self._budget(prompt, body.max_tokens, COMPLETION_TOKENS) for prompt in prompts]
         return self._expand(body, prompts, budget, Scoring(logprobs, prompt_logprobs))
 
-    def chat(self, body: ChatBody, prompt: list[int]) -> list[GenerationRequest]:
+    def chat(self, body: ChatBody, prompt: ChatPrompt) -> list[GenerationRequest]:
         """`n` requests with the same prompt."""
         self.check_prompt_count(1, body.n)
         top = self._checked_logprobs(body.top_logprobs, "top_logprobs")
@@ -72,8 +73,9 @@ class Translator:
             raise InvalidRequest("`max_tokens` and `max_completion_tokens` differ; send one of them.", param="max_tokens")
         if asked == 0:
             raise InvalidRequest("`max_tokens` must be at least 1.", param="max_tokens")
-        budget = self._budget(prompt, asked, context_of(self.served))
-        return self._expand(body, [prompt], [budget], Scoring((top or 0) if body.logprobs else None))
+        budget = self._budget(prompt.ids, asked, context_of(self.served))
+        requests = self._expand(body, [prompt.ids], [budget], Scoring((top or 0) if body.logprobs else None))
+        return [replace(request, images=prompt.images) for request in requests] if prompt.images else requests
 
     def check_prompt_count(self, prompts: int, n: int | None) -> None:
         """Prompts, choices and their product are bounded."""

@@ -95,6 +95,10 @@ class HttpSection(BaseModel):
         cast(Compat, _HTTP.metrics_compat), description="vllm shows metrics under vLLM's names too, for its dashboards and autoscalers"
     )
     allowed_origins: Texts = Field(list(_HTTP.allowed_origins), description="origin of a web page that may call this service; repeatable")
+    image_hosts: Texts = Field(
+        list(_HTTP.image_hosts),
+        description="host, or HOST:PORT, from which images named by URL may be fetched; none unless listed; repeatable",
+    )
     drain_s: Pause = Field(_HTTP.drain_s, description="time that running requests get to end when the service is stopped")
     access_log: bool = Field(_HTTP.access_log, description="log one line for each request")
 
@@ -123,6 +127,18 @@ class LimitSection(BaseModel):
     template_bytes: Annotated[Size, Field(ge=1024)] = Field(
         _LIMITS.template_bytes, description="memory that rendering a chat template may take"
     )
+    images: Whole = Field(_LIMITS.images, description="most images of a request")
+    image_bytes: Annotated[Size, Field(le=48 << 20)] = Field(_LIMITS.image_bytes, description="most bytes of one encoded image")
+    image_pixels: Count = Field(_LIMITS.image_pixels, description="most pixels of the images of a request in all")
+    image_s: Seconds = Field(_LIMITS.image_s, description="time in which an image must be decoded")
+    image_memory_bytes: Annotated[Size, Field(ge=1 << 20)] = Field(
+        _LIMITS.image_memory_bytes, description="memory that decoding an image may take"
+    )
+    image_processes: Annotated[Count, Field(le=64)] = Field(
+        _LIMITS.image_processes, description="most processes that decode images, one image each at a time"
+    )
+    prepared_bytes: Size = Field(_LIMITS.prepared_bytes, description="memory for decoded and resized images that may come again")
+    fetch_s: Seconds = Field(_LIMITS.fetch_s, description="time in which an image named by URL must arrive")
 
 
 class SchedulerSection(BaseModel):

@@ -127,6 +127,7 @@ def _convert(given: Definition, origins: Sequence[_Origin]) -> ServeSettings:
         metrics_key=given.metrics_key,
         metrics_compat=given.metrics_compat,
         allowed_origins=tuple(given.allowed_origins),
+        image_hosts=tuple(given.image_hosts),
         drain_s=given.drain_s,
         access_log=given.access_log,
         limits=_room(HttpLimits, given),

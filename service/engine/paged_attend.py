@@ -15,7 +15,6 @@ from service.engine.batch import Batch
 from service.engine.far_choices import FarChoices, StepChoices, find_anchors
 from service.engine.kv_pool import KvPool
 from service.kernels.dispatch import resolve
-from service.kernels.window_sparse import plan_sparse
 from service.types.kv_layout import FarSpec, KvGroup
 from service.types.model_spec import GroupedQueryAttention, ModelSpec
 
@@ -39,7 +38,7 @@ class PagedAttend:
         self._sparse = resolve("window_sparse_attention", device, keys.dtype) if any(group.far for group in pool.layout.groups) else None
         self._plan = resolve("plan_attention", device, keys.dtype)
         self._plans: dict[int, object] = {}
-        self._planned = device.type == "cpu"
+        self._plan_sparse = resolve("plan_sparse", device, keys.dtype)
         self._chosen: dict[int, StepChoices] = {}
         self.far_blocks_read = 0
         for index, group in enumerate(pool.layout.groups):
@@ -84,11 +83,11 @@ class PagedAttend:
         far = None if chosen is None else chosen.of(layer, query, self._pool.far_of(layer), far_spec.sink_blocks)
         where = self._tables[group], self._query_starts, self._context_lengths
         window, refresh, sinks = spec.window, far_spec.refresh, far_spec.sink_blocks
-        if self._planned and group not in self._plans:
-            self._plans[group] = plan_sparse(*where, far=far, block_tokens=keys.shape[2], window=window, refresh=refresh, sink_blocks=sinks)
         rule = {"window": window, "refresh": refresh, "sink_blocks": sinks}
+        if group not in self._plans:
+            self._plans[group] = self._plan_sparse(*where, far=far, block_tokens=keys.shape[2], **rule)
         scoring = {"scale": _scale(spec), "softcap": spec.softcap}
-        seen: Tensor = self._sparse(query, keys, values, *where, far=far, **scoring, **rule, plan=self._plans.get(group))
+        seen: Tensor = self._sparse(query, keys, values, *where, far=far, **scoring, **rule, plan=self._plans[group])
         return seen
 
 

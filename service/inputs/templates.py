@@ -35,6 +35,10 @@ class Protector:
         """Each character in use and the text that it stands for."""
         return {mark: text for text, mark in self._marks.items()}
 
+    def reserve(self) -> str:
+        """A character that occurs nowhere in the texts and stands for nothing else."""
+        return next(self._free)
+
     def protect(self, text: str) -> str:
         """`text` with every spelled special token swapped."""
         return "".join(self._mark(piece) if special else piece for piece, special in self._codec.split_special(text))
@@ -114,19 +118,37 @@ async def render_chat(
     template: str,
     variables: Mapping[str, Any],
     characters: int,
+    image_id: int | None = None,
 ) -> list[int]:
-    """Prompt tokens of `variables["messages"]` (dicts of strings) through `template`. Raises InvalidRequest."""
-    texts = [text for message in variables["messages"] for text in message.values() if isinstance(text, str)]
+    """Prompt tokens of `variables["messages"]` (dicts of strings) through `template`. Raises InvalidRequest.
+
+    A message's `content` may come in pieces, None for an image: it becomes one token `image_id`, which nothing that is spelled can become.
+    """
+    texts = [text for message in variables["messages"] for part in message.values() for text in _texts(part)]
     texts += [text for text in variables.values() if isinstance(text, str)]
     protector = Protector(codec, texts)
+    picture = protector.reserve()
     safe = {name: protector.protect(value) if isinstance(value, str) else value for name, value in variables.items()}
-    safe["messages"] = [
-        {name: protector.protect(text) if isinstance(text, str) else text for name, text in message.items()}
-        for message in variables["messages"]
-    ]
+    safe["messages"] = [_safe(message, protector, picture) for message in variables["messages"]]
     named = {name: codec.special_tokens.get(name, "") for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     text = await renderer.render(template, {"tools": None, "documents": None, **safe, **named}, characters)
+    if image_id is not None:
+        text = text.replace(picture, codec.token_text(image_id))
     table = protector.table
     if len(text) > 1 << 14:
         return await asyncio.to_thread(codec.encode_protected, text, table)
     return codec.encode_protected(text, table)
+
+
+def _safe(message: Mapping[str, Any], protector: Protector, picture: str) -> dict[str, str]:
+    """A message with its content in one text, in which `picture` stands for an image and nothing spells a special token."""
+    content = "".join(picture if piece is None else protector.protect(piece) for piece in _pieces(message["content"]))
+    return {name: content if name == "content" else protector.protect(text) for name, text in message.items()}
+
+
+def _pieces(part: str | Sequence[str | None]) -> Sequence[str | None]:
+    return [part] if isinstance(part, str) else part
+
+
+def _texts(part: str | Sequence[str | None]) -> list[str]:
+    return [piece for piece in _pieces(part) if piece is not None]

@@ -21,6 +21,7 @@ from service.kernels.native import attention as native_attention
 from service.kernels.native import binding as native
 from service.kernels.native import elementwise as native_elementwise
 from service.kernels.native import quantised as native_quantised
+from service.kernels.native import window_sparse as native_window_sparse
 
 Kernel = Callable[..., Any]
 Condition = Callable[["Place"], str | None]
@@ -96,11 +97,9 @@ def _needs_no_plan(place: Place) -> str | None:
     return _native(place) if place.device == "cpu" else None
 
 
-def _no_plan(
-    block_tables: torch.Tensor, query_starts: torch.Tensor, context_lengths: torch.Tensor, *, block_tokens: int, window: int | None
-) -> None:
+def _no_plan(*tables: Any, **rule: Any) -> None:
     """What a step's attention is told beyond its tables: nothing, where the kernel reads the tables itself."""
-    del block_tables, query_starts, context_lengths, block_tokens, window
+    del tables, rule
 
 
 @cache
@@ -170,16 +169,22 @@ TABLE: Mapping[str, tuple[Implementation, ...]] = {
         Implementation("reference", reference_sparse.demote, _anywhere),
     ),
     "choose_far": (
+        Implementation("native", native_window_sparse.choose_far, _native),
         Implementation("cpu", far_store.choose_far, _on_cpu),
         Implementation("reference", reference_sparse.choose_far, _anywhere),
     ),
     "window_sparse_attention": (
+        Implementation("native", native_window_sparse.window_sparse_attention, _native),
         Implementation("cpu", window_sparse.window_sparse_attention, _on_cpu),
         Implementation("reference", reference_sparse.window_sparse_attention, _anywhere),
     ),
     "plan_attention": (
         Implementation("none", _no_plan, _needs_no_plan),
         Implementation("cpu", paged_attention.plan_attention, _on_cpu),
+    ),
+    "plan_sparse": (
+        Implementation("none", _no_plan, _needs_no_plan),
+        Implementation("cpu", window_sparse.plan_sparse, _on_cpu),
     ),
     "linear": (
         Implementation("onednn", linear.onednn_linear, _onednn_float32),

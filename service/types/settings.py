@@ -32,6 +32,14 @@ class HttpLimits:
     prompt_characters_per_token: int = 8
     template_s: float = 2.0
     template_bytes: int = 128 * MIB
+    images: int = 16
+    image_bytes: int = 20 * MIB
+    image_pixels: int = 40_000_000
+    image_s: float = 5.0
+    image_memory_bytes: int = 1024 * MIB
+    image_processes: int = 2
+    prepared_bytes: int = 64 * MIB
+    fetch_s: float = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +53,7 @@ class HttpSettings:
     metrics_key: bool = False
     metrics_compat: str = "none"
     allowed_origins: tuple[str, ...] = ()
+    image_hosts: tuple[str, ...] = ()
     drain_s: float = 30.0
     access_log: bool = True
     limits: HttpLimits = HttpLimits()

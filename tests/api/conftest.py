@@ -20,10 +20,16 @@ from service.api.server import HttpServer, bind, build_server
 from service.inputs.tokens import TokenCodec
 from service.schedulers.router import Router
 from service.telemetry import Telemetry
+from service.types.model_spec import ModelSpec
 from service.types.settings import HttpLimits, HttpSettings, SchedulerSettings
+from service.types.vision import VisionSpec
 from tests.fakes import FakeBackend, FakeBehaviour, FakeManifest, fake_router, fake_spec
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}<end>\n{% endfor %}assistant:"
+
+
+IMAGE_ID = 257
+EYES = VisionSpec(patch=2, merge=2, dim=8, layers=1, heads=2, mlp_hidden=12, least_tokens=2, most_tokens=9, side_tokens=6)
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -40,7 +46,15 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def seeing_codec() -> TokenCodec:
+    """The byte vocabulary and <image>."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens([AddedToken("<image>", special=True, normalized=False)])
+    return TokenCodec(tokenizer.to_str().encode(), {"eos_token": "<end>"})
+
+
 BYTE_CODEC = TokenCodec(byte_tokenizer().to_str().encode(), {"eos_token": "<end>"})
+SEEING_CODEC = seeing_codec()
 
 
 @dataclass
@@ -104,6 +118,11 @@ class Options:
     start: bool = True
     send_bytes: int = 0
     codec: TokenCodec = BYTE_CODEC
+    sees: bool = False
+
+    def spec(self) -> ModelSpec:
+        plain = fake_spec(self.context_tokens)
+        return replace(plain, vocab_size=IMAGE_ID + 1, vision=EYES, image_id=IMAGE_ID) if self.sees else plain
 
 
 async def stop_now(server: HttpServer, serving: asyncio.Future[None]) -> None:
@@ -123,8 +142,9 @@ async def running(options: Options | None = None) -> AsyncIterator[Service]:
     options = options or Options()
     telemetry = Telemetry()
     backend = FakeBackend(behaviour=options.behaviour, context_tokens=options.context_tokens)
-    manifest = FakeManifest(fake_spec(options.context_tokens), chat_template=options.template)
-    router = fake_router(backend, options.scheduler, telemetry, codec=options.codec, manifest=manifest)
+    manifest = FakeManifest(options.spec(), chat_template=options.template)
+    backend.info = replace(backend.info, vocab_size=manifest.spec.vocab_size)
+    router = fake_router(backend, options.scheduler, telemetry, codec=SEEING_CODEC if options.sees else options.codec, manifest=manifest)
     settings = replace(HttpSettings(port=0, limits=options.limits), **options.http)
     app = build_app(router, telemetry, settings)
     if options.start:

@@ -100,7 +100,8 @@ async def test_every_refusal_names_its_field(service: Service, body: dict, param
         ([{"role": "tool", "content": "x"}], "messages.0.role"),
         ([{"role": "user", "content": 5}], "messages.0.content"),
         ([{"role": "user", "content": "x", "extra": 1}], "messages.0.extra"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}], "messages.0.content.0.type"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}], "messages.0.content.0.image_url"),
+        ([{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}], "messages.0.content.0.type"),
         ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], "messages.0.tool_calls"),
     ],
 )

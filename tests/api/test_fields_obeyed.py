@@ -13,11 +13,14 @@ from service.api.calls import Call
 from service.api.chat import parse as parse_chat
 from service.api.completions import parse as parse_completion
 from service.api.fields import HARMLESS, UNSUPPORTED
+from service.api.placement import ChatPrompt
 from service.api.schemas import (
     ChatBody,
     ChatMessage,
     CompletionBody,
     DetokenizeBody,
+    ImagePart,
+    ImageUrl,
     SamplingBody,
     StreamOptions,
     StrictModel,
@@ -30,6 +33,7 @@ from service.types.errors import UnsupportedField
 from service.types.request import GenerationRequest
 from service.types.settings import HttpLimits
 from tests.api.conftest import BYTE_CODEC, Options, Service, byte_tokenizer, running
+from tests.api.test_images import data_url, png
 from tests.fakes import FakeManifest, fake_router, fake_spec
 
 # Field -> (value, what of the requests must differ from the body without it).
@@ -55,6 +59,9 @@ REQUEST_FIELDS: dict[str, tuple[Any, str]] = {
 COMPLETION_FIELDS = {"logprobs": (2, "sampling.logprobs")}
 CHAT_FIELDS = {"logprobs": (True, "sampling.logprobs"), "max_completion_tokens": (7, "stop.max_tokens")}
 COMPLETION, CHAT, TOKENIZE, DETOKENIZE = "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"
+SEEN = "chat of a version that reads images"
+URL, OTHER_URL = data_url(png(40, 40)), data_url(png(40, 20))
+PICTURE = {"type": "image_url", "image_url": {"url": URL}}
 USER = {"role": "user", "content": "q"}
 PARTS = [{"type": "text", "text": "q"}]
 PLAIN: dict[str, dict[str, Any]] = {
@@ -62,6 +69,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     CHAT: {"messages": [USER], "max_tokens": 3, "seed": 1},
     TOKENIZE: {"prompt": "a<end>"},
     DETOKENIZE: {"tokens": [97, 98]},
+    SEEN: {"messages": [{"role": "user", "content": [PICTURE]}], "max_tokens": 3, "seed": 1},
 }
 STREAM = {"stream": True}
 USAGE = {"stream_options": {"include_usage": True}}
@@ -95,6 +103,10 @@ SHOWN: dict[tuple[type[BaseModel], str], tuple[str, dict[str, Any], dict[str, An
         {"messages": [{**USER, "content": PARTS}]},
         {"messages": [{**USER, "content": [{"type": "text", "text": "r"}]}]},
     ),
+    (ImagePart, "type"): (SEEN, {}, {"messages": [{**USER, "content": [{**PICTURE, "type": "image"}]}]}),
+    (ImagePart, "image_url"): (SEEN, {}, {"messages": [{**USER, "content": [{**PICTURE, "image_url": {"url": OTHER_URL}}]}]}),
+    (ImageUrl, "url"): (SEEN, {}, {"messages": [{**USER, "content": [{**PICTURE, "image_url": {"url": "data:,"}}]}]}),
+    (ImageUrl, "detail"): (SEEN, {}, {"messages": [{**USER, "content": [{**PICTURE, "image_url": {"url": URL, "detail": "low"}}]}]}),
     (TokenizeBody, "model"): (TOKENIZE, {"model": "fake"}, {"model": "other"}),
     (TokenizeBody, "prompt"): (TOKENIZE, {}, {"prompt": "b"}),
     (TokenizeBody, "messages"): (TOKENIZE, {"prompt": None, "messages": [USER]}, {"messages": [USER, USER]}),
@@ -117,7 +129,7 @@ def translate(route: str, fields: dict[str, Any]) -> list[GenerationRequest]:
     router = fake_router(codec=BYTE_CODEC, manifest=FakeManifest(fake_spec()))
     translator = Translator(router.resolve(None), Call(route), HttpLimits())
     if route == "chat":
-        return translator.chat(parse_chat({"messages": [{"role": "user", "content": "x"}], **fields}), [1, 2])
+        return translator.chat(parse_chat({"messages": [{"role": "user", "content": "x"}], **fields}), ChatPrompt([1, 2]))
     return translator.completion(parse_completion({"prompt": [1, 2], **fields}), [[1, 2]])
 
 
@@ -162,7 +174,8 @@ async def effect(service: Service, route: str, body: dict[str, Any]) -> tuple[in
 async def test_a_field_changes_the_answer(schema: type[BaseModel], field: str, encoding_with_start: TokenCodec) -> None:
     route, base, added = SHOWN[schema, field]
     plain = {**PLAIN[route], **base}
-    async with running(Options(template=TEMPLATE, codec=encoding_with_start)) as service:
+    sees, route = route == SEEN, CHAT if route == SEEN else route
+    async with running(Options(template=TEMPLATE, codec=encoding_with_start, sees=sees)) as service:
         without = await effect(service, route, plain)
         assert without[0] == 200
         assert await effect(service, route, plain) == without

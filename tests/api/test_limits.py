@@ -17,6 +17,7 @@ from service.api.prompts import PromptReader
 from service.inputs.templates import TemplateRenderer
 from service.types.errors import ContextLengthExceeded
 from service.types.settings import MIB, HttpLimits
+from tests.api import test_images
 from tests.api.conftest import BYTE_CODEC, Options, Service, byte_tokenizer, failure, head, parse, post, running, until
 from tests.fakes import FakeManifest, fake_router, fake_spec
 
@@ -114,11 +115,23 @@ APART = {
     "template_s": "test_a_template_has_its_time_and_memory",
     "template_bytes": "test_a_template_has_its_time_and_memory",
 }
+# Tested beside the images.
+OF_IMAGES = {
+    "images": "test_the_number_of_images_is_bounded",
+    "image_bytes": "test_the_bytes_of_an_image_are_bounded",
+    "image_pixels": "test_the_pixels_of_all_images_are_bounded_together",
+    "image_s": "test_decoding_has_its_time_memory_and_processes",
+    "image_memory_bytes": "test_decoding_has_its_time_memory_and_processes",
+    "image_processes": "test_decoding_has_its_time_memory_and_processes",
+    "prepared_bytes": "test_prepared_images_are_kept_within_their_bound",
+    "fetch_s": "test_fetching_has_its_time",
+}
 
 
 def test_every_limit_is_tested_at_its_edge() -> None:
-    assert {field.name for field in dataclasses.fields(HttpLimits)} == set(COUNTED) | set(APART)
+    assert {field.name for field in dataclasses.fields(HttpLimits)} == set(COUNTED) | set(APART) | set(OF_IMAGES)
     assert [name for name in APART.values() if not callable(globals().get(name))] == []
+    assert [name for name in OF_IMAGES.values() if not callable(getattr(test_images, name, None))] == []
 
 
 def test_the_defaults_are_the_documented_ones() -> None:
@@ -137,6 +150,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "top_logprobs": 20,
     }
     assert [getattr(DEFAULTS, name) for name in APART] == [10, 30, 60, 8, 2, 128 * MIB]
+    assert [getattr(DEFAULTS, name) for name in OF_IMAGES] == [16, 20 * MIB, 40_000_000, 5, 1024 * MIB, 2, 64 * MIB, 10]
 
 
 @pytest.mark.parametrize(("name", "edge"), [(name, edge) for name, edges in COUNTED.items() for edge in edges])

@@ -160,8 +160,15 @@ def test_pods_are_without_privileges(tier: str) -> None:
         "capabilities": {"drop": ["ALL"]},
     }
     writable = [mount["mountPath"] for mount in container(tier)["volumeMounts"] if not mount.get("readOnly")]
-    assert set(writable) == ({"/tmp"} if tier == "cpu" else {"/tmp", "/var/cache/deepseek"})
+    assert set(writable) == {"/tmp", "/var/cache/deepseek"}
+    assert "DEEPSEEK_QUANTIZE_CACHE=/var/cache/deepseek/" in dockerfile
     assert tier == "cpu" or "TRITON_CACHE_DIR=/var/cache/deepseek/" in dockerfile
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_the_cache_has_room_for_what_is_kept(tier: str) -> None:
+    (cache,) = [volume for volume in pod(tier)["volumes"] if volume["name"] == "cache"]
+    assert int(cache["emptyDir"]["sizeLimit"].removesuffix("Gi")) << 30 > load_settings(container(tier)["args"]).engine.quantize_cache_bytes
 
 
 # What is the service's own exists.

@@ -80,3 +80,10 @@ def test_its_command_is_ours() -> None:
     program, *arguments = UNIT["ExecStart"].split()
     assert Path(program).name == "deepseek-serve" and arguments == ["--config", "/etc/deepseek/service.yaml"]
     assert Path(sys.executable).with_name("deepseek-serve").exists()
+
+
+def test_what_it_keeps_lies_where_it_may_write() -> None:
+    assert UNIT["ProtectSystem"] == "strict" and UNIT["CacheDirectory"] == "deepseek"
+    settings = load_settings(["--config", str(SYSTEMD / "service.yaml")])
+    assert settings.engine.quantize_cache.startswith("/var/cache/deepseek/")
+    assert section("gpu.conf", "Service")["Environment"].startswith("TRITON_CACHE_DIR=/var/cache/deepseek/")

@@ -21,13 +21,15 @@ struct task {
 struct batch {
     const struct attention *attention;
     const struct task *tasks;
+    int64_t count;
     float *scratch;
     int64_t scratch_floats;
 };
 
 static void run_task(void *context, int64_t index, int thread) {
     struct batch *batch = context;
-    const struct task *task = batch->tasks + index / batch->attention->kv_heads;
+    /* From the end on: the last tiles of a slice have the most to read, and what is long is best begun first. */
+    const struct task *task = batch->tasks + batch->count - 1 - index / batch->attention->kv_heads;
     native_kernels->attention_task(batch->attention, task->tile, index % batch->attention->kv_heads, task->split,
                                    batch->scratch + thread * batch->scratch_floats);
 }
@@ -39,34 +41,52 @@ struct sizes {
 static int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/* Fill one tile of rows first_row .. first_row + tokens - 1 whose first stands at first_position. */
-static void fill_tile(const struct attention *a, struct tile *tile, const int32_t *table, int64_t first_row, int64_t tokens,
-                      int64_t first_position) {
-    int64_t first_block = maximum(0, first_position - a->window + 1) / a->block_tokens;
-    int64_t end_block = (first_position + tokens - 1) / a->block_tokens + 1;
-    int64_t first_split = first_block / a->split_blocks;
-    *tile = (struct tile){first_row,   tokens, first_position, first_block, end_block, first_split,
-                          (end_block + a->split_blocks - 1) / a->split_blocks - first_split,
-                          table,       NULL,   NULL};
+/* Rows from `row` on, before `last`, that one tile of a window + far batch takes, and what they read: rows of one anchor read the same
+ * blocks, and all rows whose anchors' windows reach back to position 0 do. */
+static void fill_sparse(const struct attention *a, const struct sparse *sparse, int64_t sequence, int64_t row, int64_t last, int64_t shift,
+                        struct tile *tile) {
+    int64_t anchor = (row + shift) / sparse->refresh * sparse->refresh, start = maximum(anchor - sparse->window + 1, 0) / a->block_tokens;
+    int64_t whole = start ? 0 : (sparse->window - 1) / sparse->refresh * sparse->refresh, until = maximum(anchor, whole) + sparse->refresh;
+    int64_t choice = sparse->anchors && start ? sparse->anchors[row] : -1;
+    tile->tokens = minimum(minimum(tile->tokens, last - row), maximum(1, until - row - shift));
+    tile->near_start = start;
+    tile->sinks = minimum(sparse->sink_blocks, start);
+    tile->far_count = choice < 0 ? 0 : sparse->counts[choice];
+    tile->choices = choice < 0 ? NULL : sparse->choices + choice * a->kv_heads * sparse->most;
+    tile->far_table = sparse->far_tables + sequence * sparse->far_table_stride;
 }
 
+/* One tile of the rows from `row` on, before `last`; the row r of the batch stands at position r + shift. */
+static struct tile fill_tile(const struct attention *a, const struct sparse *sparse, int64_t sequence, const int32_t *table, int64_t row,
+                             int64_t last, int64_t shift) {
+    struct tile tile = {.first_row = row, .tokens = minimum(maximum(1, a->tile_rows / a->group), last - row), .first_position = row + shift,
+                        .table = table};
+    if (sparse) fill_sparse(a, sparse, sequence, row, last, shift, &tile);
+    int64_t end_block = (tile.first_position + tile.tokens - 1) / a->block_tokens + 1;
+    tile.first_entry = maximum(0, tile.first_position - a->window + 1) / a->block_tokens;
+    tile.end_entry = tile.sinks + tile.far_count + end_block - tile.near_start;
+    tile.first_split = tile.first_entry / a->split_blocks;
+    tile.splits = (tile.end_entry + a->split_blocks - 1) / a->split_blocks - tile.first_split;
+    return tile;
+}
+
+struct rows {
+    const int32_t *tables, *starts, *contexts;
+    int64_t table_stride, sequences;
+};
+
 /* Tiles and tasks of the batch, counted (tiles NULL) or filled in; rows that see nothing are set to 0 when filled in. */
-static struct sizes lay_out(const struct attention *a, const int32_t *tables, int64_t table_stride, const int32_t *starts,
-                            const int32_t *contexts, int64_t sequences, struct tile *tiles, struct task *tasks, float *parts,
-                            atomic_llong *pending) {
+static struct sizes lay_out(const struct attention *a, const struct sparse *sparse, const struct rows *rows, struct tile *tiles,
+                            struct task *tasks, float *parts, atomic_llong *pending) {
     struct sizes sizes = {0, 0, 0};
-    int64_t tile_tokens = maximum(1, a->tile_rows / a->group), partial = native_kernels->attention_partial(a);
+    int64_t partial = native_kernels->attention_partial(a);
     int64_t row_bytes = a->kv_heads * a->group * a->value_size * (a->query_type == FLOAT32 ? 4 : 2);
-    for (int64_t s = 0; s < sequences; s++) {
-        int64_t shift = contexts[s] - starts[s + 1], first = maximum(starts[s], -shift), last = starts[s + 1];
-        if (tiles && first > starts[s]) memset((char *)a->out + starts[s] * row_bytes, 0, (minimum(first, last) - starts[s]) * row_bytes);
-        /* From the last tile on: it has the most to read, and what is long is best begun first. */
-        int64_t count = first < last ? (last - first + tile_tokens - 1) / tile_tokens : 0;
-        for (int64_t i = count - 1; i >= 0; i--) {
-            struct tile tile;
-            int64_t row = first + i * tile_tokens;
-            fill_tile(a, &tile, tables + s * table_stride, row, minimum(tile_tokens, last - row), row + shift);
-            int shared = count == 1 && tile.splits > 1;
+    for (int64_t s = 0; s < rows->sequences; s++) {
+        int64_t begin = rows->starts[s], last = rows->starts[s + 1], shift = rows->contexts[s] - last, first = maximum(begin, -shift);
+        if (tiles && first > begin) memset((char *)a->out + begin * row_bytes, 0, (minimum(first, last) - begin) * row_bytes);
+        for (int64_t row = first; row < last;) {
+            struct tile tile = fill_tile(a, sparse, s, rows->tables + s * rows->table_stride, row, last, shift);
+            int shared = row == first && row + tile.tokens == last && tile.splits > 1;
             int64_t runs = shared ? (tile.splits + a->task_splits - 1) / a->task_splits : 1;
             if (tiles) {
                 tile.parts = shared ? parts + sizes.parts : NULL;
@@ -79,6 +99,7 @@ static struct sizes lay_out(const struct attention *a, const int32_t *tables, in
             sizes.tiles += 1;
             sizes.tasks += runs;
             sizes.parts += shared ? tile.splits * a->kv_heads * partial : 0;
+            row += tile.tokens;
         }
     }
     return sizes;
@@ -86,36 +107,93 @@ static struct sizes lay_out(const struct attention *a, const int32_t *tables, in
 
 static char *aligned(char *p) { return (char *)(((uintptr_t)p + 63) / 64 * 64); }
 
-/* See `paged_attention` in reference.py. Strides count elements. Gives the bytes of workspace that the call needs; where that is more than
- * workspace_bytes nothing is computed. */
-EXPORTED int64_t native_paged_attention(int query_type, const void *query, int64_t query_row, int64_t query_head, int kv_type,
-                                        const void *keys, int64_t key_block, int64_t key_head, int64_t key_token, const void *values,
-                                        int64_t value_block, int64_t value_head, int64_t value_token, const int32_t *tables,
-                                        int64_t table_stride, const int32_t *starts, const int32_t *contexts, int64_t sequences,
-                                        int64_t kv_heads, int64_t group, int64_t key_size, int64_t value_size, int64_t block_tokens,
-                                        float scale, int64_t window, float softcap, const float *sinks, void *out, void *workspace,
-                                        int64_t workspace_bytes, int threads) {
-    struct attention a = {
-        .query_type = query_type, .kv_type = kv_type, .query = query, .keys = keys, .values = values, .out = out, .sinks = sinks,
-        .query_strides = {query_row, query_head}, .key_strides = {key_block, key_head, key_token},
-        .value_strides = {value_block, value_head, value_token}, .kv_heads = kv_heads, .group = group, .key_size = key_size,
-        .value_size = value_size, .block_tokens = block_tokens, .window = window, .scale = scale, .softcap = softcap,
-        .split_blocks = maximum(1, SPLIT_TOKENS / block_tokens), .task_splits = 1, .tile_rows = maximum(TILE_ROWS, group)};
-    struct sizes sizes = lay_out(&a, tables, table_stride, starts, contexts, sequences, NULL, NULL, NULL, NULL);
-    if (sizes.tasks * kv_heads > TASKS_PER_THREAD * threads) {
-        a.task_splits = sizes.tasks * kv_heads / (TASKS_PER_THREAD * maximum(1, threads));
-        sizes = lay_out(&a, tables, table_stride, starts, contexts, sequences, NULL, NULL, NULL, NULL);
+static int64_t attend(struct attention *a, const struct sparse *sparse, const struct rows *rows, void *workspace, int64_t workspace_bytes,
+                      int threads) {
+    struct sizes sizes = lay_out(a, sparse, rows, NULL, NULL, NULL, NULL);
+    threads = threads > 1 ? threads : 1;
+    if (sizes.tasks * a->kv_heads > TASKS_PER_THREAD * threads) {
+        a->task_splits = sizes.tasks * a->kv_heads / (TASKS_PER_THREAD * threads);
+        sizes = lay_out(a, sparse, rows, NULL, NULL, NULL, NULL);
     }
-    int64_t scratch_floats = (native_kernels->attention_scratch(&a) + 15) / 16 * 16;
+    int64_t scratch_floats = (native_kernels->attention_scratch(a) + 15) / 16 * 16;
     struct tile *tiles = (struct tile *)aligned(workspace);
     struct task *tasks = (struct task *)(tiles + sizes.tiles);
     atomic_llong *pending = (atomic_llong *)(tasks + sizes.tasks);
-    float *parts = (float *)aligned((char *)(pending + sizes.tiles * kv_heads));
+    float *parts = (float *)aligned((char *)(pending + sizes.tiles * a->kv_heads));
     float *scratch = (float *)aligned((char *)(parts + sizes.parts));
-    int64_t needed = (char *)(scratch + maximum(1, threads) * scratch_floats) - (char *)workspace;
+    int64_t needed = (char *)(scratch + threads * scratch_floats) - (char *)workspace;
     if (needed > workspace_bytes) return needed;
-    lay_out(&a, tables, table_stride, starts, contexts, sequences, tiles, tasks, parts, pending);
-    struct batch batch = {&a, tasks, scratch, scratch_floats};
-    native_parallel(run_task, &batch, sizes.tasks * kv_heads, threads);
+    lay_out(a, sparse, rows, tiles, tasks, parts, pending);
+    struct batch batch = {a, tasks, sizes.tasks, scratch, scratch_floats};
+    native_parallel(run_task, &batch, sizes.tasks * a->kv_heads, threads);
     return needed;
+}
+
+#define ATTENTION_ARGUMENTS                                                                                                                \
+    int query_type, const void *query, int64_t query_row, int64_t query_head, int kv_type, const void *keys, int64_t key_block,            \
+        int64_t key_head, int64_t key_token, const void *values, int64_t value_block, int64_t value_head, int64_t value_token,             \
+        const int32_t *tables, int64_t table_stride, const int32_t *starts, const int32_t *contexts, int64_t sequences, int64_t kv_heads,  \
+        int64_t group, int64_t key_size, int64_t value_size, int64_t block_tokens, float scale, int64_t window, float softcap,             \
+        const float *sinks, void *out
+
+#define ATTENTION                                                                                                                          \
+    {.query_type = query_type, .kv_type = kv_type, .query = query, .keys = keys, .values = values, .out = out, .sinks = sinks,             \
+     .query_strides = {query_row, query_head}, .key_strides = {key_block, key_head, key_token},                                            \
+     .value_strides = {value_block, value_head, value_token}, .kv_heads = kv_heads, .group = group, .key_size = key_size,                  \
+     .value_size = value_size, .block_tokens = block_tokens, .window = window, .scale = scale, .softcap = softcap,                         \
+     .split_blocks = maximum(1, SPLIT_TOKENS / block_tokens), .task_splits = 1, .tile_rows = maximum(TILE_ROWS, group)}
+
+/* See `paged_attention` in reference.py. Strides count elements. Gives the bytes of workspace that the call needs; where that is more than
+ * workspace_bytes nothing is computed. */
+EXPORTED int64_t native_paged_attention(ATTENTION_ARGUMENTS, void *workspace, int64_t workspace_bytes, int threads) {
+    struct attention a = ATTENTION;
+    struct rows rows = {tables, starts, contexts, table_stride, sequences};
+    return attend(&a, NULL, &rows, workspace, workspace_bytes, threads);
+}
+
+/* See `window_sparse_attention` in reference_sparse.py; anchors NULL where nothing is far. The far sizes are those of struct attention. */
+EXPORTED int64_t native_window_sparse_attention(ATTENTION_ARGUMENTS, int64_t refresh, int64_t sink_blocks, int far_type,
+                                                const void *far_keys, const void *far_values, const void *far_key_scales,
+                                                const void *far_value_scales, int64_t far_key_size, int64_t far_value_size,
+                                                const int32_t *far_tables, int64_t far_table_stride, const int32_t *choices, int64_t most,
+                                                const int32_t *counts, const int64_t *anchors, void *workspace, int64_t workspace_bytes,
+                                                int threads) {
+    struct attention a = ATTENTION;
+    struct rows rows = {tables, starts, contexts, table_stride, sequences};
+    struct sparse sparse = {window, refresh, sink_blocks, most, far_table_stride, far_tables, choices, counts, anchors};
+    a.window = INT64_MAX / 2;
+    a.far_type = far_type, a.far_keys = far_keys, a.far_values = far_values;
+    a.far_key_scales = far_key_scales, a.far_value_scales = far_value_scales;
+    a.far_key_size = far_key_size, a.far_value_size = far_value_size, a.choices_stride = most;
+    return attend(&a, &sparse, &rows, workspace, workspace_bytes, threads);
+}
+
+struct choosing_batch {
+    const struct choosing *choosing;
+    int64_t *keys;
+    int64_t keys_each;
+    float *query;
+    int64_t query_each;
+};
+
+static void choose_task(void *context, int64_t index, int thread) {
+    struct choosing_batch *b = context;
+    native_kernels->choose_far(b->choosing, index / b->choosing->kv_heads, index % b->choosing->kv_heads, b->keys + thread * b->keys_each,
+                               b->query + thread * b->query_each);
+}
+
+/* See `choose_far` in reference_sparse.py. `widest` is at least every number of candidates; the workspace holds, for each thread,
+ * native_choose_bytes. */
+EXPORTED int64_t native_choose_bytes(int64_t widest, int64_t size) { return ((2 * widest * 8 + 2 * size * 4) / 64 + 2) * 64; }
+
+EXPORTED void native_choose_far(int query_type, const void *query, int64_t query_row, int64_t query_head, const void *bounds,
+                                const void *bound_scales, const int32_t *tables, int64_t table_stride, const int64_t *sequences,
+                                const int32_t *ends, const int32_t *budgets, int32_t *choices, int64_t anchors, int64_t kv_heads,
+                                int64_t group, int64_t size, int64_t parts, int64_t sink_blocks, int64_t most, int64_t first_stage,
+                                int64_t widest, void *workspace, int threads) {
+    struct choosing choosing = {query_type, query,      bounds,      bound_scales, tables, ends,  budgets, sequences,   choices,
+                                {query_row, query_head}, table_stride, kv_heads,    group,        size,   parts, sink_blocks, most, first_stage};
+    int64_t each = native_choose_bytes(widest, size);
+    struct choosing_batch batch = {&choosing, workspace, each / 8, (float *)((char *)workspace + 2 * widest * 8), each / 4};
+    native_parallel(choose_task, &batch, anchors * kv_heads, threads);
 }

@@ -17,13 +17,15 @@ INLINE vfloat vtanh(vfloat x) {
 }
 
 /* Scores of one row over a block -> unnormalised weights; updates the row's maximum and lane sums and gives the factor for what was mixed. */
-INLINE float weigh_row(float *scores, int64_t columns, int64_t low, int64_t high, float softcap, float *maximum, float *sums) {
+INLINE float weigh_row(float *scores, int64_t columns, int64_t low, int64_t high, float softcap, const float *key_scales,
+                       const float *value_scales, float *maximum, float *sums) {
     vfloat highest = splat(*maximum);
     vint lane;
     for (int i = 0; i < WIDTH; i++) lane[i] = i;
     int masked = low > 0 || high < columns;
     for (int64_t i = 0; i < columns; i += WIDTH) {
         vfloat s = load_float(scores + i);
+        if (key_scales) s *= load_float(key_scales + i);
         if (softcap > 0) s = splat(softcap * LOG2_E) * vtanh(s * splat(1.0f / softcap));
         if (masked) {
             vint at = lane + (int32_t)i;
@@ -37,8 +39,8 @@ INLINE float weigh_row(float *scores, int64_t columns, int64_t low, int64_t high
     float factor = vexp2(splat(before - now))[0];
     for (int64_t i = 0; i < columns; i += WIDTH) {
         vfloat weight = vexp2(load_float(scores + i) - top);
-        store_float(scores + i, weight);
         total += weight;
+        store_float(scores + i, value_scales ? weight * load_float(value_scales + i) : weight);
     }
     store_float(sums, load_float(sums) * splat(factor) + total);
     *maximum = now;
@@ -47,7 +49,7 @@ INLINE float weigh_row(float *scores, int64_t columns, int64_t low, int64_t high
 
 /* Six rows or fewer, at row0 of the tile, over one block whose keys lie in the panel. */
 static void attend_rows(const struct attention *a, struct scratch *s, int64_t row0, int rows, int64_t first_position, int64_t block_start,
-                        enum element type, const void *values, int64_t value_stride, struct upcoming *ahead) {
+                        enum element type, const void *values, int64_t value_stride, int scaled, struct upcoming *ahead) {
     int64_t columns = whole_vectors(a->block_tokens), value_columns = whole_vectors(a->value_size);
     int64_t low[ROWS], high[ROWS], from = a->block_tokens, to = 0;
     for (int r = 0; r < rows; r++) {
@@ -68,7 +70,8 @@ static void attend_rows(const struct attention *a, struct scratch *s, int64_t ro
             factors[r] = 1.0f;
             memset(row, 0, columns * sizeof *row);
         } else {
-            factors[r] = weigh_row(row, columns, low[r], high[r], a->softcap, s->maxima + row0 + r, s->sums + (row0 + r) * WIDTH);
+            factors[r] = weigh_row(row, columns, low[r], high[r], a->softcap, scaled ? s->key_scales : NULL,
+                                   scaled ? s->value_scales : NULL, s->maxima + row0 + r, s->sums + (row0 + r) * WIDTH);
         }
     }
     float *mixed = s->mixed + row0 * value_columns;
@@ -80,40 +83,84 @@ static void attend_rows(const struct attention *a, struct scratch *s, int64_t ro
         multiply_float16(rows, value_columns / WIDTH, from, to, scores, columns, values, value_stride, mixed, value_columns, factors, ahead);
 }
 
-/* All rows of a tile over one split of the blocks: s->maxima, s->mixed and s->totals hold the split's result. */
+/* Where one head of a block lies: its keys and values, in which form, and the scales of far blocks. */
+struct place {
+    enum element type;
+    const char *keys, *values;
+    const uint16_t *key_scales, *value_scales;
+    int64_t start, key_stride, value_stride; /* position of its first token; elements between tokens, of integers bytes */
+};
+
+INLINE int64_t element_bytes(enum element type) { return type == FLOAT32 ? 4 : type == STORED_INT8 || type == STORED_INT4 ? 1 : 2; }
+
+/* Entry `index` of what a tile reads: sinks, then the chosen far blocks, then near blocks from near_start on. */
+INLINE struct place find_place(const struct attention *a, const struct tile *tile, int64_t head, int64_t index) {
+    int64_t chosen = index - tile->sinks;
+    if (chosen >= 0 && chosen < tile->far_count) {
+        int64_t block = tile->choices[head * a->choices_stride + chosen], at = tile->far_table[block] * a->kv_heads + head;
+        int64_t bytes = element_bytes(a->far_type), tokens = at * a->block_tokens;
+        int scaled = a->far_type == STORED_INT8 || a->far_type == STORED_INT4;
+        return (struct place){a->far_type,
+                              (const char *)a->far_keys + tokens * a->far_key_size * bytes,
+                              (const char *)a->far_values + tokens * a->far_value_size * bytes,
+                              scaled ? a->far_key_scales + tokens : NULL,
+                              scaled ? a->far_value_scales + tokens : NULL,
+                              block * a->block_tokens,
+                              a->far_key_size,
+                              a->far_value_size};
+    }
+    int64_t block = chosen < 0 ? index : tile->near_start + chosen - tile->far_count, bytes = element_bytes(a->kv_type);
+    return (struct place){a->kv_type,
+                          (const char *)a->keys + (tile->table[block] * a->key_strides[0] + head * a->key_strides[1]) * bytes,
+                          (const char *)a->values + (tile->table[block] * a->value_strides[0] + head * a->value_strides[1]) * bytes,
+                          NULL,
+                          NULL,
+                          block * a->block_tokens,
+                          a->key_strides[2],
+                          a->value_strides[2]};
+}
+
+static void widen_scales(const uint16_t *scales, int64_t tokens, float *out) {
+    for (int64_t i = 0; i < tokens; i += WIDTH)
+        store_float(out + i, load_some(FLOAT16, scales, i, tokens - i < WIDTH ? tokens - i : WIDTH));
+}
+
+/* All rows of a tile over one split of what it reads: s->maxima, s->mixed and s->totals hold the split's result. */
 static void attend_split(const struct attention *a, struct scratch *s, const struct tile *tile, int64_t head, int64_t split) {
-    int64_t value_columns = whole_vectors(a->value_size), bytes = a->kv_type == FLOAT32 ? 4 : 2, rows = tile->tokens * a->group;
-    int64_t first_block = (tile->first_split + split) * a->split_blocks, end_block = first_block + a->split_blocks;
-    int64_t first_position = tile->first_position, last_block = tile->end_block;
-    const int32_t *table = tile->table;
-    first_block = first_block > tile->first_block ? first_block : tile->first_block;
-    end_block = end_block < last_block ? end_block : last_block;
+    int64_t value_columns = whole_vectors(a->value_size), rows = tile->tokens * a->group;
+    int64_t first = (tile->first_split + split) * a->split_blocks, end = first + a->split_blocks;
+    int64_t last_position = tile->first_position + tile->tokens - 1;
+    first = first > tile->first_entry ? first : tile->first_entry;
+    end = end < tile->end_entry ? end : tile->end_entry;
     for (int64_t i = 0; i < rows; i++) s->maxima[i] = -INFINITY;
     memset(s->sums, 0, rows * WIDTH * sizeof(float));
     memset(s->mixed, 0, rows * value_columns * sizeof(float));
-    for (int64_t block = first_block; block < end_block; block++) {
-        const char *keys = (const char *)a->keys + (table[block] * a->key_strides[0] + head * a->key_strides[1]) * bytes;
-        const char *values = (const char *)a->values + (table[block] * a->value_strides[0] + head * a->value_strides[1]) * bytes;
-        int64_t start = block * a->block_tokens, last = first_position + (rows - 1) / a->group;
-        int64_t tokens = last + 1 - start < a->block_tokens ? last + 1 - start : a->block_tokens;
+    for (int64_t entry = first; entry < end; entry++) {
+        struct place here = find_place(a, tile, head, entry);
+        int64_t tokens = last_position + 1 - here.start < a->block_tokens ? last_position + 1 - here.start : a->block_tokens;
         struct upcoming keys_ahead = {NULL, 0}, values_ahead = {NULL, 0};
-        if (block + 1 < last_block) {
-            keys_ahead.at = (const char *)a->keys + (table[block + 1] * a->key_strides[0] + head * a->key_strides[1]) * bytes;
-            keys_ahead.lines = a->block_tokens * a->key_strides[2] * bytes / 64;
-            values_ahead.at = (const char *)a->values + (table[block + 1] * a->value_strides[0] + head * a->value_strides[1]) * bytes;
-            values_ahead.lines = a->block_tokens * a->value_strides[2] * bytes / 64;
+        if (entry + 1 < tile->end_entry) {
+            struct place next = find_place(a, tile, head, entry + 1);
+            int64_t bytes = element_bytes(next.type);
+            keys_ahead = (struct upcoming){next.keys, a->block_tokens * next.key_stride * bytes / 64};
+            values_ahead = (struct upcoming){next.values, a->block_tokens * next.value_stride * bytes / 64};
         }
-        pack_keys(a->kv_type, keys, a->key_strides[2] * bytes, tokens, a->key_size, s->panel, whole_vectors(a->block_tokens), &keys_ahead);
-        enum element type = a->kv_type;
-        const void *mixed_from = values;
-        int64_t stride = a->value_strides[2];
-        if (value_columns != a->value_size || (type != FLOAT32 && rows > 2 * ROWS)) {
-            widen_values(type, values, stride, 0, tokens, a->value_size, s->values);
+        pack_keys(here.type, here.keys, here.key_stride * element_bytes(here.type), tokens, a->key_size, s->panel,
+                  whole_vectors(a->block_tokens), &keys_ahead);
+        if (here.key_scales) {
+            widen_scales(here.key_scales, a->block_tokens, s->key_scales);
+            widen_scales(here.value_scales, a->block_tokens, s->value_scales);
+        }
+        enum element type = here.type;
+        const void *mixed_from = here.values;
+        int64_t stride = here.value_stride;
+        if (here.key_scales || value_columns != a->value_size || (type != FLOAT32 && rows > 2 * ROWS)) {
+            widen_values(type, here.values, stride, 0, tokens, a->value_size, s->values);
             type = FLOAT32, mixed_from = s->values, stride = value_columns;
         }
         for (int64_t row = 0; row < rows; row += ROWS)
-            attend_rows(a, s, row, rows - row < ROWS ? (int)(rows - row) : ROWS, first_position, start, type, mixed_from, stride,
-                        &values_ahead);
+            attend_rows(a, s, row, rows - row < ROWS ? (int)(rows - row) : ROWS, tile->first_position, here.start, type, mixed_from, stride,
+                        here.key_scales != NULL, &values_ahead);
     }
     for (int64_t i = 0; i < rows; i++) s->totals[i] = sum_lanes(load_float(s->sums + i * WIDTH));
 }
@@ -184,12 +231,14 @@ static void carve(const struct attention *a, float *memory, struct scratch *s) {
     s->totals = s->maxima + rows;
     s->joined_maxima = s->totals + rows;
     s->joined_totals = s->joined_maxima + rows;
+    s->key_scales = s->joined_totals + rows;
+    s->value_scales = s->key_scales + columns;
 }
 
 static int64_t attention_scratch(const struct attention *a) {
     struct scratch s;
     carve(a, NULL, &s);
-    return s.joined_totals + a->tile_rows - (float *)NULL;
+    return s.value_scales + whole_vectors(a->block_tokens) - (float *)NULL;
 }
 
 static int64_t attention_partial(const struct attention *a) { return a->tile_rows * (2 + whole_vectors(a->value_size)); }

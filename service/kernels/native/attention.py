@@ -7,6 +7,9 @@ computed in or the number of threads; what unused places of a block hold never r
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -40,16 +43,38 @@ def paged_attention(
     that do not fit each other.
     """
     del plan
-    tables, starts, contexts = (t.contiguous() for t in (block_tables, query_starts, context_lengths))
+    call = prepare(query, key_blocks, value_blocks, (block_tables, query_starts, context_lengths), scale, window, softcap, sink_logits)
+    compute(functions().native_paged_attention, *call.arguments)
+    return call.out
+
+
+class Call(NamedTuple):
+    """The output of a call, the arguments that both kinds of attention take, and the tensors that must live as long as these."""
+
+    out: Tensor
+    arguments: tuple[object, ...]
+    kept: tuple[Tensor | None, ...]
+
+
+def prepare(
+    query: Tensor,
+    key_blocks: Tensor,
+    value_blocks: Tensor,
+    indices: tuple[Tensor, Tensor, Tensor],
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+) -> Call:
+    """Check and lay out what `paged_attention` is given; `indices` are tables, starts and lengths."""
+    tables, starts, contexts = (t.contiguous() for t in indices)
     _check(query, key_blocks, value_blocks, (tables, starts, contexts))
     query, key_blocks, value_blocks = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key_blocks, value_blocks))
     heads, kv_heads, value_size = query.shape[1], key_blocks.shape[1], value_blocks.shape[3]
     out = query.new_empty(query.shape[0], heads, value_size)
     sinks = None if sink_logits is None else sink_logits.float().contiguous()
-    _compute(
-        ELEMENTS[query.dtype],
-        query.data_ptr(),
-        *query.stride()[:2],
+    arguments = (
+        *(ELEMENTS[query.dtype], query.data_ptr(), *query.stride()[:2]),
         *(ELEMENTS[key_blocks.dtype], key_blocks.data_ptr(), *key_blocks.stride()[:3]),
         *(value_blocks.data_ptr(), *value_blocks.stride()[:3]),
         *(tables.data_ptr(), tables.shape[1], starts.data_ptr(), contexts.data_ptr(), contexts.shape[0]),
@@ -57,12 +82,12 @@ def paged_attention(
         *(scale, NO_WINDOW if window is None else window, softcap or 0.0, None if sinks is None else sinks.data_ptr()),
         out.data_ptr(),
     )
-    return out
+    return Call(out, arguments, (query, key_blocks, value_blocks, tables, starts, contexts, sinks))
 
 
-def _compute(*arguments: object) -> None:
+def compute(attend: Callable[..., int], *arguments: object) -> None:
     """Call with all the workspace there is, and again with what was then asked for."""
-    attend, threads = functions().native_paged_attention, torch.get_num_threads()
+    threads = torch.get_num_threads()
     workspace = _WORKSPACE.take("attention", _WORKSPACE.bytes // 4)
     needed = attend(*arguments, workspace.data_ptr(), workspace.nbytes, threads)
     if needed > workspace.nbytes:

@@ -16,20 +16,47 @@ struct attention {
     int64_t query_strides[2], key_strides[3], value_strides[3];
     int64_t kv_heads, group, key_size, value_size, block_tokens, window, split_blocks, task_splits, tile_rows;
     float scale, softcap;
+    /* Far blocks [F, kv_heads, block_tokens, size], contiguous; the sizes count elements, of integers bytes. Scales float16, or NULL. */
+    enum element far_type;
+    const void *far_keys, *far_values;
+    const uint16_t *far_key_scales, *far_value_scales;
+    int64_t far_key_size, far_value_size, choices_stride;
 };
 
 /* `tokens` consecutive query tokens of one sequence, all in one task for each K/V head (parts NULL) or with a task for each `task_splits`
- * of the `splits` splits from first_split on; they see the blocks first_block .. end_block - 1 at most. pending [kv_heads] counts tasks. */
+ * of the `splits` splits from first_split on. What they read are entries first_entry .. end_entry - 1 of a list: `sinks` near blocks from 0 on,
+ * `far_count` far blocks (choices of head h from choices + h * choices_stride on, ids by far_table), then near blocks from near_start on;
+ * without the first two an entry is a block. pending [kv_heads] counts tasks. */
 struct tile {
-    int64_t first_row, tokens, first_position, first_block, end_block, first_split, splits;
-    const int32_t *table;
+    int64_t first_row, tokens, first_position, first_entry, end_entry, first_split, splits, sinks, far_count, near_start;
+    const int32_t *table, *far_table, *choices;
     float *parts;
     atomic_llong *pending;
 };
 
 /* Memory of one thread; all float32. */
 struct scratch {
-    float *panel, *values, *query, *scores, *mixed, *joined, *sums, *maxima, *totals, *joined_maxima, *joined_totals;
+    float *panel, *values, *query, *scores, *mixed, *joined, *sums, *maxima, *totals, *joined_maxima, *joined_totals, *key_scales, *value_scales;
+};
+
+/* What the rows of a window + far batch share beyond `struct attention`; anchors [T] int64, -1 for none; counts [A], choices [A, kv_heads, most]. */
+struct sparse {
+    int64_t window, refresh, sink_blocks, most, far_table_stride;
+    const int32_t *far_tables, *choices, *counts;
+    const int64_t *anchors;
+};
+
+/* One call that chooses far blocks. query [A, kv_heads * group, size]; bounds int8 [F, kv_heads, 1 + parts, 2, size] with scales float16
+ * [F, kv_heads]; sequences [A], ends and budgets [A]; choices [A, kv_heads, most]. Candidates are the entries sink_blocks .. end - 1. */
+struct choosing {
+    enum element query_type;
+    const void *query;
+    const int8_t *bounds;
+    const uint16_t *bound_scales;
+    const int32_t *tables, *ends, *budgets;
+    const int64_t *sequences;
+    int32_t *choices;
+    int64_t query_strides[2], table_stride, kv_heads, group, size, parts, sink_blocks, most, first_stage;
 };
 
 #endif

@@ -14,29 +14,46 @@ from pathlib import Path
 import torch
 
 # What `NATIVE_ABI` in native.h has to be.
-ABI = 3
+ABI = 4
 # Instruction sets by level, as `native_choose` takes them.
 LEVELS = ("baseline", "avx2", "avx512")
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _pointer, _size, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+# What both kinds of attention take: queries, keys, values, tables, sizes, scoring, output.
+_ATTENTION = (
+    *(_int, _pointer, _size, _size),
+    *(_int, _pointer, _size, _size, _size),
+    *(_pointer, _size, _size, _size),
+    *(_pointer, _size, _pointer, _pointer, _size),
+    *(_size, _size, _size, _size, _size),
+    *(_float, _size, _float, _pointer),
+    _pointer,
+)
 SIGNATURES: dict[str, tuple[object, ...]] = {
     "native_has_quantised": (),
     "native_add_rms_norm": (_int, _pointer, _pointer, _pointer, _float, _pointer, _pointer, _size, _size, _int),
     "native_quantised_linear": (_pointer, _pointer, _pointer, _size, _int),
     "native_swiglu": (_int, _pointer, _pointer, _size, _size, _int),
-    "native_paged_attention": (
+    "native_paged_attention": (*_ATTENTION, _pointer, _size, _int),
+    "native_window_sparse_attention": (
+        *_ATTENTION,
+        *(_size, _size),
+        *(_int, _pointer, _pointer, _pointer, _pointer, _size, _size),
+        *(_pointer, _size, _pointer, _size, _pointer, _pointer),
+        *(_pointer, _size, _int),
+    ),
+    "native_choose_bytes": (_size, _size),
+    "native_choose_far": (
         *(_int, _pointer, _size, _size),
-        *(_int, _pointer, _size, _size, _size),
-        *(_pointer, _size, _size, _size),
-        *(_pointer, _size, _pointer, _pointer, _size),
-        *(_size, _size, _size, _size, _size),
-        *(_float, _size, _float, _pointer),
-        *(_pointer, _pointer, _size, _int),
+        *(_pointer, _pointer, _pointer, _size, _pointer, _pointer, _pointer, _pointer),
+        *(_size,) * 9,
+        *(_pointer, _int),
     ),
 }
 # Functions that return something.
 RESULTS: dict[str, object] = {"native_has_quantised": _int, "native_quantised_linear": _int, "native_paged_attention": _size}
+RESULTS |= {"native_window_sparse_attention": _size, "native_choose_bytes": _size}
 
 
 class Library:

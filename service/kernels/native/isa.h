@@ -1,5 +1,6 @@
 /* Every kernel, compiled for the instruction set that the including file asks for, and the table of them. */
 #include "attention.h"
+#include "choosing.h"
 #include "elementwise.h"
 #include "quantised.h"
 
@@ -15,4 +16,5 @@ const struct kernels KERNELS_TABLE = {
     .attention_scratch = attention_scratch,
     .attention_partial = attention_partial,
     .attention_task = attention_task,
+    .choose_far = choose_far,
 };

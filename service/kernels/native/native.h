@@ -17,9 +17,10 @@
 #define INLINE static inline __attribute__((always_inline))
 
 /* Counted up whenever an exported function changes; binding.py names the one it speaks to. */
-#define NATIVE_ABI 3
+#define NATIVE_ABI 4
 
-enum element { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+/* The last two only in far blocks: integers with a scale for each token, INT4 two in a byte, the even index in the low half. */
+enum element { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, STORED_INT8 = 3, STORED_INT4 = 4 };
 
 /* Inputs that share a scale of int4 weights. */
 #define GROUP 32
@@ -49,6 +50,7 @@ struct product {
 /* See attention_call.h. */
 struct attention;
 struct tile;
+struct choosing;
 
 /* One implementation of every kernel, filled by isa_*.c. `add_rms_norm`: x and residual [rows, size] -> out and total [rows, size],
  * total = x + residual, out = total / sqrt(mean(total²) + eps) * weight; residual may be NULL and total then is not written. */
@@ -67,6 +69,8 @@ struct kernels {
     int64_t (*attention_scratch)(const struct attention *attention);
     int64_t (*attention_partial)(const struct attention *attention);
     void (*attention_task)(const struct attention *attention, const struct tile *tile, int64_t head, int64_t split, float *memory);
+    /* Choose far blocks for one anchor and K/V head, see choosing.h. */
+    void (*choose_far)(const struct choosing *choosing, int64_t anchor, int64_t head, int64_t *keys, float *query);
 };
 
 extern const struct kernels kernels_baseline;

@@ -150,6 +150,14 @@ INLINE void spread_word(enum element type, vuint word, float *panel, int64_t str
     } else if (type == BFLOAT16) {
         store_float(panel, (vfloat)(word << 16));
         if (count > 1) store_float(panel + stride, (vfloat)(word & 0xffff0000u));
+    } else if (type == STORED_INT8) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+            if (i < count) store_float(panel + i * stride, __builtin_convertvector((vint)(word << (24 - 8 * i)) >> 24, vfloat));
+    } else if (type == STORED_INT4) {
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++)
+            if (i < count) store_float(panel + i * stride, __builtin_convertvector((vint)(word << (28 - 4 * i)) >> 28, vfloat));
     } else {
         store_float(panel, widen_float16(__builtin_convertvector(word & 0xffffu, vhalf)));
         if (count > 1) store_float(panel + stride, widen_float16(__builtin_convertvector(word >> 16, vhalf)));
@@ -159,7 +167,7 @@ INLINE void spread_word(enum element type, vuint word, float *panel, int64_t str
 /* Keys [tokens, size] of one block and head -> panel [size, columns]; columns past the tokens repeat the last token. */
 INLINE void pack_keys_of(enum element type, const char *keys, int64_t token_bytes, int64_t tokens, int64_t size, float *panel,
                          int64_t columns, struct upcoming *ahead) {
-    const int64_t in_word = type == FLOAT32 ? 1 : 2, row_bytes = size * 4 / in_word;
+    const int64_t in_word = type == FLOAT32 ? 1 : type == STORED_INT8 ? 4 : type == STORED_INT4 ? 8 : 2, row_bytes = size * 4 / in_word;
     for (int64_t column = 0; column < columns; column += WIDTH) {
         const char *rows[WIDTH];
         for (int i = 0; i < WIDTH; i++) rows[i] = keys + (column + i < tokens ? column + i : tokens - 1) * token_bytes;
@@ -187,12 +195,33 @@ static void pack_keys(enum element type, const char *keys, int64_t token_bytes, 
     if (type == FLOAT32) pack_keys_of(FLOAT32, keys, token_bytes, tokens, size, panel, columns, ahead);
     if (type == BFLOAT16) pack_keys_of(BFLOAT16, keys, token_bytes, tokens, size, panel, columns, ahead);
     if (type == FLOAT16) pack_keys_of(FLOAT16, keys, token_bytes, tokens, size, panel, columns, ahead);
+    if (type == STORED_INT8) pack_keys_of(STORED_INT8, keys, token_bytes, tokens, size, panel, columns, ahead);
+    if (type == STORED_INT4) pack_keys_of(STORED_INT4, keys, token_bytes, tokens, size, panel, columns, ahead);
 }
 
-/* Values from .. to of [tokens, size] -> float32 [tokens, whole vectors of size]. */
+/* One token's `size` integers as float32, without their scale. */
+static void widen_integers(enum element type, const int8_t *bytes, int64_t size, float *out) {
+    if (type == STORED_INT8) {
+        int64_t whole = size / WIDTH * WIDTH;
+        for (int64_t i = 0; i < whole; i += WIDTH) store_float(out + i, widen_bytes(bytes + i));
+        for (int64_t i = whole; i < size; i++) out[i] = bytes[i];
+    } else {
+        for (int64_t i = 0; i < size / 2; i++) {
+            out[2 * i] = (int8_t)(bytes[i] << 4) >> 4;
+            out[2 * i + 1] = bytes[i] >> 4;
+        }
+    }
+}
+
+/* Values from .. to of [tokens, size] -> float32 [tokens, whole vectors of size]; strides count elements, of integers bytes. */
 static void widen_values(enum element type, const void *values, int64_t token_stride, int64_t from, int64_t to, int64_t size, float *out) {
     int64_t stride = whole_vectors(size), whole = size / WIDTH * WIDTH;
     for (int64_t token = from; token < to; token++) {
+        if (type == STORED_INT8 || type == STORED_INT4) {
+            const int8_t *bytes = (const int8_t *)values + token * token_stride;
+            widen_integers(type, bytes, size, out + token * stride);
+            continue;
+        }
         for (int64_t i = 0; i < whole; i += WIDTH) {
             int64_t at = token * token_stride + i;
             store_float(out + token * stride + i, type == FLOAT32    ? load(FLOAT32, values, at)

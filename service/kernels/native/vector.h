@@ -87,6 +87,12 @@ INLINE vhalf narrow_float16(vfloat x) {
 #endif
 }
 
+INLINE vfloat widen_bytes(const int8_t *p) {
+    vbyte b;
+    memcpy(&b, p, sizeof b);
+    return __builtin_convertvector(__builtin_convertvector(b, vint), vfloat);
+}
+
 /* Elements at p + i of type `type`, which is constant where this is inlined. */
 INLINE vfloat load(enum element type, const void *p, int64_t i) {
     if (type == FLOAT32) return load_float((const float *)p + i);
@@ -123,6 +129,9 @@ INLINE void store_some(enum element type, void *p, int64_t i, vfloat x, int64_t 
 }
 
 INLINE float sum_lanes(vfloat x) {
+#if defined(ISA_AVX512)
+    return _mm512_reduce_add_ps((__m512)x);
+#endif
     float lanes[WIDTH];
     store_float(lanes, x);
     for (int width = WIDTH / 2; width; width /= 2)

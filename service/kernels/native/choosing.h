@@ -1,0 +1,96 @@
+/* Which far blocks an anchor's query reads: bounds of blocks, the best of them, bounds of their sub-blocks, the best of those.
+ *
+ * A candidate's score bounds the sum, over the query heads of a K/V head, of their products with any key of the part: positive queries
+ * meet the largest keys, negative ones the smallest. Invariant: ties are decided by the index, so a choice depends on its query alone.
+ */
+#include "attention_call.h"
+#include "vector.h"
+
+/* Sum of x [count] float32 times y [count] int8. */
+INLINE float bound_score(const float *x, const int8_t *y, int64_t count) {
+    vfloat sum = splat(0.0f);
+    int64_t whole = count / WIDTH * WIDTH;
+    for (int64_t i = 0; i < whole; i += WIDTH) sum += load_float(x + i) * widen_bytes(y + i);
+    float total = whole ? sum_lanes(sum) : 0.0f;
+    for (int64_t i = whole; i < count; i++) total += x[i] * (float)y[i];
+    return total;
+}
+
+/* A number that orders scores as floats, then lower indices first; greater is better. */
+INLINE int64_t rank_key(float score, int64_t index) {
+    float plain = score + 0.0f;
+    int32_t bits;
+    memcpy(&bits, &plain, 4);
+    return ((int64_t)(bits ^ ((bits >> 31) & 0x7fffffff)) << 32) | (0xffffffff - index);
+}
+INLINE int64_t ranked_index(int64_t key) { return 0xffffffff - (key & 0xffffffff); }
+
+/* Put `key` at place `at` of a heap of `count` whose least is first. */
+INLINE void sink_key(int64_t *heap, int64_t count, int64_t at, int64_t key) {
+    for (int64_t child; (child = 2 * at + 1) < count; at = child) {
+        if (child + 1 < count && heap[child + 1] < heap[child]) child++;
+        if (heap[child] >= key) break;
+        heap[at] = heap[child];
+    }
+    heap[at] = key;
+}
+
+/* Move the `keep` greatest of keys [count] to its front, in no order. */
+static void keep_best(int64_t *keys, int64_t count, int64_t keep) {
+    if (count <= keep || keep == 0) return;
+    for (int64_t at = keep / 2 - 1; at >= 0; at--) sink_key(keys, keep, at, keys[at]);
+    for (int64_t i = keep; i < count; i++)
+        if (keys[i] > keys[0]) sink_key(keys, keep, 0, keys[i]);
+}
+
+/* Queries of one anchor and K/V head -> sums of their positive parts [size], then of their negative ones. */
+INLINE void sign_queries(const struct choosing *c, int64_t anchor, int64_t head, float *out) {
+    memset(out, 0, 2 * c->size * sizeof *out);
+    for (int64_t g = 0; g < c->group; g++)
+        for (int64_t i = 0; i < c->size; i += WIDTH) {
+            int64_t count = c->size - i < WIDTH ? c->size - i : WIDTH;
+            int64_t at = anchor * c->query_strides[0] + (head * c->group + g) * c->query_strides[1] + i;
+            vfloat x = load_some(c->query_type, c->query, at, count), zero = splat(0.0f);
+            for (int half = 0; half < 2; half++) {
+                float *to = out + half * c->size + i;
+                vfloat part = half ? pick(x > zero, zero, x) : pick(x < zero, zero, x);
+                store_some(FLOAT32, to, 0, load_some(FLOAT32, to, 0, count) + part, count);
+            }
+        }
+}
+
+static void choose_far(const struct choosing *c, int64_t anchor, int64_t head, int64_t *keys, float *query) {
+    const int32_t *table = c->tables + c->sequences[anchor] * c->table_stride;
+    int32_t *out = c->choices + (anchor * c->kv_heads + head) * c->most;
+    int64_t candidates = c->ends[anchor] - c->sink_blocks, budget = c->budgets[anchor], part = 2 * c->size;
+    candidates = candidates > 0 ? candidates : 0;
+    int64_t chosen = candidates < budget ? candidates : budget;
+    for (int64_t i = 0; i < c->most; i++) out[i] = i < chosen ? (int32_t)(c->sink_blocks + i) : -1;
+    if (candidates <= budget || budget == 0) return;
+    sign_queries(c, anchor, head, query);
+    for (int64_t i = 0; i < candidates; i++) {
+        int64_t at = table[c->sink_blocks + i] * c->kv_heads + head, ahead = i + 8 < candidates ? table[c->sink_blocks + i + 8] : table[0];
+        __builtin_prefetch(c->bounds + (ahead * c->kv_heads + head) * (1 + c->parts) * part, 0, 2);
+        float scale = load_some(FLOAT16, c->bound_scales, at, 1)[0];
+        keys[i] = rank_key(bound_score(query, c->bounds + at * (1 + c->parts) * part, part) * scale, c->sink_blocks + i);
+    }
+    int64_t kept = c->first_stage * budget < candidates ? c->first_stage * budget : candidates;
+    keep_best(keys, candidates, kept);
+    for (int64_t i = 0; i < kept; i++) {
+        int64_t index = ranked_index(keys[i]), at = table[index] * c->kv_heads + head;
+        const int8_t *bounds = c->bounds + at * (1 + c->parts) * part;
+        float best = -INFINITY;
+        for (int64_t p = 1; p <= c->parts; p++) {
+            float score = bound_score(query, bounds + p * part, part);
+            best = score > best ? score : best;
+        }
+        keys[i] = rank_key(best * load_some(FLOAT16, c->bound_scales, at, 1)[0], index);
+    }
+    keep_best(keys, kept, budget);
+    for (int64_t i = 0; i < budget; i++) {
+        int32_t index = (int32_t)ranked_index(keys[i]);
+        int64_t to = i;
+        for (; to > 0 && out[to - 1] > index; to--) out[to] = out[to - 1];
+        out[to] = index;
+    }
+}
