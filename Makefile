@@ -7,7 +7,7 @@ ARGS ?=
 # Machines with a GPU bring a torch of their own; it is used as it is.
 GPU_PYTHON ?= python3
 
-.PHONY: help setup serve test test-all tools check gpu-check docs image image-test clean
+.PHONY: help setup serve test test-all tools check gpu-check docs image image-test unit-test clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -64,6 +64,9 @@ image: ## build the cpu image with buildah (BASE=, WHEELS= or TORCH_INDEX= for t
 
 image-test: ## run the built cpu image and try what its users rely on (root, buildah, python3)
 	@IMAGE=$(IMAGE) python3 docker/image_test.py
+
+unit-test: ## boot a Debian whose systemd runs the unit over the built cpu image (root, buildah, systemd-container)
+	@IMAGE=$(IMAGE) python3 deploy/systemd/boot_test.py
 
 clean: ## remove the virtual environment and caches
 	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info .tools service/kernels/native/*.so

@@ -71,7 +71,7 @@ def test_it_leaves_little(tmp_path: Path) -> None:
 def test_it_ends_the_service_by_a_drain(tmp_path: Path) -> None:
     settings = load_settings(["--config", str(SYSTEMD / "service.yaml")])
     assert int(UNIT["TimeoutStopSec"]) >= settings.http.drain_s + CLOSE_S + 10
-    assert UNIT["KillMode"] == "mixed"  # the workers must outlive the drain
+    assert UNIT["KillMode"] == "mixed"  # a worker that is ended is started again in the middle of the drain
     assert UNIT["OOMPolicy"] == "continue"  # and one killed for memory is the supervisor's matter
     assert UNIT["RestartPreventExitStatus"] == "2"
 
