@@ -250,7 +250,7 @@ def test_every_field_that_is_not_served_is_named() -> None:
     accepted, refused = part.split("Refused by name")
     assert set(code_spans(accepted)) == HARMLESS
     assert {*UNSUPPORTED, *MESSAGE_UNSUPPORTED} <= set(code_spans(refused))
-    assert FOREIGN_PARTS and "every content part that is not text" in refused
+    assert FOREIGN_PARTS and "every content part that is neither text nor image" in refused
 
 
 def test_every_route_is_listed() -> None:

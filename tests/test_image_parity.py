@@ -33,6 +33,7 @@ from service.models.decoder import Decoder
 from service.models.fusion import ImageContext, SeenImages
 from service.schedulers.router import Model, Router
 from service.telemetry import Telemetry
+from service.types.catalog import V5_2
 from service.types.errors import InvalidRequest, QueueFull
 from service.types.plan import Backend, LoadRequest
 from service.types.request import FinishEvent, FinishReason, GenerationRequest, ImageInput, PromptEvent, Sampling, Stop, TokenEvent
@@ -285,6 +286,20 @@ async def test_the_pixels_that_wait_are_bounded(directory: Path) -> None:
 def metric(telemetry: Telemetry, pattern: str) -> float:
     rows = telemetry.snapshot().render(False)[0].decode().splitlines()
     return sum(float(row.split()[-1]) for row in rows if re.match(f"deepseek_{pattern}", row))
+
+
+async def test_v5_2_with_the_same_weights_answers_as_v3_5_within_its_window(decoder: Decoder, tmp_path: Path) -> None:
+    """Two KV groups, near and far; images in place and fused as before."""
+    directory = build_tiny_line(tmp_path / "long", V5_2)
+    assert read_manifest(directory).modalities == ("text", "image")
+    backend = InlineBackend(directory)
+    for step_tokens in (512, 7):
+        router = await start(backend, directory, step_tokens=step_tokens, prefix_cache=step_tokens > 7)
+        found = await answer(router, *(request_for(*case) for case in CASES.values()))
+        for case, tokens in zip(CASES.values(), found, strict=True):
+            wanted = expected(decoder, *case)
+            assert tokens[: len(wanted)] == wanted
+        await router.close()
 
 
 @contextlib.asynccontextmanager

@@ -14,13 +14,14 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END, USER, ASSISTANT, SYSTEM = "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"
+IMAGE = "<|image|>"
 ROLE_TOKENS = {"user": USER, "assistant": ASSISTANT, "system": SYSTEM}
 SPECIAL_TOKENS = (
     END,
     USER,
     ASSISTANT,
     SYSTEM,
-    "<|image|>",
+    IMAGE,
     "<|image_start|>",
     "<|image_end|>",
     *(f"<|reserved_{i}|>" for i in range(7, 16)),

@@ -1,4 +1,5 @@
-"""Encoded images to upright RGB pixels of a grid's size. The only file that knows how images are decoded; it runs in the image child.
+"""Encoded images to upright RGB pixels of a grid's size. The only file that knows how images are decoded; what
+strangers sent it decodes in the image child.
 
 It does not know requests, tokens or processes. Invariants: nothing is decoded before its size, which the header tells, is within the
 bound; whatever is wrong with an image becomes a Refused.
@@ -43,6 +44,11 @@ def prepare(request: Prepare) -> Prepared | Refused:
         return Refused("memory")
     except _DAMAGE:
         return Refused("broken")
+
+
+def resize_pixels(pixels: bytes, width: int, height: int, vision: VisionSpec) -> bytes:
+    """RGB pixels of an image as `prepare` would give them for the same image losslessly encoded."""
+    return _resize(Image.frombytes("RGB", (width, height), pixels), vision.grid(width, height), vision.unit).tobytes()
 
 
 def _shrink_on_load(image: Image.Image, vision: VisionSpec) -> None:

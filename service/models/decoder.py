@@ -83,11 +83,11 @@ class Decoder(Computed):
         rotation = self.rope.rows(positions)
         update = self.embed(tokens)
         if images is not None:
-            update = update.index_copy(0, images.at, images.embeddings)
+            update = update.index_copy(0, images.at, images.embeddings.to(update.dtype))
         residual = torch.zeros_like(update)
         for index, layer in enumerate(self.layers):
             if images is not None and self.fusion is not None and index == self.fusion.spec.after_layers:
-                residual = residual.index_add(0, images.rows, self.fusion(update, residual, images))
+                residual = residual.index_add(0, images.rows, self.fusion(update, residual, images).to(residual.dtype))
             if self._recompute and torch.is_grad_enabled():
                 update, residual = checkpoint(layer, update, residual, rotation, attend, use_reentrant=False)
             else:

@@ -10,15 +10,19 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 
-from service.inputs.bpe import BpeTokenizer
+from service.inputs.bpe import IMAGE, BpeTokenizer
 from service.train.corpus import Corpus, read_corpus
-from service.train.recipe import Recipe
+from service.train.picture_stream import Pictures, PictureStream
+from service.train.pictures import load_pictures
+from service.train.recipe import PicturesPart, Recipe
 from service.train.stream import TokenStream
 from service.train.teacher import Teacher
 from service.types.catalog import VersionLine, find_line
 from service.types.errors import SettingsError
 from service.types.model_spec import ModelSpec
+from service.types.vision import VisionSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,7 @@ class PreparedRun:
     held_out: TokenStream
     identity: str
     teacher: Teacher | None = None
+    pictures: Pictures | None = None
 
 
 def prepare(recipe: Recipe, root: Path | None = None, teacher: Teacher | None = None) -> PreparedRun:
@@ -51,18 +56,40 @@ def prepare(recipe: Recipe, root: Path | None = None, teacher: Teacher | None = 
     corpus = read_corpus(recipe.corpus.held_out_permille, recipe.corpus.chat_share, root)
     texts = [*corpus.train, *(f"{chat.question}\n{chat.answer}" for chat in corpus.chats)]
     tokenizer = BpeTokenizer.train(texts, recipe.vocab_size) if teacher is None else teacher.tokenizer
+    pictures = None if recipe.pictures is None else _pictures(recipe.pictures, shape.vision if line.reads_images else None)
     documents = tokenizer.encode(list(corpus.train)) + [tokenizer.encode_chat(chat.question, chat.answer) for chat in corpus.chats]
     return PreparedRun(
         recipe=recipe,
         line=line,
-        spec=line.spec(shape, end_ids=(tokenizer.end_id,)),
+        spec=line.spec(shape, end_ids=(tokenizer.end_id,), image_id=tokenizer.special_id(IMAGE) if shape.vision else None),
         corpus=corpus,
         tokenizer=tokenizer,
-        train=TokenStream(documents, tokenizer.end_id, recipe.seed),
+        train=_stream(recipe, documents, tokenizer, pictures),
         held_out=TokenStream(tokenizer.encode(list(corpus.held_out)), tokenizer.end_id, recipe.seed),
-        identity=_identity(recipe, corpus, tokenizer, teacher),
+        identity=_identity(recipe, corpus, tokenizer, teacher, pictures),
         teacher=teacher,
+        pictures=pictures,
     )
+
+
+def _stream(recipe: Recipe, documents: list[list[int]], tokenizer: BpeTokenizer, pictures: Pictures | None) -> TokenStream:
+    if pictures is None:
+        return TokenStream(documents, tokenizer.end_id, recipe.seed)
+    stream = PictureStream(documents, tokenizer, recipe.seed, pictures)
+    shortest = min(phase.tokens for phase in recipe.schedule.lengths)
+    needed = max(stream.tokens_of(pictures.found.ask(Random(0), pictures.found.train, kind)) for kind in pictures.found.kinds)
+    if needed >= shortest:
+        raise SettingsError(f"A question about pictures takes {needed} tokens and recipe.schedule has sequences of {shortest}.")
+    return stream
+
+
+def _pictures(part: PicturesPart, vision: VisionSpec | None) -> Pictures:
+    """The pictures as the model will see them. Raises SettingsError."""
+    if vision is None:
+        raise SettingsError("recipe.pictures needs a line and a shape that read images.")
+    found = load_pictures(part.source, part.held_out_permille)
+    pixels, grid = found.prepared(vision)
+    return Pictures(found, pixels, grid, part.share, part.weight)
 
 
 def _check_teacher(recipe: Recipe, teacher: Teacher | None) -> None:
@@ -79,7 +106,7 @@ def _check_teacher(recipe: Recipe, teacher: Teacher | None) -> None:
         raise SettingsError(f"The teacher reads {spec.context_tokens} tokens and recipe.schedule has sequences of {longest}.")
 
 
-def _identity(recipe: Recipe, corpus: Corpus, tokenizer: BpeTokenizer, teacher: Teacher | None) -> str:
+def _identity(recipe: Recipe, corpus: Corpus, tokenizer: BpeTokenizer, teacher: Teacher | None, pictures: Pictures | None) -> str:
     learned = recipe.content
     for name in ("name", "checkpoint_minutes", "evaluate", "samples", "publish"):
         del learned[name]
@@ -88,4 +115,5 @@ def _identity(recipe: Recipe, corpus: Corpus, tokenizer: BpeTokenizer, teacher: 
     files = tokenizer.files(0)["tokenizer.json"]
     parts = [json.dumps(learned, sort_keys=True), corpus.digest, hashlib.sha256(files).hexdigest()]
     parts += [] if teacher is None else [teacher.manifest.digest]
+    parts += [] if pictures is None else [pictures.found.digest]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -143,6 +143,20 @@ class SamplePart:
 
 
 @dataclass(frozen=True, slots=True)
+class PicturesPart:
+    """Questions about pictures among the text, for lines that read images.
+
+    `source` is digits or the path of a MedMNIST .npz, which brings its own split; else `held_out_permille` of the pictures are held out.
+    `share` of the sequences are questions, the loss of whose answers counts `weight` times.
+    """
+
+    source: str
+    held_out_permille: int
+    share: float
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
 class PublishPart:
     """How the result is stored: weight type on disk, and the sampling defaults that a server takes from it."""
 
@@ -179,6 +193,7 @@ class Recipe:
     segments: SegmentPart | None = None
     distil: DistilPart | None = None
     quantise: QuantisePart | None = None
+    pictures: PicturesPart | None = None
 
     @property
     def content(self) -> dict[str, Any]:
@@ -273,6 +288,11 @@ def _check_extras(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         shares = min(distil.kl, distil.mse) >= 0 and 0 < distil.kl + distil.mse <= 1
         yield not shares, "recipe.distil.kl and mse must not be negative, and their sum must be above 0 and at most 1"
         yield distil.temperature <= 0, "recipe.distil.temperature must be above 0"
+    pictures = recipe.pictures
+    if pictures is not None:
+        yield not 0 < pictures.share <= 1, "recipe.pictures.share must be in (0, 1]"
+        yield not 0 < pictures.weight <= 1000, "recipe.pictures.weight must be in (0, 1000]"
+        yield segments is not None or distil is not None, "recipe.pictures goes with neither segments nor distil"
     if quantise is not None:
         yield not 0 <= quantise.start < 1, "recipe.quantise.start must be in [0, 1)"
 

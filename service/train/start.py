@@ -13,6 +13,7 @@ from service.train.loop import Trainer
 from service.train.memory import keep_freed_memory
 from service.train.objective import Distilled, Objective, Segmented
 from service.train.parallel import Group
+from service.train.picture_stream import Pictured
 from service.train.prepare import PreparedRun
 from service.train.recipe import Recipe
 from service.types.errors import SettingsError
@@ -46,6 +47,8 @@ def start(run: PreparedRun, device: str = "auto", threads: int = 0, launch: Laun
 def _objective(run: PreparedRun, device: torch.device) -> Objective | None:
     """What the recipe asks for beyond the loss of the next token."""
     segments, distil = run.recipe.segments, run.recipe.distil
+    if run.pictures is not None:
+        return Pictured(run.pictures, device)
     if segments is not None:
         return Segmented(segments.tokens, segments.memory_tokens)
     if distil is not None and run.teacher is not None:

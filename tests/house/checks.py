@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "httpx": ("service/loadgen/httpx_sender.py",),
     "rich": ("service/cli/", "service/train/"),
     "uvloop": ("service/cli/", "service/api/"),
+    "sklearn": ("service/train/",),
     "matplotlib": ("service/train/", "service/cli/train.py", "service/cli/benchmark_report.py"),
 }
 # Worker, loop and HTTP boundary; and the one call into a library that raises bare Exception (tokenizers).

@@ -97,6 +97,22 @@ def test_with_the_image_gate_shut_only_the_places_of_the_image_tell_it(decoder: 
     assert torch.equal(logits_of(decoder, one), logits_of(decoder, swapped))
 
 
+def test_training_under_autocast_is_near_float32(decoder: Decoder) -> None:
+    pixels = torch.randint(0, 256, (1, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+    def loss() -> torch.Tensor:
+        images = decoder.vision(pixels, EYES.grid(8, 8))[0]
+        logits = logits_of(decoder, context_of(decoder, images))
+        return torch.nn.functional.cross_entropy(logits[:-1].float(), torch.arange(1, LENGTH))
+
+    exact = loss()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = loss()
+    rounded.backward()
+    assert 0 < abs(rounded.item() - exact.item()) < 0.05
+    assert all(value.grad is not None and value.grad.isfinite().all() for value in decoder.parameters())
+
+
 def test_a_training_step_moves_every_parameter(decoder: Decoder) -> None:
     pixels = torch.randint(0, 256, (1, 8, 8, 3), dtype=torch.uint8)
     images = decoder.vision(pixels, EYES.grid(8, 8))[0]

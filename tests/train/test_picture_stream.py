@@ -1,0 +1,107 @@
+"""Batches with questions about pictures, and that a model learns from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+
+from service.models.build import build
+from service.train.loop import Trainer
+from service.train.objective import Batch
+from service.train.picture_stream import IGNORED, Pictured, PictureStream
+from service.train.prepare import PreparedRun, prepare
+from service.train.recipe import Recipe
+from service.types.catalog import V3_5
+from service.types.errors import SettingsError
+from service.types.vision import VisionSpec
+from tests.train.conftest import TINY
+
+pytest.importorskip("sklearn")
+EYES = VisionSpec(patch=4, merge=1, dim=16, layers=1, heads=2, mlp_hidden=32, least_tokens=4, most_tokens=4, side_tokens=4)
+LONG = {"lengths": [{"until": 1.0, "tokens": 64}]}
+PICTURES = {"source": "digits", "held_out_permille": 200, "share": 0.5, "weight": 8.0}
+
+
+@pytest.fixture(scope="module")
+def run(library: Path, recipe_with: Callable[..., Recipe]) -> PreparedRun:
+    made = prepare(recipe_with(line="3.5", pictures=PICTURES, optimizer={"rest_rate": 0.01}, schedule=LONG), library)
+    shape = replace(TINY, vocab_size=made.tokenizer.vocab_size, vision=EYES)
+    spec = V3_5.spec(shape, (made.tokenizer.end_id,), image_id=made.tokenizer.special_id("<|image|>"))
+    assert made.pictures is not None
+    pixels, grid = made.pictures.found.prepared(EYES)
+    pictures = replace(made.pictures, pixels=pixels, grid=grid)
+    documents = made.tokenizer.encode(list(made.corpus.train))
+    return replace(made, spec=spec, pictures=pictures, train=PictureStream(documents, made.tokenizer, 3, pictures))
+
+
+def test_a_question_is_written_as_the_chat_template_writes_it(run: PreparedRun) -> None:
+    stream, codec = run.train, run.tokenizer
+    assert isinstance(stream, PictureStream) and run.pictures is not None
+    question = run.pictures.found.ask(Random(0), run.pictures.found.train, "larger")
+    inputs, targets = stream.example(question, 64)
+    shown = [-1 - index for index in question.pictures for _ in range(4)]
+    user, *rest = codec.encode_chat(question.text)
+    answer = [*codec.encode([question.answer])[0], codec.end_id]
+    ids = [user, *shown, *rest, *answer]
+    assert inputs.tolist()[: len(ids)] == ids and set(inputs.tolist()[len(ids) :]) == {codec.end_id}
+    learned = [(at, token) for at, token in enumerate(targets.tolist()) if token != IGNORED]
+    assert [token for _, token in learned] == answer and learned[0][0] == len(ids) - len(answer) - 1
+    assert stream.tokens_of(question) == len(ids)
+
+
+def test_batches_depend_on_their_position_alone_and_mix_text_with_training_pictures(run: PreparedRun) -> None:
+    inputs, targets = run.train.batch(128, 40, 64)
+    again, _ = run.train.batch(128 + 64 * 10, 5, 64)
+    assert (inputs.reshape(40, 64)[10:15].reshape(-1) == again).all()
+    asked = (inputs.reshape(40, 64) < 0).any(1)
+    assert 8 < asked.sum() < 32
+    assert run.pictures is not None
+    assert {-1 - int(token) for token in inputs[inputs < 0]} <= set(run.pictures.found.train)
+    assert (targets.reshape(40, 64)[~asked] >= 0).all() and (targets.reshape(40, 64)[asked] == IGNORED).any(1).all()
+
+
+def test_pictures_stand_in_place_and_each_sequence_sees_its_own(run: PreparedRun) -> None:
+    model = build(run.spec, "cpu", torch.float32)
+    Trainer(run.recipe, model, run.train, "x")
+    assert run.pictures is not None
+    objective = Pictured(run.pictures, torch.device("cpu"))
+    flat = [torch.from_numpy(array) for array in run.train.batch(0, 8, 64)]
+    context = objective.context(model, Batch(flat[0], flat[1], 64))
+    assert context is not None and len(context.at) == int((flat[0] < 0).sum()) == sum(len(seen.keys) for seen in context.seen)
+    for seen in context.seen:
+        assert seen.counts is not None and seen.counts[0] == 1 and seen.counts[-1] == len(seen.keys) == len(seen.values)
+    only_text = Batch(flat[0].clamp(min=0), flat[1], 64)
+    assert objective.context(model, only_text) is None
+
+
+def test_a_few_steps_lower_the_loss_of_answers(run: PreparedRun) -> None:
+    model = build(run.spec, "cpu", torch.float32)
+    assert run.pictures is not None
+    trainer = Trainer(run.recipe, model, run.train, "x")
+    trainer.objective = Pictured(run.pictures, torch.device("cpu"))
+    batch = Batch(*(torch.from_numpy(array) for array in run.train.batch(0, 16, 64)), 64)
+
+    def loss() -> float:
+        with torch.no_grad():
+            return sum(float(part) for part in trainer.objective.parts(model, batch))
+
+    before = loss()
+    for _ in range(16):
+        trainer.step()
+    assert loss() < 0.75 * before
+    assert model.vision is not None and model.vision.patch.weight is not None and model.vision.patch.weight.isfinite().all()
+
+
+def test_pictures_need_a_line_that_reads_them(library: Path, recipe_with: Callable[..., Recipe]) -> None:
+    with pytest.raises(SettingsError, match=r"reads? images"):
+        prepare(recipe_with(pictures=PICTURES), library)
+    with pytest.raises(SettingsError, match="sequences of 32"):
+        prepare(recipe_with(line="3.5", pictures=PICTURES), library)
+    for wrong in ({"share": 0.0}, {"weight": 0.0}):
+        with pytest.raises(SettingsError, match=r"recipe\.pictures"):
+            recipe_with(line="3.5", pictures=PICTURES | wrong)
