@@ -66,6 +66,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("slo_requests_total", "counter", "Sequences that met or missed a service level: ttft, tpot, or all of them.", ("slo", "result")),
     Metric("preemptions_total", "counter", "Times a running sequence lost its blocks and was put back to be recomputed."),
     Metric("admission_rejections_total", "counter", "Sequences refused before they were queued, by reason.", ("reason",)),
+    Metric("version_choices_total", "counter", "Requests for `auto`, by why this version was the one: the 3C rule.", ("reason",)),
     Metric("worker_restarts_total", "counter", "Times a lost worker was started again, by the reason of the loss.", ("reason",)),
     Metric("kernel_dispatch_total", "counter", "Calls of each implementation of an operation in the worker.", ("op", "implementation")),
     Metric("model_flops_total", "counter", "Floating-point operations of the steps, from the model's own cost."),

@@ -499,6 +499,7 @@ class FakeManifest:
     stored_dtype: str = "float32"
     generation: FakeGeneration = field(default_factory=FakeGeneration)
     chat_template: str | None = None
+    version: str | None = None
 
     @property
     def modalities(self) -> tuple[str, ...]:

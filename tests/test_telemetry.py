@@ -9,6 +9,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from service.schedulers.accounting import StepCost
+from service.schedulers.choice import Demand
 from service.schedulers.router import Router
 from service.telemetry import METRICS, VLLM_NAMES, Telemetry, log_event
 from service.types.request import ImageInput
@@ -29,6 +30,7 @@ def served() -> Telemetry:
         await asyncio.sleep(0.05)
         streams[0].cancel()
         await read_all(streams)
+        await router.hold(router.choose("auto", Demand())[0])
         picture = ImageInput(2, 1, 3, "one", b"pixels")
         await read_all(router.submit([ask("hello world, hello", 3, route="/v1/chat/completions", images=(picture,))]))
 

@@ -19,13 +19,17 @@ NO_VERSION = "none"
 
 @dataclass(slots=True)
 class Call:
-    """One HTTP request. `status` is 0 until a response starts; `tokens` are (prompt, generated) for the log."""
+    """One HTTP request. `status` is 0 until a response starts; `tokens` are (prompt, generated) for the log.
+
+    `choice` says why the model `auto` means the version that answers.
+    """
 
     route: str
     method: str = "GET"
     request_id: str = field(default_factory=new_request_id)
     tenant: str = ""
     served: ServedVersion | None = None
+    choice: str | None = None
     status: int = 0
     outcome: str = ""
     tokens: tuple[int, int] | None = None
@@ -36,6 +40,8 @@ class Call:
         named = [(b"x-request-id", self.request_id.encode())]
         if self.served is not None:
             named.append((b"x-model-version", self.served.artifact.encode()))
+        if self.choice is not None:
+            named.append((b"x-model-choice", self.choice.encode()))
         return named
 
 

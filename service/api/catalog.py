@@ -46,5 +46,5 @@ def _entry(served: ServedVersion, name: str) -> dict[str, Any]:
         "modalities": list(served.manifest.modalities),
         "tier": info.tier if info is not None else None,
         "device": info.device if info is not None else None,
-        "ready": info is not None,
+        "ready": served.ready,
     }

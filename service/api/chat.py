@@ -5,18 +5,23 @@ It does not know templates' language or how answers are sent. Invariant: nothing
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Request, Response
 
+from service.api.calls import Call
+from service.api.choosing import Prepared, answer, demand_of
 from service.api.completions import usage_in_stream
-from service.api.context import Deferred, Services
-from service.api.delivery import Answer
+from service.api.context import Services
 from service.api.fields import UNSUPPORTED, drop_neutral, prepare_messages, validate
+from service.api.images import holds_images
 from service.api.outputs import ChatShape, Frame
 from service.api.prompts import PromptReader
 from service.api.schemas import ChatBody
 from service.api.translate import Translator
+
+if TYPE_CHECKING:
+    from service.schedulers.router import ServedVersion
 
 ROUTE = "/v1/chat/completions"
 FIELDS = frozenset(ChatBody.model_fields)
@@ -33,12 +38,14 @@ def parse(data: dict[str, Any]) -> ChatBody:
 async def chat(services: Services, request: Request) -> Response:
     """The endpoint."""
     body = parse(await services.read(request))
-    call, served = services.resolve(request, body.model)
-    limits = services.settings.limits
-    pictures = await services.images.read(served, services.router.versions(), body.messages)
-    prompt = await PromptReader(served, services.renderer, limits).chat(body.messages, body.chat_template_kwargs, pictures)
-    requests = Translator(served, call, limits).chat(body, prompt)
-    frame = Frame(call.request_id, served.name, served.codec, usage_in_stream(body.stream, body.stream_options))
-    shape = ChatShape(frame, len(requests), bool(body.logprobs))
-    answer = Answer(call, services.router.submit(requests), shape, body.n or 1, frame.usage_in_stream)
-    return Deferred(answer.send_stream if body.stream else answer.send_whole)
+
+    async def prepare(call: Call, served: ServedVersion) -> Prepared:
+        limits = services.settings.limits
+        pictures = await services.images.read(served, services.router.versions(), body.messages)
+        prompt = await PromptReader(served, services.renderer, limits).chat(body.messages, body.chat_template_kwargs, pictures)
+        requests = Translator(served, call, limits).chat(body, prompt)
+        frame = Frame(call.request_id, served.name, served.codec, usage_in_stream(body.stream, body.stream_options))
+        shape = ChatShape(frame, len(requests), bool(body.logprobs))
+        return Prepared(requests, shape, body.n or 1, bool(body.stream), frame.usage_in_stream)
+
+    return await answer(services, request, body.model, demand_of(body.model, body.cost, holds_images(body.messages)), prepare)

@@ -6,18 +6,22 @@ Invariant: nothing is submitted before everything about the body was checked.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Request, Response
 
-from service.api.context import Deferred, Services
-from service.api.delivery import Answer
+from service.api.calls import Call
+from service.api.choosing import Prepared, answer, demand_of
+from service.api.context import Services
 from service.api.fields import UNSUPPORTED, drop_neutral, validate
 from service.api.outputs import CompletionShape, Echo, Frame
 from service.api.prompts import PromptReader
 from service.api.schemas import CompletionBody
 from service.api.translate import Translator
 from service.inputs.tokens import TokenCodec
+
+if TYPE_CHECKING:
+    from service.schedulers.router import ServedVersion
 
 ROUTE = "/v1/completions"
 FIELDS = frozenset(CompletionBody.model_fields)
@@ -31,15 +35,17 @@ def parse(data: dict[str, Any]) -> CompletionBody:
 async def complete(services: Services, request: Request) -> Response:
     """The endpoint."""
     body = parse(await services.read(request))
-    call, served = services.resolve(request, body.model)
-    limits = services.settings.limits
-    prompts = await PromptReader(served, services.renderer, limits).prompts(body.prompt)
-    requests = Translator(served, call, limits).completion(body, prompts)
-    frame = Frame(call.request_id, served.name, served.codec, usage_in_stream(body.stream, body.stream_options))
-    echoes = _echoes(body, prompts, served.codec) if body.echo else None
-    shape = CompletionShape(frame, len(requests), body.logprobs, echoes)
-    answer = Answer(call, services.router.submit(requests), shape, body.n or 1, frame.usage_in_stream)
-    return Deferred(answer.send_stream if body.stream else answer.send_whole)
+
+    async def prepare(call: Call, served: ServedVersion) -> Prepared:
+        limits = services.settings.limits
+        prompts = await PromptReader(served, services.renderer, limits).prompts(body.prompt)
+        requests = Translator(served, call, limits).completion(body, prompts)
+        frame = Frame(call.request_id, served.name, served.codec, usage_in_stream(body.stream, body.stream_options))
+        echoes = _echoes(body, prompts, served.codec) if body.echo else None
+        shape = CompletionShape(frame, len(requests), body.logprobs, echoes)
+        return Prepared(requests, shape, body.n or 1, bool(body.stream), frame.usage_in_stream)
+
+    return await answer(services, request, body.model, demand_of(body.model, body.cost), prepare)
 
 
 def usage_in_stream(stream: bool | None, options: Any) -> bool:

@@ -78,6 +78,11 @@ class ImageReader:
             raise InvalidRequest(f"`{place.param}`: the data URL is not valid base64.", param=place.param) from None
 
 
+def holds_images(messages: Sequence[ChatMessage]) -> bool:
+    """Whether any message has an image part."""
+    return next(_places(messages), None) is not None
+
+
 @dataclass(frozen=True, slots=True)
 class _Place:
     """An image part and the name of its field."""

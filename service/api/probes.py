@@ -16,10 +16,10 @@ OPENMETRICS = "application/openmetrics-text"
 
 
 async def health(services: Services, request: Request) -> Response:
-    """200 while every version's worker is sound; 503 names the state of each."""
+    """200 while the worker of every loaded version is sound; 503 names the state of each."""
     del request
     versions = services.router.health()
-    sound = all(version.state == "ready" for version in versions)
+    sound = all(version.state in ("ready", "unloaded") for version in versions)
     states = [
         {"version": one.artifact, "state": one.state, "silent_s": round(one.silent_s, 3), "restarts": one.restarts} for one in versions
     ]

@@ -71,6 +71,7 @@ class SamplingBody(StrictModel):
     ignore_eos: bool | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
     priority: int | None = Field(None, ge=-(2**31), lt=2**31)
+    cost: Literal["any", "low"] | None = None
 
 
 class CompletionBody(SamplingBody):

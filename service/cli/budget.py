@@ -40,3 +40,23 @@ def share_kv(manifests: Sequence[Manifest], engine: EngineSettings, scheduler: S
         )
     share = min(1.0, left / sum(needs))
     return [int(need * share) for need in needs]
+
+
+def plan_demand(
+    manifests: Sequence[Manifest], engine: EngineSettings, scheduler: SchedulerSettings, budget_bytes: int
+) -> list[tuple[int, int]]:
+    """(bytes of KV blocks, bytes in all) of each version when it is loaded on demand. Raises CapacityError for one that never fits."""
+    plans = []
+    for manifest in manifests:
+        element, spec = ELEMENT_BYTES.get(engine.dtype, 4), manifest.spec
+        context = min(engine.context_tokens or spec.context_tokens, spec.context_tokens)
+        fixed = spec.parameters * element + workspace_bytes(spec, scheduler.step_tokens, scheduler.batch_size, element) + RUNTIME_BYTES
+        need = scheduler.batch_size * spec.kv_layout().sequence_bytes(context, element)
+        kv_bytes = engine.kv_bytes or min(need, int((budget_bytes - fixed) * AUTO_SHARE))
+        if kv_bytes <= 0 or fixed + kv_bytes > budget_bytes:
+            raise CapacityError(
+                f"{manifest.directory.name} needs {fixed / _MIB:.0f} MiB before any KV cache and may take {budget_bytes / _MIB:.0f} MiB: "
+                "set a larger --memory_bytes or serve a smaller model."
+            )
+        plans.append((kv_bytes, fixed + kv_bytes))
+    return plans

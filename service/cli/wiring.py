@@ -20,7 +20,7 @@ from service.checkpoints.lock import lock_differences
 from service.checkpoints.long_context import adapt
 from service.checkpoints.manifest import Manifest, read_manifest
 from service.checkpoints.registry import Registry
-from service.cli.budget import share_kv
+from service.cli.budget import plan_demand, share_kv
 from service.cli.report import LoadProgress, StartTimes, client_url, example_request, memory_table, parent_memory_line
 from service.config.load import ServeSettings
 from service.engine.memory import available_bytes
@@ -44,7 +44,10 @@ async def serve(settings: ServeSettings, child: ChildProcess, times: StartTimes)
             models = build_models(settings, child, progress)
             times.mark("models")
             telemetry = Telemetry(settings.http.metrics_compat)
-            router = Router(models, settings.scheduler, telemetry)
+            fleet = settings.fleet
+            if fleet.load == "demand" and not fleet.memory_bytes:
+                fleet = replace(fleet, memory_bytes=available_bytes())
+            router = Router(models, settings.scheduler, telemetry, fleet=fleet)
             return await _serve(settings, router, telemetry, listener, (times, progress))
         finally:
             progress.close()
@@ -55,9 +58,9 @@ async def serve(settings: ServeSettings, child: ChildProcess, times: StartTimes)
 def build_models(settings: ServeSettings, child: ChildProcess | None, progress: LoadProgress) -> list[Model]:
     """Read every model directory (not its weights) and give each a backend. Raises StartupError."""
     manifests = [_read(source.directory, settings) for source in settings.models]
-    shares = share_kv(manifests, settings.engine, settings.scheduler, available_bytes())
+    plans = _plan(settings, manifests)
     models = []
-    for index, (source, manifest, kv_bytes) in enumerate(zip(settings.models, manifests, shares, strict=True)):
+    for index, (source, manifest, (kv_bytes, planned_bytes)) in enumerate(zip(settings.models, manifests, plans, strict=True)):
         request = load_request(settings, manifest, kv_bytes)
         _report_lock(manifest)
 
@@ -65,7 +68,7 @@ def build_models(settings: ServeSettings, child: ChildProcess | None, progress: 
             progress.update(name, phase, fraction)
 
         backend = WorkerBackend(request, settings.engine, child=child if index == 0 else None, on_progress=moved)
-        models.append(Model(source.name, manifest, TokenCodec.load(manifest.directory), backend))
+        models.append(Model(source.name, manifest, TokenCodec.load(manifest.directory), backend, planned_bytes))
     return models
 
 
@@ -73,6 +76,13 @@ def _read(directory: str, settings: ServeSettings) -> Manifest:
     """The manifest of a directory, its attention as it is to be served."""
     manifest = read_manifest(Path(directory))
     return replace(manifest, spec=adapt(manifest.spec, settings.attention))
+
+
+def _plan(settings: ServeSettings, manifests: Sequence[Manifest]) -> list[tuple[int, int]]:
+    """(bytes of KV blocks, bytes in all) of each version; those that are loaded together share what the machine leaves."""
+    if settings.fleet.load == "demand":
+        return plan_demand(manifests, settings.engine, settings.scheduler, settings.fleet.memory_bytes or available_bytes())
+    return [(kv_bytes, 0) for kv_bytes in share_kv(manifests, settings.engine, settings.scheduler, available_bytes())]
 
 
 def load_request(settings: ServeSettings, manifest: Manifest, kv_bytes: int) -> LoadRequest:
@@ -128,7 +138,7 @@ def _record(settings: ServeSettings, router: Router) -> None:
     """Keep in the registry that this was served; one that cannot be written is reported and no reason to end."""
     if settings.registry is not None:
         try:
-            Registry(settings.registry).mark_served([(version.name, version.manifest) for version in router.versions()])
+            Registry(settings.registry).mark_served([(version.name, version.manifest) for version in router.versions() if version.ready])
         except CheckpointError as error:
             log_event("not_recorded", reason=str(error))
 
@@ -171,6 +181,9 @@ def _announce(router: Router, telemetry: Telemetry, times: StartTimes) -> None:
         for phase, seconds in (*times.phases_s, ("ready", total_s)):
             metrics.value("startup_seconds", f"command_{phase}").set(seconds)
         print(memory_table(version.artifact, info, version.manifest.spec.context_tokens))
+    waiting = [version.name for version in router.versions() if version.info is None]
+    if waiting:
+        print(f"loaded when asked for: {', '.join(waiting)}")
     print(parent_memory_line())
     first = router.versions()[0]
     print(times.line(first.info.phases_s if first.info else ()))

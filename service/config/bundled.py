@@ -29,7 +29,7 @@ def choose_sources(models: Sequence[str], version: str, restore: bool = False, r
     if version:
         return (named_source(version, registry),)
     if not models:
-        return (bundled_source(""),)
+        return (bundled_source(""), *(bundled_source(line.number) for line in reversed(complete_lines()[:-1])))
     sources = tuple(_parse(entry) for entry in models)
     names = [source.name for source in sources]
     for name in names:

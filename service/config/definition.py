@@ -12,12 +12,13 @@ from pydantic import BaseModel, BeforeValidator, Field
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from service.config.flags import parse_bytes
-from service.types.settings import AttentionSettings, EngineSettings, HttpLimits, HttpSettings, SchedulerSettings
+from service.types.settings import AttentionSettings, EngineSettings, FleetSettings, HttpLimits, HttpSettings, SchedulerSettings
 
 ENVIRONMENT_PREFIX = "DEEPSEEK_"
 SHORT_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
 
-_HTTP, _LIMITS, _SCHEDULER, _ENGINE, _ATTENTION = HttpSettings(), HttpLimits(), SchedulerSettings(), EngineSettings(), AttentionSettings()
+_HTTP, _LIMITS, _SCHEDULER = HttpSettings(), HttpLimits(), SchedulerSettings()
+_ENGINE, _ATTENTION, _FLEET = EngineSettings(), AttentionSettings(), FleetSettings()
 
 
 class Unit(NamedTuple):
@@ -58,6 +59,8 @@ Rate = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1e18, allow_in
 Size = Annotated[int, BeforeValidator(to_bytes), Field(ge=0, le=1 << 50)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize = Literal["auto", "none", "int8", "int4"]
+Load = Literal["auto", "start", "demand"]
+Cost = Literal["any", "low"]
 Tier = Literal["auto", "gpu", "edge", "cpu"]
 Compat = Literal["none", "vllm"]
 KvFar = Literal["auto", "int8", "int4", "bf16", "evict"]
@@ -79,6 +82,20 @@ class ModelSection(BaseModel):
         "",
         description="file that records what was verified and served (in the user's data directory when left out); none keeps none",
     )
+
+
+class FleetSection(BaseModel):
+    """Several versions"""
+
+    load: Load = Field(
+        cast(Load, _FLEET.load),
+        description="when models are loaded: all at start, or all but the default on demand (auto: the bundled ones)",
+    )
+    memory_bytes: Size = Field(
+        _FLEET.memory_bytes, description="memory for models loaded on demand, such as 8GiB; 0 takes what the machine leaves at start"
+    )
+    load_wait_s: Seconds = Field(_FLEET.load_wait_s, description="how long a request waits for its version to be loaded before a 503")
+    cost: Cost = Field(cast(Cost, _FLEET.cost), description="what the model auto prefers where a request does not say: low is the cheapest")
 
 
 class HttpSection(BaseModel):
@@ -238,10 +255,18 @@ class AttentionSection(BaseModel):
     )
 
 
-SECTIONS: tuple[type[BaseModel], ...] = (ModelSection, HttpSection, LimitSection, SchedulerSection, EngineSection, AttentionSection)
+SECTIONS: tuple[type[BaseModel], ...] = (
+    ModelSection,
+    FleetSection,
+    HttpSection,
+    LimitSection,
+    SchedulerSection,
+    EngineSection,
+    AttentionSection,
+)
 
 
-class Definition(ModelSection, HttpSection, LimitSection, SchedulerSection, EngineSection, AttentionSection, BaseSettings):
+class Definition(ModelSection, FleetSection, HttpSection, LimitSection, SchedulerSection, EngineSection, AttentionSection, BaseSettings):
     """All sections joined. It takes values only from its arguments: `load` joins the sources."""
 
     model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, env_ignore_empty=True, extra="forbid", hide_input_in_errors=True)

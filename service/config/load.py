@@ -11,7 +11,7 @@ import difflib
 import ipaddress
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,12 +25,20 @@ from service.config.definition import ENVIRONMENT_PREFIX, SECTIONS, SHORT_DTYPES
 from service.config.describe import default_note, expectation, is_list, metavar
 from service.config.flags import FlagParser
 from service.types.errors import SettingsError
-from service.types.settings import AttentionSettings, EngineSettings, HttpLimits, HttpSettings, ModelSource, SchedulerSettings
+from service.types.settings import (
+    AttentionSettings,
+    EngineSettings,
+    FleetSettings,
+    HttpLimits,
+    HttpSettings,
+    ModelSource,
+    SchedulerSettings,
+)
 
 PROGRAM = "deepseek-serve"
 DESCRIPTION = "Serve language models over HTTP. Every flag --name is also the environment variable DEEPSEEK_NAME and a key of --config."
 _SECRET = frozenset({"api_key"})
-_Room = TypeVar("_Room", HttpLimits, SchedulerSettings, EngineSettings, AttentionSettings)
+_Room = TypeVar("_Room", HttpLimits, SchedulerSettings, EngineSettings, AttentionSettings, FleetSettings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +51,7 @@ class ServeSettings:
     engine: EngineSettings
     attention: AttentionSettings
     registry: Path | None = None
+    fleet: FleetSettings = field(default_factory=FleetSettings)
 
 
 def serve_parser() -> FlagParser:
@@ -51,14 +60,14 @@ def serve_parser() -> FlagParser:
     parser.add_argument("--config", metavar="FILE", default=None, help="YAML file with any of these settings")
     for section in SECTIONS:
         group = parser.add_argument_group(section.__doc__)
-        for name, field in section.model_fields.items():
-            text = f"{field.description}{default_note(field)}".replace("%", "%%")
-            if field.annotation is bool:
-                group.add_argument(f"--{name}", nargs="?", const="true", metavar=metavar(field), default=None, help=text)
+        for name, entry in section.model_fields.items():
+            text = f"{entry.description}{default_note(entry)}".replace("%", "%%")
+            if entry.annotation is bool:
+                group.add_argument(f"--{name}", nargs="?", const="true", metavar=metavar(entry), default=None, help=text)
                 group.add_argument(f"--no_{name}", dest=name, action="store_const", const="false", default=None, help=argparse.SUPPRESS)
             else:
-                action = "append" if is_list(field) else "store"
-                group.add_argument(f"--{name}", action=action, metavar=metavar(field), default=None, help=text)
+                action = "append" if is_list(entry) else "store"
+                group.add_argument(f"--{name}", action=action, metavar=metavar(entry), default=None, help=text)
     return parser
 
 
@@ -135,11 +144,15 @@ def _convert(given: Definition, origins: Sequence[_Origin]) -> ServeSettings:
     registry = registry_path(given.registry)
     sources = choose_sources(given.model, given.version, given.restore, registry)
     attention = replace(_room(AttentionSettings, given), dense_layers=tuple(given.dense_layers))
-    return ServeSettings(sources, http, _room(SchedulerSettings, given), _room(EngineSettings, given), attention, registry)
+    fleet = _room(FleetSettings, given)
+    if fleet.load == "auto":
+        fleet = replace(fleet, load="start" if given.model or given.version or given.restore else "demand")
+    scheduler, engine = _room(SchedulerSettings, given), _room(EngineSettings, given)
+    return ServeSettings(sources, http, scheduler, engine, attention, registry, fleet)
 
 
 def _room(room: type[_Room], given: Definition) -> _Room:
-    return room(**{field.name: getattr(given, field.name) for field in fields(room)})
+    return room(**{entry.name: getattr(given, entry.name) for entry in fields(room)})
 
 
 def _is_loopback(host: str) -> bool:

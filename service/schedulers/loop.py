@@ -36,6 +36,7 @@ from service.types.settings import SchedulerSettings
 _IDLE_CHECK_S = 1.0
 _RETRY_S = 5.0
 _REFUSALS = {
+    "unloaded": "The model is not loaded.",
     "loading": "The model is being loaded.",
     "restarting": "The model's worker is being started again.",
     "draining": "The server is shutting down.",
@@ -56,7 +57,7 @@ class Identity:
 
 
 class Loop:
-    """One version's loop. `state` is loading, ready, restarting, draining, down or closed; `info` what the worker last said of itself."""
+    """One version's loop. `state` is a key of `_REFUSALS` or ready; `info` what the worker last said; `empty` is set while idle."""
 
     def __init__(
         self,
@@ -82,8 +83,8 @@ class Loop:
         self._application = Application(self._planner, self._accounting, self._end)
         self._flying: deque[tuple[Step, asyncio.Future[StepResult]]] = deque()
         self._wake = asyncio.Event()
-        self._empty = asyncio.Event()
-        self._empty.set()
+        self.empty = asyncio.Event()
+        self.empty.set()
         self._arrivals = self._deaths_in_a_row = self._preemptions_counted = 0
         self._deadlines = Deadlines(clock, self._expire)
         self._task: asyncio.Task[None] | None = None
@@ -102,7 +103,7 @@ class Loop:
             raise
         now = self._clock()
         streams = [self._accept(request, now) for request in requests]
-        self._empty.clear()
+        self.empty.clear()
         self._wake.set()
         self._deadlines.arm()
         return streams
@@ -139,7 +140,7 @@ class Loop:
 
     def refuse(self) -> None:
         """Accept nothing from now on."""
-        if self.state in ("loading", "ready", "restarting"):
+        if self.state in ("unloaded", "loading", "ready", "restarting"):
             self.state = "draining"
 
     async def drain(self, seconds: float) -> None:
@@ -147,7 +148,7 @@ class Loop:
         self.refuse()
         try:
             async with asyncio.timeout(seconds):
-                await self._empty.wait()
+                await self.empty.wait()
         except TimeoutError:
             self._end_all(lambda: Unavailable("The server is shutting down.", retry_after_s=_RETRY_S))
 
@@ -284,7 +285,7 @@ class Loop:
         if error is not None:
             log_event("sequence_failed", request_id=sequence.request.request_id, version=self._identity.artifact, code=error.code)
         if not self._planner.running and not self._planner.waiting:
-            self._empty.set()
+            self.empty.set()
 
     def _end_all(self, error: Callable[[], ServiceError], among: Requests[Sequence] | None = None) -> None:
         for sequence in self._planner.sequences() if among is None else among:
@@ -297,7 +298,7 @@ class Loop:
             ending = FinishEvent(FinishReason.ERROR, sequence.usage, error)
             sequence.stream.finish(ending)
             self._accounting.ended(sequence, ending, now)
-        self._empty.set()
+        self.empty.set()
 
     def _expire(self, now: float) -> float:
         """End what is past its deadline; the next deadline."""

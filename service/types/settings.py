@@ -130,6 +130,20 @@ class AttentionSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class FleetSettings:
+    """Which versions are loaded and which one `auto` means. `memory_bytes` 0: what the machine leaves.
+
+    `load` is `start` (all before the first request), `demand` (the default at once, others when they are asked for) or `auto` (demand for
+    the bundled lines, else start). A request waits `load_wait_s` for its version. `cost` is what `auto` does where a request does not say.
+    """
+
+    memory_bytes: int = 0
+    load: str = "auto"
+    load_wait_s: float = 30.0
+    cost: str = "any"
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSource:
     """One model to serve: its served `name` and the directory that holds it."""
 

@@ -78,12 +78,14 @@ SCORED = {"logprobs": True}
 # reaches the worker) must differ. The template shows names and a variable `mood`.
 SHOWN: dict[tuple[type[BaseModel], str], tuple[str, dict[str, Any], dict[str, Any]]] = {
     (CompletionBody, "model"): (COMPLETION, {"model": "stable"}, {"model": "other"}),
+    (CompletionBody, "cost"): (COMPLETION, {}, {"cost": "low"}),
     (CompletionBody, "stream"): (COMPLETION, {}, STREAM),
     (CompletionBody, "stream_options"): (COMPLETION, STREAM, USAGE),
     (CompletionBody, "prompt"): (COMPLETION, {}, {"prompt": "ho"}),
     (CompletionBody, "echo"): (COMPLETION, {}, {"echo": True}),
     (CompletionBody, "best_of"): (COMPLETION, {"best_of": 1}, {"best_of": 2}),
     (ChatBody, "model"): (CHAT, {"model": "v2.3"}, {"model": "other"}),
+    (ChatBody, "cost"): (CHAT, {}, {"cost": "low"}),
     (ChatBody, "stream"): (CHAT, {}, STREAM),
     (ChatBody, "stream_options"): (CHAT, STREAM, USAGE),
     (ChatBody, "messages"): (CHAT, {}, {"messages": [USER, USER]}),

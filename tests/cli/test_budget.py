@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from service.checkpoints.manifest import Manifest, read_manifest
-from service.cli.budget import RUNTIME_BYTES, share_kv
+from service.cli.budget import RUNTIME_BYTES, plan_demand, share_kv
 from service.types.errors import CapacityError
 from service.types.settings import EngineSettings, SchedulerSettings
 from tests.tiny_models import build_tiny
@@ -47,3 +47,17 @@ def test_without_room_shares_follow_need_and_fit(manifests: list[Manifest]) -> N
 def test_what_cannot_fit_is_refused_with_numbers(manifests: list[Manifest]) -> None:
     with pytest.raises(CapacityError, match=r"2 versions need \d+ MiB .* 300 MiB are free"):
         share_kv(manifests, EngineSettings(), SCHEDULER, RUNTIME_BYTES)
+
+
+def test_on_demand_each_version_is_planned_as_if_alone(manifests: list[Manifest]) -> None:
+    plans = plan_demand(manifests, EngineSettings(), SCHEDULER, 64 * GIB)
+    assert [kv for kv, _ in plans] == share_kv(manifests, EngineSettings(), SCHEDULER, 64 * GIB)
+    assert all(RUNTIME_BYTES < total - kv < RUNTIME_BYTES + GIB for kv, total in plans)
+    assert plan_demand(manifests, EngineSettings(kv_bytes=7), SCHEDULER, GIB)[0][0] == 7
+    tight = RUNTIME_BYTES + (8 << 20)
+    assert all(total <= tight for _, total in plan_demand(manifests, EngineSettings(), SCHEDULER, tight))
+
+
+def test_a_version_that_never_fits_is_refused_at_once(manifests: list[Manifest]) -> None:
+    with pytest.raises(CapacityError, match=r"needs \d+ MiB .* --memory_bytes"):
+        plan_demand(manifests, EngineSettings(), SCHEDULER, RUNTIME_BYTES)

@@ -189,6 +189,24 @@ def test_two_versions_side_by_side_and_a_drain(start: Start, tiny: Path, tmp_pat
     lets_streams_end(command, url, key)
 
 
+def test_a_version_is_loaded_when_it_is_asked_for(start: Start, tiny: Path, tmp_path: Path) -> None:
+    other = build_tiny(tmp_path / "other", "llama", seed=1)
+    flags = ("--load", "demand", "--batch_size", "2", "--port", "0")
+    command = start(SERVE, "--model", f"first={tiny}", "--model", str(other), *flags)
+    assert command.read_until("loaded when asked for: ") == "other"
+    url = command.read_until("serving first, other on ")
+    ready = {entry["id"]: entry["ready"] for entry in httpx.get(url + "/v1/models").json()["data"]}
+    assert ready["first"] and ready["auto"] and not ready["other"]
+    assert httpx.get(url + "/health").status_code == 200
+    for model in ("other", "first"):
+        answer = httpx.post(url + "/v1/completions", json={"model": model, "prompt": "a", "max_tokens": 2}, timeout=60)
+        assert answer.status_code == 200 and answer.headers["x-model-version"].startswith(model + "@")
+    answer = httpx.post(url + "/v1/completions", json={"model": "auto", "prompt": "a", "max_tokens": 2}, timeout=60)
+    assert answer.headers["x-model-choice"] == "default"
+    command.signal(signal.SIGTERM)
+    assert command.end()[0] == 0
+
+
 def test_ctrl_c_while_loading(start: Start, tiny: Path) -> None:
     command = start(SERVE, "--model", str(tiny), "--port", "0")
     url = command.read_until("loading tiny for ")

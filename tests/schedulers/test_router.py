@@ -45,7 +45,7 @@ def test_names_mean_versions(name, served):
     assert two_models().resolve(name).name == served
 
 
-@pytest.mark.parametrize("name", ["auto", "", "v5.2", "nano2", "NANO"])
+@pytest.mark.parametrize("name", ["", "v5.2", "nano2", "NANO"])
 def test_what_is_not_there_is_not_found(name):
     with pytest.raises(ModelNotFound):
         two_models().resolve(name)
@@ -54,7 +54,7 @@ def test_what_is_not_there_is_not_found(name):
 def test_versions_list_their_aliases_once():
     versions = two_models().versions()
     assert [version.artifact for version in versions] == ["v2.3@aaaaaaaaaaaa", "v1.0@bbbbbbbbbbbb", "plain@cccccccccccc"]
-    assert [set(version.aliases) for version in versions] == [{"v2.3", "2.3", "stable"}, {"v1.0", "1.0"}, set()]
+    assert [set(version.aliases) for version in versions] == [{"v2.3", "2.3", "stable", "auto"}, {"v1.0", "1.0"}, set()]
 
 
 def test_a_served_name_wins_over_an_alias_and_names_are_distinct():
