@@ -1,6 +1,7 @@
 """Tokens per second of the loop and a worker without HTTP, beside `transformers` on the same checkpoint, in alternating rounds.
 
-    python -m loadtests.engine_speed --shape llama-385m --cache DIR [--rounds 3] [--batches 1 8 32] [--peer transformers|none] [--keep]
+    python -m loadtests.engine_speed --shape llama-385m --cache DIR [--rounds 3] [--batches 1 8 32] [--dtype float32]
+        [--peer transformers|none] [--keep]
 
 Each round asks for B sequences of `--prompt` random tokens and `--generate` greedy ones (ends ignored). Prefill is prompt tokens over the
 time to the last first token of a run that generates one token; decode is the tokens after the first over the time from the last first
@@ -128,7 +129,7 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
     manifest = read_manifest(directory)
     limits = machine_limits()
     largest = max(options.batches)
-    load = LoadRequest(str(directory), "float32", threads=options.threads, max_rows=largest, max_step_tokens=options.step_tokens)
+    load = LoadRequest(str(directory), options.dtype, threads=options.threads, max_rows=largest, max_step_tokens=options.step_tokens)
     settings = SchedulerSettings(batch_size=largest, step_tokens=options.step_tokens, prefix_cache=False, run_ahead=options.run_ahead)
     backend = WorkerBackend(load, EngineSettings(threads=options.threads, step_deadline_s=600.0))
     router = Router([Model("bench", manifest, TokenCodec.load(directory), backend)], settings, Telemetry())
@@ -196,6 +197,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--generate", type=int, default=48)
     parser.add_argument("--step_tokens", type=int, default=512)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--run_ahead", type=int, default=0)
     parser.add_argument("--peer", choices=("transformers", "none"), default="transformers")

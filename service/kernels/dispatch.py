@@ -116,6 +116,8 @@ def _onednn_float32(place: Place) -> str | None:
 def _onednn_sixteen_bits(place: Place) -> str | None:
     if place.dtype not in (torch.bfloat16, torch.float16):
         return f"it computes 16-bit types only, not {place.dtype}"
+    if place.dtype == torch.bfloat16 and linear.computes_bfloat16():
+        return "this CPU multiplies bfloat16 itself, which takes half the time"
     return _on_cpu(place) or (None if _onednn() else "this torch has no oneDNN linear")
 
 
@@ -133,6 +135,7 @@ TABLE: Mapping[str, tuple[Implementation, ...]] = {
         Implementation("reference", reference.add_rms_norm, _anywhere),
     ),
     "rotate": (
+        Implementation("native", native_elementwise.rotate, _native),
         _gpu(reference.rotate, "elementwise"),
         Implementation("torch", elementwise.rotate, _anywhere),
         Implementation("reference", reference.rotate, _anywhere),

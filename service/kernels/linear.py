@@ -39,6 +39,12 @@ def onednn_available() -> bool:
     return torch.equal(plain, expected) and torch.equal(packed, expected)
 
 
+def computes_bfloat16() -> bool:
+    """Whether this CPU has products of bfloat16 (AVX512_BF16 or AMX), which torch then uses; False where torch cannot say."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(asked()) for name in names if (asked := getattr(torch.cpu, name, None)) is not None)
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [T, in] times a plain or packed weight, outside autograd."""
     with torch.no_grad():

@@ -7,7 +7,7 @@ import inspect
 import pytest
 import torch
 
-from service.kernels import dispatch, reference
+from service.kernels import dispatch, linear, reference
 from service.kernels.dispatch import TABLE, Dispatch, DispatchError, Implementation, Place
 from service.kernels.native import binding
 
@@ -93,6 +93,20 @@ def test_without_onednn_the_next_is_chosen(monkeypatch: pytest.MonkeyPatch) -> N
     choices.resolve("linear", "cpu", torch.float32)
     assert choices.chosen() == {"linear[cpu,float32]": "torch", "pack_linear[cpu,float32]": "plain"}
     assert torch.equal(packed.apply(torch.ones(1, 3)), torch.ones(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("units", "chosen"), [(True, {"linear": "torch", "pack_linear": "plain"}), (False, {"linear": "widened", "pack_linear": "widened"})]
+)
+def test_bfloat16_is_widened_only_where_the_cpu_cannot_multiply_it(
+    units: bool, chosen: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "computes_bfloat16", lambda: units)
+    choices = Dispatch(TABLE)
+    for operation, name in chosen.items():
+        choices.resolve(operation, "cpu", torch.bfloat16), choices.resolve(operation, "cpu", torch.float16)
+        assert choices.chosen()[f"{operation}[cpu,bfloat16]"] == name
+        assert choices.chosen()[f"{operation}[cpu,float16]"] == "widened"
 
 
 def test_the_process_has_one_set_of_choices() -> None:

@@ -51,6 +51,20 @@ def test_sixteen_bits_round_as_torch_rounds(dtype: torch.dtype, instructions: st
     assert torch.equal(total.nan_to_num(7.0, 5e4, -5e4), (every + other).nan_to_num(7.0, 5e4, -5e4))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "half"), [(16, 8), (64, 32), (24, 5), (80, 20), (6, 3), (8, 0)])
+def test_rotation_equals_the_reference(size: int, half: int, dtype: torch.dtype, instructions: str) -> None:
+    torch.manual_seed(size)
+    joint, phase = torch.randn(7, 9, size).to(dtype), torch.rand(7, half) * 6
+    x = joint[:, 2:7]
+    expected = reference.rotate(x.double(), phase.cos().double(), phase.sin().double())
+    check_close(elementwise.rotate(x, phase.cos(), phase.sin()), expected, dtype)
+    turned = x.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(elementwise.rotate(turned, phase.cos(), phase.sin()), elementwise.rotate(x, phase.cos(), phase.sin()))
+    with pytest.raises(ValueError, match="do not fit"):
+        elementwise.rotate(x, phase.cos()[:6], phase.sin())
+
+
 def test_the_same_bits_with_any_number_of_threads() -> None:
     x, residual, weight = torch.randn(301, 1280), torch.randn(301, 1280), torch.randn(1280)
     threads = torch.get_num_threads()

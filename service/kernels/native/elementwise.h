@@ -59,3 +59,27 @@ static void swiglu(enum element type, const void *gate_up, void *out, int64_t be
     if (type == BFLOAT16) swiglu_rows(BFLOAT16, gate_up, out, begin, end, size);
     if (type == FLOAT16) swiglu_rows(FLOAT16, gate_up, out, begin, end, size);
 }
+
+INLINE void rotate_rows(enum element type, const void *x, int64_t row_stride, int64_t head_stride, const float *cos, const float *sin,
+                        void *out, int64_t begin, int64_t end, int64_t heads, int64_t size, int64_t half) {
+    for (int64_t row = begin; row < end; row++)
+        for (int64_t head = 0; head < heads; head++) {
+            int64_t from = row * row_stride + head * head_stride, to = (row * heads + head) * size;
+            for (int64_t i = 0; i < half; i += WIDTH) {
+                int64_t count = half - i < WIDTH ? half - i : WIDTH;
+                vfloat first = load_some(type, x, from + i, count), second = load_some(type, x, from + half + i, count);
+                vfloat c = load_some(FLOAT32, cos, row * half + i, count), s = load_some(FLOAT32, sin, row * half + i, count);
+                store_some(type, out, to + i, first * c - second * s, count);
+                store_some(type, out, to + half + i, second * c + first * s, count);
+            }
+            size_t bytes = type == FLOAT32 ? 4 : 2;
+            memcpy((char *)out + (to + 2 * half) * bytes, (const char *)x + (from + 2 * half) * bytes, (size - 2 * half) * bytes);
+        }
+}
+
+static void rotate(enum element type, const void *x, int64_t row_stride, int64_t head_stride, const float *cos, const float *sin, void *out,
+                   int64_t begin, int64_t end, int64_t heads, int64_t size, int64_t half) {
+    if (type == FLOAT32) rotate_rows(FLOAT32, x, row_stride, head_stride, cos, sin, out, begin, end, heads, size, half);
+    if (type == BFLOAT16) rotate_rows(BFLOAT16, x, row_stride, head_stride, cos, sin, out, begin, end, heads, size, half);
+    if (type == FLOAT16) rotate_rows(FLOAT16, x, row_stride, head_stride, cos, sin, out, begin, end, heads, size, half);
+}

@@ -53,3 +53,16 @@ def swiglu(gate_up: Tensor) -> Tensor:
     rows = out.numel() // max(size, 1)
     functions().native_swiglu(ELEMENTS[gate_up.dtype], gate_up.data_ptr(), out.data_ptr(), rows, size, torch.get_num_threads())
     return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding by halves of x [T, H, D], angles cos and sin [T, rotary_dim / 2]; dimensions from rotary_dim on pass unchanged."""
+    (rows, heads, size), half = x.shape, cos.shape[1]
+    if cos.shape != (rows, half) or sin.shape != cos.shape or 2 * half > size:
+        raise ValueError(f"angles {tuple(cos.shape)} and {tuple(sin.shape)} do not fit x {tuple(x.shape)}")
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    cos, sin = cos.float().contiguous(), sin.float().contiguous()
+    out = x.new_empty(x.shape)
+    where = (x.data_ptr(), *x.stride()[:2], cos.data_ptr(), sin.data_ptr(), out.data_ptr())
+    functions().native_rotate(ELEMENTS[x.dtype], *where, rows, heads, size, half, torch.get_num_threads())
+    return out

@@ -7,6 +7,7 @@
 const struct kernels KERNELS_TABLE = {
     .name = KERNELS_NAME,
     .add_rms_norm = add_rms_norm,
+    .rotate = rotate,
     .swiglu = swiglu,
 #if defined(ISA_AVX512)
     .quantise_row = quantise_row,

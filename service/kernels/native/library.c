@@ -141,3 +141,24 @@ EXPORTED void native_swiglu(int type, const void *gate_up, void *out, int64_t ro
     struct gated context = {type, gate_up, out, size};
     native_parallel_spans(gated_span, &context, rows, grain_rows(size), threads);
 }
+
+struct turned {
+    int type;
+    const void *x;
+    int64_t row_stride, head_stride;
+    const float *cos, *sin;
+    void *out;
+    int64_t heads, size, half;
+};
+
+static void turned_span(void *context, int64_t begin, int64_t end) {
+    struct turned *t = context;
+    native_kernels->rotate((enum element)t->type, t->x, t->row_stride, t->head_stride, t->cos, t->sin, t->out, begin, end, t->heads,
+                           t->size, t->half);
+}
+
+EXPORTED void native_rotate(int type, const void *x, int64_t row_stride, int64_t head_stride, const void *cos, const void *sin, void *out,
+                            int64_t rows, int64_t heads, int64_t size, int64_t half, int threads) {
+    struct turned context = {type, x, row_stride, head_stride, cos, sin, out, heads, size, half};
+    native_parallel_spans(turned_span, &context, rows, grain_rows(heads * size), threads);
+}

@@ -17,7 +17,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 /* Counted up whenever an exported function changes; binding.py names the one it speaks to. */
-#define NATIVE_ABI 4
+#define NATIVE_ABI 5
 
 /* The last two only in far blocks: integers with a scale for each token, INT4 two in a byte, the even index in the low half. */
 enum element { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, STORED_INT8 = 3, STORED_INT4 = 4 };
@@ -58,6 +58,9 @@ struct kernels {
     const char *name;
     void (*add_rms_norm)(enum element type, const void *x, const void *residual, const void *weight, float eps, void *out, void *total,
                          int64_t begin, int64_t end, int64_t size);
+    /* x [rows, heads, size] by its strides, cos and sin [rows, half] -> out, contiguous; dimensions from 2 * half on are copied. */
+    void (*rotate)(enum element type, const void *x, int64_t row_stride, int64_t head_stride, const float *cos, const float *sin, void *out,
+                   int64_t begin, int64_t end, int64_t heads, int64_t size, int64_t half);
     /* gate_up [rows, 2 * size], gate first -> out [rows, size] = silu(gate) * up. */
     void (*swiglu)(enum element type, const void *gate_up, void *out, int64_t begin, int64_t end, int64_t size);
     /* Quantise a row, see quantised.h; these three are NULL where the instruction set has no dot products of int8. */
