@@ -1,11 +1,11 @@
-"""Tokens per second of the loop and a worker without HTTP, beside `transformers` on the same checkpoint, in alternating rounds.
+"""Tokens per second of the loop and a worker without HTTP, beside another engine on the same weights, in alternating rounds.
 
-    python -m loadtests.engine_speed --shape llama-385m --cache DIR [--rounds 3] [--batches 1 8 32] [--dtype float32]
-        [--peer transformers|none] [--keep]
+    python -m loadtests.engine_speed --shape llama-385m --cache DIR [--quantize int8|int4] [--dtype float32] [--rounds 3] [--batches 1 8 32]
+        [--peer transformers|none] [--peer openvino --peer_python PYTHON --peer_model EXPORTED] [--keep]
 
 Each round asks for B sequences of `--prompt` random tokens and `--generate` greedy ones (ends ignored). Prefill is prompt tokens over the
 time to the last first token of a run that generates one token; decode is the tokens after the first over the time from the last first
-token to the end. The machine's limits (memory read and float32 product rate) are measured before the first and after the last round.
+token to the end. The machine's limits (memory read, float32 and int8 product rate) are measured before the first and after the last round.
 """
 
 from __future__ import annotations
@@ -13,31 +13,30 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
+from loadtests.peers import OpenVinoPeer, Peer, Speed, TransformersPeer
 from loadtests.rows import keep, spread, surroundings
 from loadtests.shapes import write_shape
 from service.checkpoints.manifest import read_manifest
+from service.checkpoints.quantisation import weight_bytes
 from service.engine.supervisor import WorkerBackend
 from service.inputs.tokens import TokenCodec
+from service.kernels.dispatch import resolve
+from service.kernels.quantised import quantise_weight
 from service.schedulers.router import Model, Router
 from service.schedulers.streams import Stream
 from service.telemetry import Telemetry
+from service.types.model_spec import ModelSpec
 from service.types.plan import LoadRequest
 from service.types.request import FinishEvent, GenerationRequest, Sampling, Stop, TokenEvent
 from service.types.settings import EngineSettings, SchedulerSettings
-
-
-class Speed(NamedTuple):
-    """One round: tokens per second."""
-
-    prefill: float
-    decode: float
 
 
 def prompts(count: int, length: int, vocabulary: int, seed: int) -> list[tuple[int, ...]]:
@@ -70,44 +69,11 @@ async def run_ours(router: Router, texts: list[tuple[int, ...]], generate: int) 
     return Speed(tokens / (last_first - began), generated / (end - last_first) if generated else 0.0)
 
 
-class Peer:
-    """`transformers` generate on the same weights: static batch, float32, greedy."""
-
-    def __init__(self, directory: Path) -> None:
-        from transformers import AutoModelForCausalLM
-
-        self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-
-    @torch.inference_mode()
-    def run(self, texts: list[tuple[int, ...]], generate: int) -> Speed:
-        """One round. The logits of each step pass a processor, whose first call ends the prefill."""
-        from transformers import LogitsProcessorList
-
-        calls: list[float] = []
-
-        def note_time(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            calls.append(time.perf_counter())
-            return scores
-
-        ids = torch.tensor(texts)
-        began = time.perf_counter()
-        self._model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            pad_token_id=1,
-            eos_token_id=None,
-            max_new_tokens=generate,
-            min_new_tokens=generate,
-            logits_processor=LogitsProcessorList([note_time]),
-        )
-        end = time.perf_counter()
-        return Speed(ids.numel() / (calls[0] - began), len(texts) * (generate - 1) / (end - calls[0]))
-
-
 def machine_limits() -> dict[str, float]:
-    """Best of some rounds of a memory read (GB/s) and a float32 product of 2048 (GFLOP/s)."""
+    """Best of some rounds: a memory read (GB/s) and products of 2048, float32 by oneDNN (GFLOP/s) and int8 as served (GOP/s)."""
     data, matrix = torch.empty(64 << 20).fill_(1.0), torch.randn(2048, 2048)
+    packed = resolve("pack_linear", "cpu", torch.float32)(matrix)
+    quantised = resolve("pack_quantised", "cpu", torch.float32)(quantise_weight(matrix, "int8"))
 
     def best(work: Any, rounds: int = 8) -> float:
         times = []
@@ -119,7 +85,8 @@ def machine_limits() -> dict[str, float]:
 
     return {
         "read_gb_s": round(data.numel() * 4 / best(data.sum) / 1e9, 2),
-        "product_gflop_s": round(2 * 2048**3 / best(lambda: matrix @ matrix) / 1e9, 1),
+        "product_gflop_s": round(2 * 2048**3 / best(lambda: packed.apply(matrix)) / 1e9, 1),
+        "int8_gop_s": round(2 * 2048**3 / best(lambda: quantised.apply(matrix)) / 1e9, 1),
     }
 
 
@@ -129,13 +96,23 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
     manifest = read_manifest(directory)
     limits = machine_limits()
     largest = max(options.batches)
-    load = LoadRequest(str(directory), options.dtype, threads=options.threads, max_rows=largest, max_step_tokens=options.step_tokens)
+    load = LoadRequest(
+        str(directory),
+        options.dtype,
+        threads=options.threads,
+        max_rows=largest,
+        max_step_tokens=options.step_tokens,
+        context_tokens=options.context,
+        quantize=options.quantize,
+        quantize_cache=str(options.cache),
+        quantize_cache_bytes=1 << 40,
+    )
     settings = SchedulerSettings(batch_size=largest, step_tokens=options.step_tokens, prefix_cache=False, run_ahead=options.run_ahead)
     backend = WorkerBackend(load, EngineSettings(threads=options.threads, step_deadline_s=600.0))
     router = Router([Model("bench", manifest, TokenCodec.load(directory), backend)], settings, Telemetry())
     await router.start()
     info = router.versions()[0].info
-    peer = Peer(directory) if options.peer == "transformers" else None
+    peer = start_peer(options, directory)
     rows: dict[str, Any] = {}
     for batch in options.batches:
         ours: list[Speed] = []
@@ -145,22 +122,22 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
             ours.append(await run_ours(router, texts, options.generate))
             if peer is not None:
                 theirs.append(peer.run(texts, options.generate))
-        rows[str(batch)] = summary(ours[1:], theirs[1:])
+        rows[str(batch)] = summary(ours[1:], theirs[1:], options.peer)
         print(f"B={batch}: {json.dumps(rows[str(batch)])}", flush=True)
     await router.close()
-    spec = manifest.spec
+    if peer is not None:
+        peer.close()
     after = machine_limits()
     best = {key: max(limits[key], after[key]) for key in limits}
-    context = options.prompt + options.generate / 2
-    shares = {
-        "decode_1_of_read": best["read_gb_s"] * 1e9 / spec.bytes_read(1, context, 4, 4),
-        "decode_of_product": best["product_gflop_s"] * 1e9 / spec.flops(1, context),
-        "prefill_of_product": best["product_gflop_s"] * 1e9 / spec.flops(options.prompt, options.prompt / 2, 1) * options.prompt,
-    }
     return {
         "what": "engine_speed",
         "shape": options.shape,
         "dtype": info.dtype if info else "",
+        "quantize": options.quantize,
+        "peer": options.peer,
+        "memory_bytes": dict(info.memory_bytes) if info else {},
+        "phases_s": {name: round(seconds, 2) for name, seconds in info.phases_s} if info else {},
+        "dispatch": dict(info.dispatch) if info else {},
         "prompt": options.prompt,
         "generate": options.generate,
         "step_tokens": options.step_tokens,
@@ -168,20 +145,43 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
         **surroundings(),
         "torch": torch.__version__,
         "machine": best,
-        "limit_tokens_per_s": {name: round(value, 1) for name, value in shares.items()},
+        "limit_tokens_per_s": limits_of(manifest.spec, options, best),
         "batches": rows,
     }
 
 
-def summary(ours: list[Speed], theirs: list[Speed]) -> dict[str, Any]:
+def start_peer(options: argparse.Namespace, directory: Path) -> Peer | None:
+    """The engine to run beside ours, or None."""
+    if options.peer == "transformers":
+        return TransformersPeer(directory)
+    if options.peer == "openvino":
+        threads = options.threads or len(os.sched_getaffinity(0))
+        return OpenVinoPeer(options.peer_python, options.peer_model, threads, options.step_tokens)
+    return None
+
+
+def limits_of(spec: ModelSpec, options: argparse.Namespace, machine: dict[str, float]) -> dict[str, float]:
+    """Tokens a second that the machine's memory and products allow: one decoding sequence, many, and a prompt."""
+    context = options.prompt + options.generate / 2
+    plain = options.quantize == "none"
+    read = spec.bytes_read(1, context, 4, 4) + weight_bytes(spec, 4, options.quantize) - 4 * spec.parameters
+    rate = machine["product_gflop_s" if plain else "int8_gop_s"] * 1e9
+    return {
+        "decode_1_of_read": round(machine["read_gb_s"] * 1e9 / read, 1),
+        "decode_of_product": round(rate / spec.flops(1, context), 1),
+        "prefill_of_product": round(rate / spec.flops(options.prompt, options.prompt / 2, 1) * options.prompt, 1),
+    }
+
+
+def summary(ours: list[Speed], theirs: list[Speed], peer: str) -> dict[str, Any]:
     """Medians and spreads of both sides, and the ratio of pairs."""
     row: dict[str, Any] = {
         "prefill": spread([speed.prefill for speed in ours]),
         "decode": spread([speed.decode for speed in ours]),
     }
     if theirs:
-        row["transformers_prefill"] = spread([speed.prefill for speed in theirs])
-        row["transformers_decode"] = spread([speed.decode for speed in theirs])
+        row[f"{peer}_prefill"] = spread([speed.prefill for speed in theirs])
+        row[f"{peer}_decode"] = spread([speed.decode for speed in theirs])
         row["prefill_ratio"] = spread([mine.prefill / other.prefill for mine, other in zip(ours, theirs, strict=True)])
         row["decode_ratio"] = spread([mine.decode / other.decode for mine, other in zip(ours, theirs, strict=True)])
     return row
@@ -200,7 +200,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--run_ahead", type=int, default=0)
-    parser.add_argument("--peer", choices=("transformers", "none"), default="transformers")
+    parser.add_argument("--context", type=int, default=0, help="longest sequence, 0 for the shape's own")
+    parser.add_argument("--quantize", choices=("none", "int8", "int4"), default="none")
+    parser.add_argument("--peer", choices=("transformers", "openvino", "none"), default="transformers")
+    parser.add_argument("--peer_python", default="", help="the Python of the environment that openvino-genai is installed in")
+    parser.add_argument("--peer_model", default="", help="directory of the model exported for it")
     parser.add_argument("--keep", action="store_true", help="append the row to results/engine_speed.jsonl")
     options = parser.parse_args()
     row = asyncio.run(measure(options))
