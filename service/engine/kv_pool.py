@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
+import time
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,9 @@ from service.types.kv_layout import FarSpec, FarStore, KvGroup, KvLayout
 
 _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
 _STEP_BYTES = 2 << 20
+# How long a worker must have had no step before memory is taken in. Doing it between the steps of one sequence of a 385 M model, which
+# leave a third of a millisecond, made a step take 16.1 instead of 10.7 ms.
+REST_S = 0.05
 
 
 class KvPool:
@@ -101,10 +105,20 @@ class KvPool:
             end = (tensor.data_ptr() + tensor.nbytes) // page * page
             libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_HUGEPAGE)
             for at in range(first, end, _STEP_BYTES):
-                idle.wait()
+                if not idle.is_set():
+                    _wait_for_rest(idle)
                 size = min(_STEP_BYTES, end - at)
                 if libc.madvise(ctypes.c_void_p(at), ctypes.c_size_t(size), _MADV_POPULATE_WRITE) != 0:
                     return
+
+
+def _wait_for_rest(idle: threading.Event) -> None:
+    """Wait until no step has run for REST_S: between the steps of a generation there is no time to take memory in."""
+    while True:
+        idle.wait()
+        time.sleep(REST_S)
+        if idle.is_set():
+            return
 
 
 class _Empty(NamedTuple):
