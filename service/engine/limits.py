@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from service.kernels.dispatch import resolve
+from service.kernels.quantised import quantise_weight
 
 ROUNDS = 3
 # Larger than the last cache of a core, small enough to be touched in a moment.
@@ -20,10 +21,16 @@ _CPU_BYTES, _CPU_WIDTH = 96 << 20, 768
 _CUDA_BYTES, _CUDA_WIDTH = 1 << 30, 8192
 
 
-def machine_limits(device: torch.device, dtype: torch.dtype, given: tuple[float, float]) -> tuple[tuple[str, float], ...]:
-    """(kind, a second) for `bytes` and `flops`; what is `given` is taken as it is, what is 0 is measured on `device` in `dtype`."""
+def machine_limits(
+    device: torch.device, dtype: torch.dtype, given: tuple[float, float], quantize: str = "none"
+) -> tuple[tuple[str, float], ...]:
+    """(kind, a second) for `bytes` and `flops`; what is `given` is taken as it is, what is 0 is measured on `device` in `dtype`.
+
+    Where weights are quantised, `flops` are operations of a product with int8 weights.
+    """
     read, computed = given
-    return ("bytes", read or bytes_a_second(device)), ("flops", computed or flops_a_second(device, dtype))
+    measured = computed or (flops_a_second(device, dtype) if quantize == "none" else int8_operations_a_second(device, dtype))
+    return ("bytes", read or bytes_a_second(device)), ("flops", measured)
 
 
 @torch.inference_mode()
@@ -48,6 +55,16 @@ def flops_a_second(device: torch.device, dtype: torch.dtype) -> float:
     if dtype is not torch.float32:  # torch's own 16-bit product may be the faster one, its float32 product on a CPU never is.
         products.append(torch.mm)
     return 2.0 * width**3 / min(_best(functools.partial(product, left, right), device) for product in products)
+
+
+@torch.inference_mode()
+def int8_operations_a_second(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a square product with int8 weights, by the implementation that the layers use."""
+    width = _CPU_WIDTH if device.type == "cpu" else _CUDA_WIDTH
+    weight = quantise_weight(torch.full((width, width), 0.25), "int8")
+    product = resolve("pack_quantised", device, dtype)(weight)
+    rows = torch.full((width, width), 0.5, dtype=dtype, device=device)
+    return 2.0 * width**3 / _best(lambda: product.apply(rows), device)
 
 
 def _best(work: Callable[[], object], device: torch.device) -> float:

@@ -86,7 +86,7 @@ def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallba
     phases.end("kv")
     backend.warm_up(min(WARM_UP_TOKENS, memory.context_tokens))
     phases.end("warm_up")
-    limits = machine_limits(device, getattr(torch, dtype), request.machine_limits)
+    limits = machine_limits(device, getattr(torch, dtype), request.machine_limits, quantize)
     phases.end("limits")
     # The first step made the libraries load the rest of themselves, which belongs to the runtime.
     runtime_bytes = max(resident_bytes() - usage.weight_bytes, usage.runtime_bytes) if device.type == "cpu" else resident_bytes()

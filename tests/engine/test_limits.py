@@ -33,3 +33,14 @@ def test_a_worker_says_what_its_machine_can_do(full_model, dtype) -> None:
     assert dict(info.limits)["flops"] == 7e9
     assert 1e8 < dict(info.limits)["bytes"] < 1e13
     assert "limits" in dict(info.phases_s)
+
+
+def test_where_weights_are_quantised_the_operations_are_those_of_int8_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "int8_operations_a_second", lambda device, dtype: 7.0)
+    cpu = torch.device("cpu")
+    assert dict(limits.machine_limits(cpu, torch.float32, (1.0, 0.0), "int8")) == {"bytes": 1.0, "flops": 7.0}
+    assert dict(limits.machine_limits(cpu, torch.float32, (1.0, 2.0), "int8")) == {"bytes": 1.0, "flops": 2.0}
+
+
+def test_int8_products_are_measured() -> None:
+    assert limits.int8_operations_a_second(torch.device("cpu"), torch.float32) > 1e6

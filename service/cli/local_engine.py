@@ -1,0 +1,107 @@
+"""An engine started by the benchmark itself: a checkpoint, a worker and a loop without HTTP, for comparing ways to serve on one machine.
+
+It does not know what is compared. Invariant: whatever ends the block, the worker is stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from service.checkpoints.manifest import Manifest, read_manifest
+from service.engine.supervisor import WorkerBackend
+from service.inputs.tokens import TokenCodec
+from service.schedulers.router import Model, Router
+from service.schedulers.streams import Stream
+from service.telemetry import Telemetry
+from service.types.errors import StartupError
+from service.types.plan import BackendInfo, LoadRequest
+from service.types.request import FinishEvent, GenerationRequest, PromptEvent, Sampling, Stop, TokenEvent, TokenLogprob
+from service.types.settings import EngineSettings, SchedulerSettings
+
+NAME = "local"
+
+
+class Round(NamedTuple):
+    """One round of prompts at once: tokens a second of the prompts until the last first token, of the rest, and of all output."""
+
+    prefill: float
+    decode: float
+    output: float
+
+
+class LocalEngine:
+    """`directory` served with these settings; use as an async context manager. Raises StartupError."""
+
+    def __init__(self, directory: Path, engine: EngineSettings, scheduler: SchedulerSettings) -> None:
+        self.manifest: Manifest = read_manifest(directory)
+        self.codec = TokenCodec.load(directory)
+        request = LoadRequest(
+            directory=str(directory.absolute()),
+            dtype=engine.dtype,
+            device=engine.device,
+            threads=engine.threads,
+            kv_bytes=engine.kv_bytes,
+            max_rows=scheduler.batch_size,
+            max_step_tokens=scheduler.step_tokens,
+            context_tokens=engine.context_tokens,
+            quantize=engine.quantize,
+            quantize_cache=engine.quantize_cache,
+            quantize_cache_bytes=engine.quantize_cache_bytes,
+        )
+        backend = WorkerBackend(request, engine)
+        unhurried = replace(scheduler, prefix_cache=False, request_deadline_s=3600.0)
+        self._router = Router([Model(NAME, self.manifest, self.codec, backend)], unhurried, Telemetry())
+
+    async def __aenter__(self) -> Self:
+        await self._router.start()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self._router.close()
+
+    @property
+    def info(self) -> BackendInfo:
+        """What the worker says of itself."""
+        info = self._router.versions()[0].info
+        if info is None:
+            raise StartupError("the worker is not there: its log above says why.")
+        return info
+
+    async def generate(self, prompts: Sequence[tuple[int, ...]], tokens: int) -> Round:
+        """Generate `tokens` greedy tokens for every prompt, all sent at once."""
+        began = time.perf_counter()
+        stop, sampling = Stop(tokens, ignore_eos=True), Sampling(temperature=0.0)
+        streams = self._router.submit([GenerationRequest(NAME, NAME, prompt, stop, sampling) for prompt in prompts])
+        firsts = await asyncio.gather(*(_drain(stream) for stream in streams))
+        end, first = time.perf_counter(), max(firsts)
+        read, made = sum(len(prompt) for prompt in prompts), len(prompts) * tokens
+        return Round(read / (first - began), (made - len(prompts)) / max(end - first, 1e-9), made / (end - began))
+
+    async def score(self, prompt: tuple[int, ...]) -> tuple[TokenLogprob, ...]:
+        """Log-probs of the prompt's tokens from the second on, each with the likeliest token in its place."""
+        request = GenerationRequest(NAME, NAME, prompt, Stop(1, ignore_eos=True), Sampling(temperature=0.0), prompt_logprobs=1)
+        (stream,) = self._router.submit([request])
+        found: tuple[TokenLogprob, ...] = ()
+        async for event in stream:
+            if isinstance(event, PromptEvent):
+                found = event.logprobs
+            elif isinstance(event, FinishEvent) and event.error is not None:
+                raise event.error
+        return found
+
+
+async def _drain(stream: Stream) -> float:
+    """The time of the first token. Raises what ended the stream."""
+    first = 0.0
+    async for event in stream:
+        if isinstance(event, TokenEvent) and not first:
+            first = time.perf_counter()
+        elif isinstance(event, FinishEvent) and event.error is not None:
+            raise event.error
+    return first

@@ -1,0 +1,102 @@
+"""The part of `deepseek-benchmark` that starts engines on this machine: tiers and the quality of quantised weights, as table and row.
+
+It does not know how either is measured. Invariant: a row carries where and with what it was made, like those of servers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import sys
+from argparse import Namespace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import service
+from service.cli.quality import BOUNDS, measure_quality
+from service.cli.tiers import measure_tier
+from service.config.bundled import bundled_source
+from service.types.errors import SettingsError
+
+# Modules of the standard library whose sources are scored when no text is named: every machine has them.
+TEXT_MODULES = ("statistics", "textwrap", "heapq", "bisect")
+
+
+def check_machine(given: Namespace) -> None:
+    """Refuse what cannot be measured. Raises SettingsError."""
+    if given.tier and given.quality:
+        raise SettingsError("--tier and --quality are two measurements: give only one of them.")
+    for kind in filter(None, given.quality.split(",")):
+        if kind not in BOUNDS:
+            raise SettingsError(f"--quality must name {' or '.join(BOUNDS)}, or both by comma, not {kind[:40]!r}.")
+    if (given.text or given.directory) and not (given.tier or given.quality):
+        raise SettingsError("--text and --directory belong to --tier and --quality: give one of these too.")
+
+
+async def measure_machine(given: Namespace) -> dict[str, Any]:
+    """The row that the flags ask for. Raises StartupError."""
+    directory = Path(given.directory or bundled_source("").directory)
+    row: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "program": service.__version__,
+        "python": platform.python_version(),
+        "cores": len(os.sched_getaffinity(0)),
+        "label": given.label,
+        "directory": directory.name,
+    }
+    if given.tier:
+        asked = given.prompt_tokens, given.output_tokens
+        return row | await measure_tier(given.tier, directory, given.threads, given.rounds, asked)
+    kinds = tuple(dict.fromkeys(filter(None, given.quality.split(","))))
+    return row | await measure_quality(directory, kinds, _text(given.text), given.text_tokens, given.threads)
+
+
+def finish(given: Namespace, row: dict[str, Any]) -> int:
+    """Print the table and the row, keep it where `--out` says; the exit code is 1 where a quality bound did not hold."""
+    _print(row)
+    line = json.dumps(row)
+    if given.out:
+        try:
+            with Path(given.out).open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise SettingsError(f"--out {given.out} cannot be written: {error.strerror}.") from None
+    print(line, flush=True)
+    return 0 if all(form["within_bound"] for form in row.get("forms", {}).values()) else 1
+
+
+def _text(path: str) -> str:
+    if not path:
+        files = (importlib.import_module(name).__file__ for name in TEXT_MODULES)
+        return "".join(Path(file).read_text(encoding="utf-8") for file in files if file)
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--text {path} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}.") from None
+
+
+def _print(row: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    table = Table(title=f"{row['directory']} · {row.get('tier') or row['kind']} · {row['cores']} cores", title_justify="left")
+    if row["kind"] == "quality":
+        for column in ("weights", "perplexity", "over float32", "same likeliest token"):
+            table.add_column(column, justify="left" if column == "weights" else "right")
+        table.add_row("float32", f"{row['float32_perplexity']:.4f}", "", "")
+        for kind, form in row["forms"].items():
+            table.add_row(kind, f"{form['perplexity']:.4f}", f"{form['ratio'] - 1:+.2%}", f"{form['agreement']:.1%}")
+        console.print(table)
+        return
+    for column in ("", "median", "least", "most"):
+        table.add_column(column, justify="right" if column else "left")
+    named = {"float32, tokens/s": "baseline_tokens_per_s", f"{row['flags']}, tokens/s": "tokens_per_s", "ratio": "ratio"}
+    for name, key in named.items():
+        table.add_row(name, *(f"{row[key][part]:.2f}" for part in ("median", "min", "max")))
+    console.print(table)
+    shares = row["share_of_limit"]
+    console.print(f"claim {row['claim']}x; of the machine's limit: prefill {shares['prefill']:.0%}, decode {shares['decode']:.0%}.")

@@ -1,0 +1,99 @@
+"""The hardware tiers: which flags each recommends, and what they gain on this machine over the same model without them.
+
+It does not know how the flags work. Invariants: both sides run the same prompts in alternating rounds of one run, and the limits that the
+result is compared with were measured by the workers themselves.
+"""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from service.cli.local_engine import LocalEngine, Round
+from service.types.settings import EngineSettings, SchedulerSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What a tier recommends and is measured by: flags as one types them, the settings they stand for, and how many clients ask at once.
+
+    The baseline is float32 without quantisation and, where `baseline_batch` says so, with fewer sequences at once.
+    """
+
+    flags: str
+    quantize: str
+    batch_size: int
+    baseline_batch: int
+    clients: int
+    claim: float
+
+
+PROFILES = {
+    "cpu": Profile("--quantize int8", "int8", 32, 32, 8, 1.5),
+    "edge": Profile("--quantize int8 --batch_size 4", "int8", 4, 1, 4, 1.8),
+}
+
+
+async def measure_tier(tier: str, directory: Path, threads: int, rounds: int, asked: tuple[int, int]) -> dict[str, Any]:
+    """The row of a tier: output tokens a second of both sides, their ratio with its spread, and the share of the machine's limit.
+
+    `asked` are the tokens of each prompt and of each answer.
+    """
+    profile = PROFILES[tier]
+    prompt_tokens, output_tokens = asked
+    context = prompt_tokens + output_tokens + 1
+    plain = EngineSettings(dtype="float32", device="cpu", quantize="none", threads=threads, context_tokens=context)
+    async with AsyncExitStack() as stack:
+        baseline = await stack.enter_async_context(LocalEngine(directory, plain, SchedulerSettings(batch_size=profile.baseline_batch)))
+        tuned = replace(plain, quantize=profile.quantize)
+        recommended = await stack.enter_async_context(LocalEngine(directory, tuned, SchedulerSettings(batch_size=profile.batch_size)))
+        pairs: list[tuple[Round, Round]] = []
+        for number in range(rounds + 1):
+            prompts = _prompts(profile.clients, prompt_tokens, recommended.info.vocab_size, number)
+            pairs.append((await baseline.generate(prompts, output_tokens), await recommended.generate(prompts, output_tokens)))
+        limits = {"float32": dict(baseline.info.limits), profile.quantize: dict(recommended.info.limits)}
+        shares = _shares(recommended, profile, [pair[1] for pair in pairs[1:]], asked)
+    ratios = [mine.output / base.output for base, mine in pairs[1:]]
+    return {
+        "kind": "tier",
+        "tier": tier,
+        "flags": profile.flags,
+        "clients": profile.clients,
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": output_tokens,
+        "baseline_tokens_per_s": _spread([base.output for base, _ in pairs[1:]]),
+        "tokens_per_s": _spread([mine.output for _, mine in pairs[1:]]),
+        "ratio": _spread(ratios),
+        "claim": profile.claim,
+        "machine": limits,
+        "share_of_limit": shares,
+    }
+
+
+def _prompts(count: int, length: int, vocabulary: int, seed: int) -> list[tuple[int, ...]]:
+    draw = np.random.default_rng(seed)
+    return [tuple(int(token) for token in draw.integers(0, vocabulary, length)) for _ in range(count)]
+
+
+def _shares(engine: LocalEngine, profile: Profile, rounds: list[Round], asked: tuple[int, int]) -> dict[str, float]:
+    """Prefill against the product rate, and decode against the slower of the product rate and the memory, by the model's own formulas."""
+    limits, spec = dict(engine.info.limits), engine.manifest.spec
+    prompt_tokens, output_tokens = asked
+    context, rows = prompt_tokens + output_tokens / 2, min(profile.clients, profile.batch_size)
+    prefill_s = spec.flops(prompt_tokens, prompt_tokens / 2, 1) / limits["flops"]
+    weights = dict(engine.info.memory_bytes)["weights"]
+    kept = spec.bytes_read(rows, context, 0, 4) + weights * spec.matmul_parameters_read / spec.parameters
+    decode_s = max(kept / limits["bytes"], rows * spec.flops(1, context) / limits["flops"])
+    return {
+        "prefill": round(median(entry.prefill for entry in rounds) * prefill_s / prompt_tokens, 3),
+        "decode": round(median(entry.decode for entry in rounds) * decode_s / rows, 3),
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": round(median(values), 3), "min": round(min(values), 3), "max": round(max(values), 3), "rounds": len(values)}

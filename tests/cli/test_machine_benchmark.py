@@ -1,0 +1,105 @@
+"""Flags, table and row of the measurements that start engines themselves."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.cli import benchmark, machine_benchmark
+from service.cli.benchmark import benchmark_parser
+from service.cli.machine_benchmark import check_machine, finish
+from service.types.errors import SettingsError
+
+SPREAD = {"median": 2.0, "min": 1.0, "max": 3.0, "rounds": 3}
+TIER: dict[str, Any] = {
+    "kind": "tier",
+    "tier": "edge",
+    "flags": "--quantize int8",
+    "cores": 2,
+    "directory": "nano",
+    "baseline_tokens_per_s": SPREAD,
+    "tokens_per_s": SPREAD,
+    "ratio": SPREAD,
+    "claim": 1.8,
+    "share_of_limit": {"prefill": 0.5, "decode": 0.25},
+}
+QUALITY: dict[str, Any] = {
+    "kind": "quality",
+    "cores": 2,
+    "directory": "nano",
+    "float32_perplexity": 10.0,
+    "forms": {"int8": {"perplexity": 10.05, "ratio": 1.005, "agreement": 0.98, "within_bound": True}},
+}
+
+
+def flags(*arguments: str) -> Namespace:
+    return Namespace(**benchmark_parser().read(arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--tier", "cpu", "--quality", "int8"), "give only one of them"),
+        (("--quality", "int8,int3"), "not 'int3'"),
+        (("--text", "x.txt"), "belong to --tier and --quality"),
+        (("--directory", "x"), "belong to --tier and --quality"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments: tuple[str, ...], words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        check_machine(flags(*arguments))
+
+
+def test_sound_flags_pass() -> None:
+    for arguments in ((), ("--tier", "edge", "--directory", "d"), ("--quality", "int8,int4", "--text", "t")):
+        check_machine(flags(*arguments))
+
+
+@pytest.mark.parametrize("row", [TIER, QUALITY])
+def test_stdout_ends_with_the_row_and_out_gets_it(row: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "rows.jsonl"
+    assert finish(flags("--out", str(out)), row) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == json.loads(out.read_text()) == row
+
+
+def test_a_bound_that_does_not_hold_is_the_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    form = {**QUALITY["forms"]["int8"], "within_bound": False}
+    assert finish(flags(), {**QUALITY, "forms": {"int8": form}}) == 1
+    assert "+0.50%" in capsys.readouterr().out
+
+
+def test_the_command_measures_what_the_flags_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    async def quality(*arguments: object) -> dict[str, Any]:
+        asked.append(arguments)
+        return {key: value for key, value in QUALITY.items() if key not in ("cores", "directory")}
+
+    async def tier(*arguments: object) -> dict[str, Any]:
+        asked.append(arguments)
+        return {key: value for key, value in TIER.items() if key not in ("cores", "directory")}
+
+    monkeypatch.setattr(machine_benchmark, "measure_quality", quality)
+    monkeypatch.setattr(machine_benchmark, "measure_tier", tier)
+    (tmp_path / "t.txt").write_text("words")
+    common = ("--directory", str(tmp_path), "--threads", "3", "--label", "here")
+    assert benchmark._benchmark(["--quality", "int4,int8,int4", "--text", str(tmp_path / "t.txt"), "--text_tokens", "77", *common]) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (row["label"], row["directory"]) == ("here", tmp_path.name) and row["cores"] >= 1
+    assert benchmark._benchmark(["--tier", "cpu", "--rounds", "7", "--prompt_tokens", "9", "--output_tokens", "8", *common]) == 0
+    assert asked == [(tmp_path, ("int4", "int8"), "words", 77, 3), ("cpu", tmp_path, 3, 7, (9, 8))]
+
+
+def test_a_text_that_cannot_be_read_is_one_sentence() -> None:
+    with pytest.raises(SettingsError, match="--text /nowhere cannot be read: No such file"):
+        machine_benchmark._text("/nowhere")
+
+
+def test_the_text_of_every_machine() -> None:
+    assert len(machine_benchmark._text("")) > 50_000
