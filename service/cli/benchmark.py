@@ -22,8 +22,7 @@ from urllib.parse import urlsplit
 import service
 from service.cli.benchmark_tables import print_comparison, print_row, progress_bar
 from service.cli.ending import run_command
-from service.cli.machine_benchmark import check_machine, finish, measure_machine
-from service.cli.tiers import PROFILES
+from service.cli.machine_benchmark import add_machine_flags, check_machine, finish, measure_machine
 from service.config.flags import FlagParser, canonical
 from service.loadgen.arrivals import Load
 from service.loadgen.compare import RowsError, compare, read_rows
@@ -74,18 +73,7 @@ def benchmark_parser() -> FlagParser:
     text.add_argument("--output_tokens", metavar="N", type=_count, default=64, help="max_tokens of each request (default %(default)s)")
     text.add_argument("--temperature", metavar="T", type=_not_negative, default=0.0, help="sampling temperature (default 0)")
     text.add_argument("--ignore_eos", action="store_true", help="ask the server to go on past the end of the text")
-    machine = parser.add_argument_group("This machine (starts engines itself; --url and the load's flags do not matter)")
-    machine.add_argument(
-        "--tier", choices=tuple(PROFILES), default=None, help="what the flags recommended for a tier gain over float32 without them"
-    )
-    machine.add_argument(
-        "--quality", metavar="KINDS", default="", help="int8, int4 or both by comma: perplexity and agreement against float32"
-    )
-    machine.add_argument("--directory", metavar="DIR", default="", help="checkpoint of --tier and --quality; the bundled one when left out")
-    machine.add_argument("--threads", metavar="N", type=_whole, default=0, help="CPU threads of each engine (default 0, all cores)")
-    machine.add_argument("--rounds", metavar="N", type=_count, default=5, help="alternating rounds of --tier (default %(default)s)")
-    machine.add_argument("--text", metavar="FILE", default="", help="text of --quality; sources of the standard library when left out")
-    machine.add_argument("--text_tokens", metavar="N", type=_count, default=16384, help="most of its tokens (default %(default)s)")
+    add_machine_flags(parser, _count, _whole)
     result = parser.add_argument_group("Result")
     result.add_argument("--slo_ttft_ms", metavar="MS", type=_positive, default=0.0, help="goodput: most time to the first token")
     result.add_argument("--slo_tpot_ms", metavar="MS", type=_positive, default=0.0, help="goodput: most time of an output token")

@@ -11,18 +11,36 @@ import os
 import platform
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import service
 from service.cli.quality import BOUNDS, measure_quality
-from service.cli.tiers import measure_tier
+from service.cli.tiers import PROFILES, measure_tier
 from service.config.bundled import bundled_source
+from service.config.flags import FlagParser
 from service.types.errors import SettingsError
 
 # Modules of the standard library whose sources are scored when no text is named: every machine has them.
 TEXT_MODULES = ("statistics", "textwrap", "heapq", "bisect")
+
+
+def add_machine_flags(parser: FlagParser, count: Callable[[str], int], whole: Callable[[str], int]) -> None:
+    """The flags of these measurements; `count` reads a number from 1 up, `whole` one from 0 up."""
+    machine = parser.add_argument_group("This machine (starts engines itself; --url and the load's flags do not matter)")
+    machine.add_argument(
+        "--tier", choices=tuple(PROFILES), default=None, help="what the flags recommended for a tier gain over float32 without them"
+    )
+    machine.add_argument(
+        "--quality", metavar="KINDS", default="", help="int8, int4 or both by comma: perplexity and agreement against float32"
+    )
+    machine.add_argument("--directory", metavar="DIR", default="", help="checkpoint of --tier and --quality; the bundled one when left out")
+    machine.add_argument("--threads", metavar="N", type=whole, default=0, help="CPU threads of each engine (default 0, all cores)")
+    machine.add_argument("--rounds", metavar="N", type=count, default=5, help="alternating rounds of --tier (default %(default)s)")
+    machine.add_argument("--text", metavar="FILE", default="", help="text of --quality; sources of the standard library when left out")
+    machine.add_argument("--text_tokens", metavar="N", type=count, default=16384, help="most of its tokens (default %(default)s)")
 
 
 def check_machine(given: Namespace) -> None:

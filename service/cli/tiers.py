@@ -9,10 +9,9 @@ from __future__ import annotations
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 from statistics import median
 from typing import Any
-
-import numpy as np
 
 from service.cli.local_engine import LocalEngine, Round
 from service.types.settings import EngineSettings, SchedulerSettings
@@ -76,8 +75,8 @@ async def measure_tier(tier: str, directory: Path, threads: int, rounds: int, as
 
 
 def _prompts(count: int, length: int, vocabulary: int, seed: int) -> list[tuple[int, ...]]:
-    draw = np.random.default_rng(seed)
-    return [tuple(int(token) for token in draw.integers(0, vocabulary, length)) for _ in range(count)]
+    draw = Random(seed)
+    return [tuple(draw.randrange(vocabulary) for _ in range(length)) for _ in range(count)]
 
 
 def _shares(engine: LocalEngine, profile: Profile, rounds: list[Round], asked: tuple[int, int]) -> dict[str, float]:
