@@ -168,17 +168,20 @@ TABLE: Mapping[str, tuple[Implementation, ...]] = {
         Implementation("reference", reference.paged_attention, _anywhere),
     ),
     "demote": (
+        _gpu(reference_sparse.demote, "far_store"),
         Implementation("torch", far_store.demote, _anywhere),
         Implementation("reference", reference_sparse.demote, _anywhere),
     ),
     "choose_far": (
         Implementation("native", native_window_sparse.choose_far, _native),
         Implementation("cpu", far_store.choose_far, _on_cpu),
+        _gpu(reference_sparse.choose_far, "far_store"),
         Implementation("reference", reference_sparse.choose_far, _anywhere),
     ),
     "window_sparse_attention": (
         Implementation("native", native_window_sparse.window_sparse_attention, _native),
         Implementation("cpu", window_sparse.window_sparse_attention, _on_cpu),
+        _gpu(reference_sparse.window_sparse_attention, "window_sparse"),
         Implementation("reference", reference_sparse.window_sparse_attention, _anywhere),
     ),
     "plan_attention": (

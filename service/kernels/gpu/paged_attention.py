@@ -23,6 +23,8 @@ from service.kernels.gpu.online_softmax import LOG2_E
 SPLIT_TOKENS = 512
 BLOCK_SIZES = (16, 32, 64, 128)
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Registers a thread may have: left to itself the assembler stops at 128 or 168 in small kernels and spills.
+REGISTERS = 255
 # Decode programs kept on one multiprocessor at once; each loops over the work that is left.
 PROGRAMS_PER_PROCESSOR = 4
 
@@ -115,14 +117,14 @@ def paged_attention(
     `reference.paged_attention`. Reads 2 · Hkv · D elements for each token seen by a sequence; 4 · Hq · D FLOPs for each (row, token) pair.
     Raises ValueError for other types, sizes or strides.
     """
-    _check(query, key_blocks, value_blocks, block_tables)
+    check_attention(query, key_blocks, value_blocks, block_tables)
     tile = tile_of(query.dtype, max(query.shape[2], value_blocks.shape[3]), capability(query.device))
     if plan is None:
         group = query.shape[1] // key_blocks.shape[1]
         starts, lengths = query_starts.cpu(), context_lengths.cpu()
         plan = plan_attention(starts, lengths, window=window, group=group, tile=tile, device=query.device)
     out = query.new_empty(query.shape[0], query.shape[1], value_blocks.shape[3])
-    options = _options(query, key_blocks, value_blocks, context_lengths.shape[0], window, softcap, sink_logits)
+    options = attention_options(query, key_blocks, value_blocks, context_lengths.shape[0], (window, softcap, sink_logits))
     sequences = context_lengths.shape[0]
     numbers = (sequences, scale * LOG2_E, 1.0) if softcap is None else (sequences, scale / softcap, softcap * LOG2_E)
     strides = (*query.stride()[:2], *out.stride()[:2], block_tables.stride(0), *key_blocks.stride()[:3], *value_blocks.stride()[:3])
@@ -131,7 +133,7 @@ def paged_attention(
         grid = (plan.tiles, key_blocks.shape[1])
         prefill_kernel[grid](
             *tensors, plan.tile_ends, sink_logits, *numbers, *strides,
-            ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages, **options,
+            ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages, maxnreg=REGISTERS, **options,
         )  # fmt: skip
     if plan.splits:
         _decode(tensors, plan, sink_logits, numbers, strides, options)
@@ -154,7 +156,7 @@ def _decode(
     grid = (min(plan.splits, -(-programs(query.device) // kv_heads)), kv_heads)
     decode_kernel[grid](
         *tensors, plan.split_ends, sink_logits, peaks, sums, parts, *numbers, *strides,
-        ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages, **options,
+        ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages, maxnreg=REGISTERS, **options,
     )  # fmt: skip
     if plan.splits > 1:
         reduce_kernel[(numbers[0], heads)](
@@ -163,9 +165,11 @@ def _decode(
         )  # fmt: skip
 
 
-def _options(
-    query: Tensor, keys: Tensor, values: Tensor, sequences: int, window: int | None, softcap: float | None, sinks: Tensor | None
+def attention_options(
+    query: Tensor, keys: Tensor, values: Tensor, sequences: int, scoring: tuple[int | None, float | None, Tensor | None]
 ) -> dict[str, Any]:
+    """The constants that a launch is compiled for; `scoring` are the window, the cap on scores and the learned sinks."""
+    window, softcap, sinks = scoring
     return {
         "SEQUENCES": max(16, triton.next_power_of_2(sequences)),
         "GROUP": query.shape[1] // keys.shape[1],
@@ -199,7 +203,8 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def _check(query: Tensor, keys: Tensor, values: Tensor, tables: Tensor) -> None:
+def check_attention(query: Tensor, keys: Tensor, values: Tensor, tables: Tensor) -> None:
+    """Raise ValueError, with what is wrong, for tensors that the attention kernels do not take."""
     if query.dtype not in TYPES or keys.dtype != query.dtype or values.dtype != query.dtype:
         raise ValueError(f"query, keys and values must share one of {TYPES}, not {query.dtype}, {keys.dtype}, {values.dtype}")
     if keys.shape[2] not in BLOCK_SIZES or keys.shape[:3] != values.shape[:3]:

@@ -20,6 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from service.kernels.gpu.paged_attention import REGISTERS
 from tests.kernels.gpu.kernel_shapes import SHAPES, Shape
 
 # `num_ctas`, tensor maps and the like add nothing here; shared memory that a block may have, by capability.
@@ -46,7 +47,10 @@ def compile_shape(shape: Shape, capability: int) -> Compiled:
     constants = {name: value for name, value in shape.constants.items() if name in signature}
     attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in shape.aligned(signature)}
     source = ASTSource(function, signature, constants, attributes)
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": shape.warps, "num_stages": shape.stages})
+    options = {"num_warps": shape.warps, "num_stages": shape.stages}
+    if shape.module in ("dense_tiles", "dense_rows", "sparse_tiles"):
+        options["maxnreg"] = REGISTERS
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     usage = resource_usage(made.asm["cubin"])
     ptx = made.asm["ptx"]
     return Compiled(shape.name, capability, *usage, made.metadata.shared, "wgmma.mma_async" in ptx, "mma.sync" in ptx)

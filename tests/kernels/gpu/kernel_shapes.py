@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from service.kernels.gpu.paged_attention import decode_tile, tile_of
+from service.kernels.gpu.window_sparse import sparse_tile
 
 # Stack that a float32 kernel may use: its products are not those of tensor cores, and it is the path to compare with, not to serve on.
 FLOAT32_STACK = 1024
@@ -128,4 +129,41 @@ def elementwise_shapes() -> list[Shape]:
     ]
 
 
-SHAPES: list[Shape] = [*dense_shapes(), *elementwise_shapes()]
+def sparse_shapes() -> list[Shape]:
+    """Attention over two stores, decode and prefill, over formats of the far store; demotion, scoring and selection."""
+    shapes = []
+    stores = {"int8": ("*i8", "fp16"), "int4": ("*u8", "fp16"), "native": ("*bf16", "bf16")}
+    cases = product(("bf16", "fp16"), (64, 128), stores, ((1, True), (1, False), (64, False)), ALL)
+    for kind, dim, store, (refresh, split), chip in cases:
+        if kind == "fp16" and (dim, store) != (128, "int8"):
+            continue
+        tile, tokens = sparse_tile(TORCH_TYPES[kind], dim, 4, refresh, 64, chip)
+        constants = attention_constants(dim, 4, 2048) | {"ROWS": tile.rows, "TOKENS": tokens, "REFRESH": refresh, "SINK_BLOCKS": 1}
+        constants |= {"HAS_FAR": True, "QUANTISED": store != "native", "NIBBLES": store == "int4", "SPLIT": split}
+        types = attention_types(kind) | sparse_types(*stores[store])
+        name = f"sparse-{'decode' if split else 'prefill'}-{kind}-d{dim}-{store}-r{refresh}"
+        shapes.append(Shape(name, "sparse_tiles", "sparse_kernel", types, constants, *tile[1:], 0, tile.rows >= 64, (chip,)))
+    sizes = {"KEY_DIM": 128, "VALUE_DIM": 128, "BLOCK_KEY": 128, "BLOCK_VALUE": 128, "BLOCK_TOKENS": 64, "SUBS": 4}
+    for store, levels in (("int8", 127), ("int4", 7), ("native", 0)):
+        types = attention_types("bf16") | sparse_types(*stores[store])
+        shapes.append(Shape(f"demote-{store}", "far_store", "demote_kernel", types, sizes | {"LEVELS": levels}, 8))
+    types = attention_types("bf16") | sparse_types(*stores["int8"])
+    choose = {"GROUP": 4, "DIM": 128, "BLOCK_DIM": 128, "SINK_BLOCKS": 1, "SUBS": 4, "FIRST": 4, "KEPT": 128, "MOST": 32}
+    shapes.append(Shape("score", "far_store", "score_kernel", types, choose | {"CANDIDATES": 32}, 4))
+    for candidates, warps in ((256, 4), (2048, 4), (16384, 8)):
+        shapes.append(Shape(f"select-{candidates}", "far_store", "select_kernel", types, choose | {"CANDIDATES": candidates}, warps))
+    return shapes
+
+
+def sparse_types(far: str, scales: str) -> dict[str, str]:
+    """Types of what only the kernels of the two stores take."""
+    types = dict.fromkeys(("p_far_keys", "p_far_values"), far) | dict.fromkeys(("p_key_scales", "p_value_scales"), f"*{scales}")
+    types |= dict.fromkeys(("p_far_tables", "p_choices", "p_counts", "p_ends", "p_budgets", "p_kept"), "*i32")
+    types |= dict.fromkeys(("p_anchors", "p_near_ids", "p_far_ids", "p_sequences"), "*i64")
+    types |= {"p_bounds": "*i8", "p_bound_scales": "*fp16", "p_scores": "*fp32", "width": "i32", "most": "i32"}
+    parts = tuple(f"far_{store}_{part}" for store in ("key", "value") for part in ("block", "head", "token"))
+    parts += ("scale_block", "scale_head", "far_table", "choice_anchor", "choice_head", "query_anchor")
+    return types | {f"stride_{part}": "i32" for part in (*parts, "bound_block", "bound_head", "bound_scale")}
+
+
+SHAPES: list[Shape] = [*dense_shapes(), *elementwise_shapes(), *sparse_shapes()]

@@ -1,0 +1,189 @@
+"""Kernels of attention over two stores: tiles of rows that share an anchor walk a compacted list of blocks; decode rows do so in splits.
+
+The list of a position is: sinks, chosen far blocks upwards, the near blocks from the window's start. A split is SPLIT_BLOCKS entries of
+that list, so with nothing far it is the split of dense attention. Invariant: what a program reads, and in which order, is a function of its
+rows' positions and of the choice made at their anchor; shapes and plans are the business of `window_sparse.py`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from service.kernels.gpu.dense_tiles import find_sequence, walk_blocks
+from service.kernels.gpu.online_softmax import attend_tile, finish_rows, merge_rows, start_rows
+
+
+@triton.jit
+def load_far(p_block, o_tokens, stride_token, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, NIBBLES: tl.constexpr):
+    """One head's [BLOCK_TOKENS, BLOCK_DIM] of a far block as stored; 4-bit values, two a byte, come back as int8."""
+    if NIBBLES:
+        o_dim = tl.arange(0, BLOCK_DIM // 2)
+        b_packed = tl.load(p_block + o_tokens[:, None] * stride_token + o_dim[None, :], mask=(o_dim < DIM // 2)[None, :], other=0)
+        b_low, b_high = (b_packed & 15).to(tl.int8), (b_packed >> 4).to(tl.int8)
+        b_block = tl.interleave((b_low ^ 8) - 8, (b_high ^ 8) - 8)
+    else:
+        o_dim = tl.arange(0, BLOCK_DIM)
+        if DIM == BLOCK_DIM:
+            b_block = tl.load(p_block + o_tokens[:, None] * stride_token + o_dim[None, :])
+        else:
+            b_block = tl.load(p_block + o_tokens[:, None] * stride_token + o_dim[None, :], mask=(o_dim < DIM)[None, :], other=0)
+    return b_block
+
+
+@triton.jit
+def walk_far(
+    p_keys, p_values, p_key_scales, p_value_scales, p_table, p_choices, b_query, b_max, b_sum, b_acc, i_from, i_to, scale, cap,
+    stride_key_block, stride_key_token, stride_value_block, stride_value_token, stride_scale_block,
+    KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    CAPPED: tl.constexpr, QUANTISED: tl.constexpr, NIBBLES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The rows' state after choices i_from … i_to − 1, each a whole block that all rows see; the next block's id is loaded one ahead."""
+    o_tokens = tl.arange(0, BLOCK_TOKENS)
+    i_index = tl.load(p_choices + i_from, mask=i_from < i_to, other=0)
+    i_next = tl.load(p_table + i_index, mask=i_from < i_to, other=0).to(tl.int64)
+    for i_choice in tl.range(i_from, i_to, disable_licm=True):
+        i_block = i_next
+        i_index = tl.load(p_choices + i_choice + 1, mask=i_choice + 1 < i_to, other=0)
+        i_next = tl.load(p_table + i_index, mask=i_choice + 1 < i_to, other=0).to(tl.int64)
+        b_keys = load_far(p_keys + i_block * stride_key_block, o_tokens, stride_key_token, KEY_DIM, BLOCK_KEY, NIBBLES)
+        b_values = load_far(p_values + i_block * stride_value_block, o_tokens, stride_value_token, VALUE_DIM, BLOCK_VALUE, NIBBLES)
+        b_key_scale, b_value_scale = 1.0, 1.0
+        if QUANTISED:
+            b_key_scale = tl.load(p_key_scales + i_block * stride_scale_block + o_tokens).to(tl.float32)  # [B]
+            b_value_scale = tl.load(p_value_scales + i_block * stride_scale_block + o_tokens).to(tl.float32)
+        b_max, b_sum, b_acc = attend_tile(
+            b_query, b_keys, b_values, b_key_scale, b_value_scale, True, b_max, b_sum, b_acc, scale, cap,
+            CAPPED, False, QUANTISED, PRECISION,
+        )  # fmt: skip
+    return b_max, b_sum, b_acc
+
+
+@triton.jit
+def attend_list(
+    p_keys, p_values, p_table, p_far_keys, p_far_values, p_key_scales, p_value_scales, p_far_table, p_choices,
+    b_query, o_position, first_position, last_position, i_from, i_to, sinks, chosen, i_start, scale, cap,
+    stride_key_block, stride_key_token, stride_value_block, stride_value_token,
+    stride_far_key_block, stride_far_key_token, stride_far_value_block, stride_far_value_token, stride_scale_block,
+    ROWS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, CAPPED: tl.constexpr, QUANTISED: tl.constexpr, NIBBLES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The state of rows at first_position … last_position, all in one block, after entries i_from … i_to − 1 of their list.
+
+    Entries below `sinks` are sink blocks, the next `chosen` are choices, the others the near blocks from i_start on.
+    """
+    b_max, b_sum, b_acc = start_rows(ROWS, BLOCK_VALUE)
+    b_max, b_sum, b_acc = walk_blocks(
+        p_keys, p_values, p_table, b_query, o_position, first_position, last_position, b_max, b_sum, b_acc,
+        i_from, tl.minimum(i_to, sinks), scale, cap, stride_key_block, stride_key_token, stride_value_block, stride_value_token,
+        KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, 0, CAPPED, True, PRECISION,
+    )  # fmt: skip
+    b_max, b_sum, b_acc = walk_far(
+        p_far_keys, p_far_values, p_key_scales, p_value_scales, p_far_table, p_choices, b_query, b_max, b_sum, b_acc,
+        tl.maximum(i_from - sinks, 0), tl.minimum(i_to - sinks, chosen), scale, cap,
+        stride_far_key_block, stride_far_key_token, stride_far_value_block, stride_far_value_token, stride_scale_block,
+        KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, CAPPED, QUANTISED, NIBBLES, PRECISION,
+    )  # fmt: skip
+    i_near = i_start - sinks - chosen
+    i_whole, i_end = tl.maximum(i_from + i_near, i_start), i_to + i_near
+    i_cut = tl.maximum(tl.minimum((first_position + 1) // BLOCK_TOKENS, i_end), i_whole)
+    b_max, b_sum, b_acc = walk_blocks(
+        p_keys, p_values, p_table, b_query, o_position, first_position, last_position, b_max, b_sum, b_acc, i_whole, i_cut, scale, cap,
+        stride_key_block, stride_key_token, stride_value_block, stride_value_token,
+        KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, 0, CAPPED, False, PRECISION,
+    )  # fmt: skip
+    b_max, b_sum, b_acc = walk_blocks(
+        p_keys, p_values, p_table, b_query, o_position, first_position, last_position, b_max, b_sum, b_acc, i_cut, i_end, scale, cap,
+        stride_key_block, stride_key_token, stride_value_block, stride_value_token,
+        KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, 0, CAPPED, True, PRECISION,
+    )  # fmt: skip
+    return b_max, b_sum, b_acc
+
+
+@triton.jit
+def find_list(
+    p_anchors, p_counts, i_row, position, HAS_FAR: tl.constexpr, WINDOW: tl.constexpr, REFRESH: tl.constexpr, SINK_BLOCKS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+):  # fmt: skip
+    """(first near block, sinks before it, chosen far blocks, row of choices, entries) of the list of the row at `position`."""
+    i_start = tl.maximum(position // REFRESH * REFRESH - WINDOW + 1, 0) // BLOCK_TOKENS
+    sinks = tl.minimum(i_start, SINK_BLOCKS)
+    i_anchor, chosen = tl.cast(0, tl.int64), tl.cast(0, tl.int32)
+    if HAS_FAR:
+        i_anchor = tl.load(p_anchors + i_row).to(tl.int64)
+        chosen = tl.load(p_counts + i_anchor, mask=i_anchor >= 0, other=0)
+    entries = tl.where(position < 0, 0, sinks + chosen + position // BLOCK_TOKENS + 1 - i_start)
+    return i_start, sinks, chosen, i_anchor, entries
+
+
+@triton.jit
+def sparse_kernel(
+    p_query, p_keys, p_values, p_out, p_tables, p_query_starts, p_context_lengths, p_ends, p_sinks, p_peaks, p_sums, p_parts,
+    p_far_keys, p_far_values, p_key_scales, p_value_scales, p_far_tables, p_choices, p_counts, p_anchors, sequences, scale, cap,
+    stride_query_token, stride_query_head, stride_out_token, stride_out_head, stride_table,
+    stride_key_block, stride_key_head, stride_key_token, stride_value_block, stride_value_head, stride_value_token,
+    stride_far_key_block, stride_far_key_head, stride_far_key_token, stride_far_value_block, stride_far_value_head, stride_far_value_token,
+    stride_scale_block, stride_scale_head, stride_far_table, stride_choice_anchor, stride_choice_head,
+    SEQUENCES: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, SPLIT_BLOCKS: tl.constexpr,
+    WINDOW: tl.constexpr, REFRESH: tl.constexpr, SINK_BLOCKS: tl.constexpr, HAS_FAR: tl.constexpr, QUANTISED: tl.constexpr,
+    NIBBLES: tl.constexpr, SPLIT: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program owns one K/V head and the rows of a sequence whose positions fall into one aligned run of TOKENS, which is in one
+    block and has one anchor: TOKENS times GROUP rows. It walks their list split by split; queries and two accumulators stay in registers.
+
+    With SPLIT it owns one split of a decode row and leaves peaks, sums and parts in float32 for `reduce_kernel`, empty where the list is
+    shorter; the number of items a sequence is the same for all.
+    """
+    i_head = tl.program_id(1).to(tl.int64)
+    i_sequence, i_first = find_sequence(p_ends, tl.program_id(0), sequences, SEQUENCES)
+    i_item = tl.program_id(0) - i_first
+    i_row = tl.load(p_query_starts + i_sequence)
+    count = tl.load(p_query_starts + i_sequence + 1) - i_row
+    shift = tl.load(p_context_lengths + i_sequence) - count  # position = token + shift
+    first_position, last_position = shift, shift
+    if not SPLIT:
+        i_run = (tl.maximum(shift, 0) // TOKENS + i_item) * TOKENS
+        first_position, last_position = tl.maximum(i_run, shift), tl.minimum(i_run + TOKENS, shift + count) - 1
+    o_rows, o_key, o_value = tl.arange(0, ROWS), tl.arange(0, BLOCK_KEY), tl.arange(0, BLOCK_VALUE)
+    o_position, o_head = first_position + o_rows // GROUP, i_head * GROUP + o_rows % GROUP
+    m_rows = o_position <= last_position
+    o_token = (i_row + o_position - shift).to(tl.int64)
+    o_query = o_token * stride_query_token + o_head * stride_query_head
+    m_query = m_rows[:, None] & (o_key < KEY_DIM)[None, :]
+    b_query = tl.load(p_query + o_query[:, None] + o_key[None, :], mask=m_query, other=0.0)  # [ROWS, BLOCK_KEY]
+    i_start, sinks, chosen, i_anchor, entries = find_list(
+        p_anchors, p_counts, i_row + first_position - shift, first_position, HAS_FAR, WINDOW, REFRESH, SINK_BLOCKS, BLOCK_TOKENS
+    )
+    i_from, i_to = 0, tl.cdiv(entries, SPLIT_BLOCKS)
+    if SPLIT:
+        i_from, i_to = i_item, tl.minimum(i_item + 1, i_to)
+    b_max, b_sum, b_acc = start_rows(ROWS, BLOCK_VALUE)
+    for i_split in range(i_from, i_to):
+        b_split_max, b_split_sum, b_split_acc = attend_list(
+            p_keys + i_head * stride_key_head, p_values + i_head * stride_value_head, p_tables + i_sequence.to(tl.int64) * stride_table,
+            p_far_keys + i_head * stride_far_key_head, p_far_values + i_head * stride_far_value_head,
+            p_key_scales + i_head * stride_scale_head, p_value_scales + i_head * stride_scale_head,
+            p_far_tables + i_sequence.to(tl.int64) * stride_far_table,
+            p_choices + i_anchor * stride_choice_anchor + i_head * stride_choice_head,
+            b_query, tl.where(m_rows, o_position, -1), first_position, last_position,
+            i_split * SPLIT_BLOCKS, tl.minimum((i_split + 1) * SPLIT_BLOCKS, entries), sinks, chosen, i_start, scale, cap,
+            stride_key_block, stride_key_token, stride_value_block, stride_value_token,
+            stride_far_key_block, stride_far_key_token, stride_far_value_block, stride_far_value_token, stride_scale_block,
+            ROWS, KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, CAPPED, QUANTISED, NIBBLES, PRECISION,
+        )  # fmt: skip
+        if SPLIT:
+            b_max, b_sum, b_acc = b_split_max, b_split_sum, b_split_acc
+        else:
+            b_max, b_sum, b_acc = merge_rows(b_max, b_sum, b_acc, b_split_max, b_split_sum, b_split_acc)
+    m_out = m_rows[:, None] & (o_value < VALUE_DIM)[None, :]
+    if SPLIT:
+        o_part = tl.program_id(0).to(tl.int64) * (tl.num_programs(1) * GROUP) + o_head
+        tl.store(p_peaks + o_part, b_max, mask=m_rows)
+        tl.store(p_sums + o_part, b_sum, mask=m_rows)
+        tl.store(p_parts + o_part[:, None] * VALUE_DIM + o_value[None, :], b_acc, mask=m_out)
+    else:
+        b_sinks = tl.load(p_sinks + o_head) * 1.4426950408889634 if SINKS else 0.0
+        b_out = finish_rows(b_max, b_sum, b_acc, b_sinks, SINKS)
+        o_out = o_token * stride_out_token + o_head * stride_out_head
+        tl.store(p_out + o_out[:, None] + o_value[None, :], b_out, mask=m_out)

@@ -1,0 +1,123 @@
+"""Demotion and choice on the GPU's kernels: the bytes and the choices of the reference, ties, bad values, and what they must not touch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from service.kernels import reference_sparse
+from service.kernels.gpu import far_store
+from service.kernels.reference_sparse import FarBlocks
+from tests.kernels.gpu.conftest import DEVICE, DTYPES
+from tests.kernels.sparse_batches import make_sparse, make_store
+
+
+def placed(store: FarBlocks) -> FarBlocks:
+    return FarBlocks(*(None if tensor is None else tensor.to(DEVICE) for tensor in store))
+
+
+def same(one: FarBlocks, other: FarBlocks) -> bool:
+    pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
+    return all(torch.equal(a.cpu().nan_to_num(), b.nan_to_num()) for a, b in pairs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("store", ["int8", "int4", "native"])
+@pytest.mark.parametrize("size", [16, 24])
+def test_demoted_blocks_are_those_of_the_reference_byte_for_byte(size: int, store: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    spread = torch.logspace(-3, 3, 16)[:, None]
+    keys, values = (torch.randn(5, 2, 16, size) * spread).to(dtype), torch.randn(5, 2, 16, 12).to(dtype)
+    keys[1], keys[3, 0, 5, 3] = 0, float("inf")
+    ids = torch.tensor([4, 1, 3]), torch.tensor([1, 3, 4])
+    actual = placed(make_store(6, 2, 16, (size, 12), store, 4, dtype))
+    expected = make_store(6, 2, 16, (size, 12), store, 4, dtype)
+    far_store.demote(keys.to(DEVICE), values.to(DEVICE), actual, *(tensor.to(DEVICE) for tensor in ids))
+    reference_sparse.demote(keys, values, expected, *ids)
+    # Bounds of a block with an infinite key may be anything: whoever reads the key gets what is not finite.
+    sound = [0, 1, 2, 3, 5]
+    one, other = (FarBlocks(*(None if tensor is None else tensor[sound] for tensor in far)) for far in (actual, expected))
+    assert same(one, other)
+    if actual.key_scales is not None:
+        assert torch.equal(actual.key_scales[4].cpu(), expected.key_scales[4]) and actual.key_scales[4, 0, 5] == torch.inf
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.floats(1e-9, 1e5))
+def test_any_scale_gives_the_bytes_of_the_reference(seed: int, factor: float) -> None:
+    keys = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(seed)) * factor
+    actual, expected = (
+        placed(make_store(2, 1, 16, (16, 16), "int8", 2, torch.float32)),
+        make_store(2, 1, 16, (16, 16), "int8", 2, torch.float32),
+    )
+    ids = torch.tensor([0]), torch.tensor([1])
+    far_store.demote(keys.to(DEVICE), keys.to(DEVICE), actual, *(tensor.to(DEVICE) for tensor in ids))
+    reference_sparse.demote(keys, keys, expected, *ids)
+    assert same(actual, expected)
+
+
+def test_nothing_to_demote_and_other_layouts() -> None:
+    store = placed(make_store(2, 1, 16, (16, 16), "int8", 2, torch.float32))
+    keys, none = torch.zeros(2, 1, 16, 16, device=DEVICE), torch.zeros(0, dtype=torch.int64, device=DEVICE)
+    far_store.demote(keys, keys, store, none, none)
+    with pytest.raises(ValueError, match="contiguous"):
+        far_store.demote(keys, keys, store._replace(bounds=store.bounds.transpose(3, 4)), none, none)
+
+
+def choices_of(call: Any) -> tuple[Tensor, Tensor]:
+    positional = (call.query, call.tables, call.sequences, call.candidate_ends, call.budgets)
+    query, tables, sequences, ends, budgets = (tensor.to(DEVICE) for tensor in positional)
+    chosen = far_store.choose_far(
+        query, placed(call.blocks), tables, sequences, ends, budgets, sink_blocks=call.sink_blocks, most=call.most
+    )
+    return chosen[0].cpu(), chosen[1].cpu()
+
+
+@pytest.mark.parametrize("store", ["int8", "native"])
+@pytest.mark.parametrize("budget", [1, 2, 3, 20])
+def test_choices_are_those_of_the_reference(store: str, budget: int) -> None:
+    batch = make_sparse([150, 30, 200, 101], [1, 1, 5, 1], window=16, budget=budget, store=store, seed=budget)
+    assert batch.choosing is not None
+    expected = batch.choosing.run()
+    chosen = choices_of(batch.choosing)
+    assert torch.equal(chosen[0], expected[0]) and torch.equal(chosen[1], expected[1])
+    assert expected[1].max() == min(budget, int(batch.choosing.candidate_ends.max()) - 1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=24), st.integers(1, 5), st.integers(0, 2), st.booleans())
+def test_ties_go_to_the_lower_index(strengths: list[int], budget: int, sinks: int, negative: bool) -> None:
+    far = make_store(len(strengths) + 1, 1, 4, (2, 2), "native", 2, torch.float32)
+    for index, strength in enumerate(strengths):
+        keys = torch.zeros(1, 1, 4, 2)
+        keys[0, 0, :2] = strength
+        reference_sparse.demote(keys, keys, far, torch.tensor([0]), torch.tensor([index + 1]))
+    query = torch.tensor([[[1.0, 0.0]]]) * (-1 if negative else 1)
+    tables = torch.arange(1, len(strengths) + 3, dtype=torch.int32)[None]
+    tensors = (tables, torch.tensor([0]), torch.tensor([len(strengths)], dtype=torch.int32), torch.tensor([budget], dtype=torch.int32))
+    chosen = far_store.choose_far(query.to(DEVICE), placed(far), *(tensor.to(DEVICE) for tensor in tensors), sink_blocks=sinks, most=5)
+    expected = reference_sparse.choose_far(query, far, *tensors, sink_blocks=sinks, most=5)
+    assert torch.equal(chosen[0].cpu(), expected[0]) and torch.equal(chosen[1].cpu(), expected[1])
+
+
+def test_no_anchors_give_no_choices() -> None:
+    far = placed(make_store(3, 2, 4, (2, 2), "int8", 2, torch.float32))
+    none = torch.zeros(0, dtype=torch.int32, device=DEVICE)
+    choices, counts = far_store.choose_far(
+        torch.zeros(0, 4, 2, device=DEVICE),
+        far,
+        torch.zeros(1, 5, dtype=torch.int32, device=DEVICE),
+        none,
+        none,
+        none,
+        sink_blocks=1,
+        most=3,
+    )
+    assert choices.shape == (0, 2, 3) and counts.shape == (0,)

@@ -1,0 +1,203 @@
+"""Attention over two stores on the GPU's kernels: the references, equality with dense attention bit for bit, slices, planted faults."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from service.kernels import reference_sparse
+from service.kernels.gpu import paged_attention, window_sparse
+from service.kernels.reference_sparse import ChosenFar, FarBlocks
+from tests.kernels.gpu.conftest import DEVICE, DTYPES, ON_DEVICE, check_error
+from tests.kernels.sparse_batches import SparseBatch, make_sparse
+
+MIXED = ([150, 1, 70, 17, 40], [1, 1, 6, 17, 1])
+STORES = ("int8", "int4", "native", "evict")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splits of two blocks, and products that compute each row by itself: BLAS bits depend on where in a tile a row lies."""
+    monkeypatch.setattr(paged_attention, "SPLIT_TOKENS", 32)
+    monkeypatch.setattr(window_sparse, "SPLIT_TOKENS", 32)
+    if not ON_DEVICE:
+        monkeypatch.setattr(np, "matmul", lambda a, b, dtype: np.einsum("ij,jk->ik", a, b, dtype=dtype))
+        monkeypatch.setattr(paged_attention, "tile_of", lambda dtype, size, capability: paged_attention.Tile(16, 4, 1))
+
+
+def batch_of(contexts: list[int], counts: list[int], **changes: Any) -> SparseBatch:
+    return make_sparse(contexts, counts, **({"block_tokens": 16, "window": 40} | changes))
+
+
+def placed(far: ChosenFar | None) -> ChosenFar | None:
+    if far is None:
+        return None
+    store = FarBlocks(*(None if tensor is None else tensor.to(DEVICE) for tensor in far.blocks))
+    return ChosenFar(store, *(tensor.to(DEVICE) for tensor in far[1:]))
+
+
+def run(batch: SparseBatch, **changes: Any) -> Tensor:
+    tensors = {name: value.to(DEVICE) for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    there = replace(batch, far=placed(batch.far), **tensors)
+    return there.run(window_sparse.window_sparse_attention, **changes).cpu()
+
+
+def check(batch: SparseBatch) -> None:
+    check_error(run(batch), batch.reference(), batch.run(), batch.query.dtype)
+
+
+@pytest.mark.parametrize("refresh", [1, 4, 16])
+@pytest.mark.parametrize("store", STORES)
+def test_a_mixed_batch_equals_the_reference(store: str, refresh: int) -> None:
+    check(batch_of(*MIXED, store=store, refresh=refresh))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("store", STORES)
+def test_sixteen_bits(store: str, dtype: torch.dtype) -> None:
+    check(batch_of(*MIXED, store=store, dtype=dtype))
+
+
+@pytest.mark.parametrize("store", STORES[:3])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(3, 1, 80), (7, 1, 96), (2, 2, 128)])
+def test_head_shapes(heads: int, kv_heads: int, size: int, store: str) -> None:
+    check(batch_of([100, 66], [1, 3], heads=heads, kv_heads=kv_heads, size=size, store=store))
+
+
+@pytest.mark.parametrize("scoring", [{"softcap": 1.5}, {"sink_logits": torch.tensor([0.5, -3.0, 4.0, 0.0])}, {"value_size": 24}])
+def test_score_cap_sinks_and_wider_values(scoring: dict[str, Any]) -> None:
+    check(batch_of(*MIXED, **scoring))
+
+
+@pytest.mark.parametrize("sink_blocks", [0, 1, 3])
+@pytest.mark.parametrize("context", [39, 40, 41, 55, 56, 57, 72, 73, 88, 89, 105])
+def test_around_the_window_and_the_sinks(context: int, sink_blocks: int) -> None:
+    check(batch_of([context, context], [1, 3], sink_blocks=sink_blocks))
+
+
+def test_inside_the_window_it_equals_plain_dense_attention_bit_for_bit() -> None:
+    batch = batch_of([40, 33, 8], [1, 20, 1], window=64)
+    tensors = (batch.query, batch.key_blocks, batch.value_blocks, batch.near_tables, batch.query_starts, batch.context_lengths)
+    dense = paged_attention.paged_attention(*(tensor.to(DEVICE) for tensor in tensors), scale=batch.scale, window=None)
+    assert torch.equal(run(batch), dense.cpu())
+
+
+@pytest.mark.parametrize("store", STORES[:3])
+def test_within_the_budget_it_equals_dense_attention_over_the_same_stores(store: str) -> None:
+    batch = batch_of(*MIXED, budget=9, store=store)
+    assert batch.choosing is not None and batch.choosing.candidate_ends.max() > 5
+    check_error(run(batch), batch.dense(stored=True), batch.run(), torch.float32)
+
+
+def test_native_within_the_budget_equals_plain_dense_attention_bit_for_bit() -> None:
+    batch = batch_of([100, 70], [1, 6], budget=9, store="native")
+    assert batch.far is not None
+    keys = torch.cat((batch.key_blocks, batch.far.blocks.keys))
+    values = torch.cat((batch.value_blocks, batch.far.blocks.values))
+    tables = batch.near_tables.clone()
+    for sequence in range(2):
+        for index in batch.far_indices(sequence):
+            tables[sequence, index] = len(batch.key_blocks) + batch.far.tables[sequence, index]
+    tensors = (batch.query, keys, values, tables, batch.query_starts, batch.context_lengths)
+    dense = paged_attention.paged_attention(*(tensor.to(DEVICE) for tensor in tensors), scale=batch.scale, window=None)
+    assert torch.equal(run(batch), dense.cpu())
+
+
+def cut(batch: SparseBatch, sequence: int, first: int, last: int) -> SparseBatch:
+    """Rows first … last − 1 of the batch as a slice of their own: positions stay, so do the choices."""
+    end = int(batch.context_lengths[sequence]) - (int(batch.query_starts[sequence + 1]) - last)
+    far = None if batch.far is None else batch.far._replace(anchors=batch.far.anchors[first:last], tables=batch.far.tables[sequence][None])
+    return replace(
+        batch,
+        query=batch.query[first:last],
+        near_tables=batch.near_tables[sequence][None],
+        query_starts=torch.tensor([0, last - first], dtype=torch.int32),
+        context_lengths=torch.tensor([end], dtype=torch.int32),
+        far=far,
+    )
+
+
+@pytest.mark.parametrize("refresh", [1, 4])
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_slices_equal_one_pass_bit_for_bit(size: int, refresh: int) -> None:
+    whole = batch_of([150], [10], refresh=refresh, heads=2, kv_heads=1)
+    parts = [run(cut(whole, 0, start, min(start + size, 10))) for start in range(0, 10, size)]
+    assert torch.equal(torch.cat(parts), run(whole))
+
+
+def test_alone_equals_in_a_batch_bit_for_bit() -> None:
+    batch = batch_of(*MIXED, refresh=4)
+    together = run(batch)
+    for sequence in range(len(MIXED[0])):
+        first, last = batch.query_starts[sequence : sequence + 2].tolist()
+        assert torch.equal(run(cut(batch, sequence, first, last)), together[first:last])
+
+
+def test_only_chosen_blocks_are_read() -> None:
+    batch = batch_of([150], [1])
+    assert batch.far is not None
+    chosen = batch.far.tables[0, batch.far.choices[0].flatten().long()]
+    store = batch.far.blocks
+    scales = torch.full_like(store.key_scales, float("nan"))
+    scales[chosen.long()] = store.key_scales[chosen.long()]
+    assert torch.equal(run(batch, far=placed(batch.far._replace(blocks=store._replace(key_scales=scales)))), run(batch))
+    scales[int(chosen[0])] = float("nan")
+    assert run(batch, far=placed(batch.far._replace(blocks=store._replace(key_scales=scales)))).isnan().any()
+
+
+def test_a_plan_made_ahead_gives_the_same() -> None:
+    batch = batch_of(*MIXED, refresh=4)
+    tile, tokens = window_sparse.sparse_tile(torch.float32, 16, 2, 4, 16, 90)
+    most = window_sparse.most_entries(40, 4, 16, 1, 2)
+    lengths = (batch.query_starts, batch.context_lengths)
+    plan = window_sparse.plan_sparse(*lengths, tokens=tokens, most_entries=most, block_tokens=16, device=DEVICE)
+    # Rows 64 … 69 and 0 … 16 in runs of 4; three decoding rows, each with splits for 1 + 2 + 5 blocks.
+    assert (tile.rows, tokens, plan.tile_ends.tolist(), plan.split_ends.tolist()) == (16, 4, [0, 0, 2, 7, 7], [4, 8, 8, 8, 12])
+    planned = (
+        run(batch)
+        if plan is None
+        else replace(batch).run(
+            lambda *tensors, **options: window_sparse.window_sparse_attention(
+                *(tensor.to(DEVICE) for tensor in tensors), **(options | {"far": placed(options["far"])}), plan=plan
+            )
+        )
+    )
+    assert torch.equal(planned.cpu(), run(batch))
+
+
+@pytest.mark.parametrize("fault", ["window", "scale", "choice", "far scale"])
+def test_planted_faults_are_seen(fault: str) -> None:
+    batch = batch_of([150, 70], [1, 6])
+    assert batch.far is not None
+    store = batch.far.blocks
+    changes: dict[str, dict[str, Any]] = {
+        "window": {"window": batch.window + 16},
+        "scale": {"scale": batch.scale * 1.02},
+        "choice": {"far": placed(batch.far._replace(choices=(batch.far.choices - 1).clamp(min=1)))},
+        "far scale": {"far": placed(batch.far._replace(blocks=store._replace(value_scales=store.value_scales * 1.02)))},
+    }
+    with pytest.raises(AssertionError):
+        check_error(run(batch, **changes[fault]), batch.reference(), batch.run(), torch.float32)
+
+
+def test_tiles_fit_one_anchor_and_one_block() -> None:
+    assert window_sparse.sparse_tile(torch.bfloat16, 64, 4, 64, 64, 90)[1] == 16
+    assert window_sparse.sparse_tile(torch.bfloat16, 64, 4, 8, 64, 90)[1] == 8
+    assert window_sparse.sparse_tile(torch.bfloat16, 64, 7, 64, 64, 90) == (paged_attention.Tile(64, 8, 2), 8)
+    assert window_sparse.sparse_tile(torch.bfloat16, 128, 32, 64, 64, 90)[1] == 1
+    with pytest.raises(ValueError, match="power of two"):
+        window_sparse.sparse_tile(torch.bfloat16, 64, 4, 3, 64, 90)
+
+
+def test_most_entries_bounds_every_list() -> None:
+    for window, refresh in ((40, 1), (40, 16), (64, 4), (33, 8)):
+        bound = window_sparse.most_entries(window, refresh, 16, 1, 2)
+        lists = [1 + 2 + p // 16 + 1 - reference_sparse.near_start(p, window, refresh, 16) for p in range(300)]
+        assert max(lists) <= bound <= max(lists) + 1
