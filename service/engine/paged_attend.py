@@ -31,8 +31,9 @@ class PagedAttend:
         self._tables = [torch.from_numpy(table).to(device) for table in batch.block_tables]
         self._block_ids = [torch.from_numpy(ids).to(device) for ids in batch.block_ids]
         self._offsets = torch.from_numpy(batch.offsets).to(device)
-        self._query_starts = torch.from_numpy(batch.query_starts).to(device)
-        self._context_lengths = torch.from_numpy(batch.context_lengths).to(device)
+        # Plans are made from the lengths on the host, so that no layer waits for the device.
+        self._lengths = torch.from_numpy(batch.query_starts), torch.from_numpy(batch.context_lengths)
+        self._query_starts, self._context_lengths = (lengths.to(device) for lengths in self._lengths)
         self._write = resolve("write_kv", device, keys.dtype)
         self._attention = resolve("paged_attention", device, keys.dtype)
         self._sparse = resolve("window_sparse_attention", device, keys.dtype) if any(group.far for group in pool.layout.groups) else None
@@ -56,7 +57,7 @@ class PagedAttend:
             return self._attend_sparse(layer, spec, spec.far, query)
         tables, starts, lengths = self._tables[group], self._query_starts, self._context_lengths
         if group not in self._plans:
-            self._plans[group] = self._plan(tables, starts, lengths, block_tokens=keys.shape[2], window=spec.window)
+            self._plans[group] = self._plan(tables, *self._lengths, block_tokens=keys.shape[2], window=spec.window)
         scoring = {"scale": _scale(spec), "window": spec.window, "softcap": spec.softcap}
         seen: Tensor = self._attention(query, keys, values, tables, starts, lengths, **scoring, plan=self._plans[group])
         return seen
@@ -85,7 +86,7 @@ class PagedAttend:
         window, refresh, sinks = spec.window, far_spec.refresh, far_spec.sink_blocks
         rule = {"window": window, "refresh": refresh, "sink_blocks": sinks}
         if group not in self._plans:
-            self._plans[group] = self._plan_sparse(*where, far=far, block_tokens=keys.shape[2], **rule)
+            self._plans[group] = self._plan_sparse(where[0], *self._lengths, far=far, block_tokens=keys.shape[2], **rule)
         scoring = {"scale": _scale(spec), "softcap": spec.softcap}
         seen: Tensor = self._sparse(query, keys, values, *where, far=far, **scoring, **rule, plan=self._plans[group])
         return seen

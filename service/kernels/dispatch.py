@@ -185,10 +185,12 @@ TABLE: Mapping[str, tuple[Implementation, ...]] = {
         Implementation("reference", reference_sparse.window_sparse_attention, _anywhere),
     ),
     "plan_attention": (
+        _gpu(paged_attention.plan_attention, "paged_attention"),
         Implementation("none", _no_plan, _needs_no_plan),
         Implementation("cpu", paged_attention.plan_attention, _on_cpu),
     ),
     "plan_sparse": (
+        _gpu(window_sparse.plan_sparse, "window_sparse"),
         Implementation("none", _no_plan, _needs_no_plan),
         Implementation("cpu", window_sparse.plan_sparse, _on_cpu),
     ),

@@ -7,7 +7,6 @@ Invariant: with a plan no call waits for the device; without one the lengths are
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -37,20 +36,6 @@ class Tile(NamedTuple):
     stages: int
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionPlan:
-    """Where the work of one step lies, the same for all layers with one window and group size.
-
-    tile_ends, split_ends [S] int32 on the device: running totals of prefill tiles and of decode splits over the sequences. `tiles` and
-    `splits` bound their last entries from above; a launch sees no more than that.
-    """
-
-    tile_ends: Tensor
-    split_ends: Tensor
-    tiles: int
-    splits: int
-
-
 def tile_of(dtype: torch.dtype, head_dim: int, capability: int) -> Tile:
     """The prefill tile for queries of a type and head size on sm_`capability`: the widest that the compile gate finds free of spills.
 
@@ -71,29 +56,60 @@ def decode_tile(dtype: torch.dtype, head_dim: int, group: int) -> Tile:
     return Tile(rows, 8, 2) if head_dim > 128 or dtype == torch.float32 else Tile(rows, 4, 3)
 
 
-def plan_attention(
-    query_starts: Tensor,
-    context_lengths: Tensor,
-    *,
-    window: int | None,
-    group: int,
-    tile: Tile,
-    device: torch.device | str,
-) -> AttentionPlan:
-    """Count each sequence's tiles and splits. The lengths are CPU tensors, so that nothing waits for the device.
-
-    `group` is the number of query heads a K/V head. Raises ValueError when a tile does not hold one token's heads.
+class Work(NamedTuple):
+    """Where the work of one step lies: running totals over its sequences of prefill tiles and of decode splits, tile_ends and split_ends
+    [S] int32 on the device. A launch has `tiles` or `splits` items, the last totals.
     """
-    if group > tile.rows:
-        raise ValueError(f"{group} query heads a K/V head do not fit a tile of {tile.rows} rows: use at most {tile.rows}")
-    contexts = context_lengths.to(torch.int64)
-    counts = query_starts[1:].to(torch.int64) - query_starts[:-1]
-    tokens = tile.rows // group
-    tiles = torch.where(counts > 1, (counts + tokens - 1) // tokens, 0).cumsum(0)
-    first = torch.zeros_like(contexts) if window is None else (contexts - window).clamp_(min=0) // SPLIT_TOKENS
-    splits = torch.where(counts == 1, ((contexts - 1).clamp_(min=0) // SPLIT_TOKENS - first + 1), 0).cumsum(0)
-    ends = torch.stack((tiles, splits)).to(torch.int32).to(device, non_blocking=True)
-    return AttentionPlan(ends[0], ends[1], int(tiles[-1]), int(splits[-1]))
+
+    tile_ends: Tensor
+    split_ends: Tensor
+    tiles: int
+    splits: int
+
+
+class AttentionPlan:
+    """The lengths of one step, kept on the host, and the work found from them: once for each shape of tiles that a layer asks for."""
+
+    def __init__(self, query_starts: Tensor, context_lengths: Tensor, device: torch.device, window: int | None) -> None:
+        self._contexts = context_lengths.cpu().to(torch.int64)
+        self._counts = query_starts.cpu().to(torch.int64).diff()
+        self._device = device
+        self._window = window
+        self._found: dict[tuple[int, ...], Work] = {}
+
+    def dense(self, group: int, tile: Tile) -> Work:
+        """Tiles and splits of dense attention with `group` query heads a K/V head. Raises ValueError when no token fits a tile."""
+        if group > tile.rows:
+            raise ValueError(f"{group} query heads a K/V head do not fit a tile of {tile.rows} rows: use at most {tile.rows}")
+        tokens = tile.rows // group
+        if (tokens,) not in self._found:
+            first = torch.zeros_like(self._contexts)
+            if self._window is not None:
+                first = (self._contexts - self._window).clamp_(min=0) // SPLIT_TOKENS
+            splits = (self._contexts - 1).clamp_(min=0) // SPLIT_TOKENS - first + 1
+            self._found[tokens,] = self._work((self._counts + tokens - 1) // tokens, splits)
+        return self._found[tokens,]
+
+    def sparse(self, tokens: int, splits: int) -> Work:
+        """Runs of `tokens` aligned positions, and the same number of splits for every decoding row."""
+        if (tokens, splits) not in self._found:
+            shift = (self._contexts - self._counts).clamp_(min=0)
+            runs = torch.where(self._contexts > shift, (self._contexts - 1).clamp_(min=0) // tokens - shift // tokens + 1, 0)
+            self._found[tokens, splits] = self._work(runs, torch.full_like(runs, splits))
+        return self._found[tokens, splits]
+
+    def _work(self, tiles: Tensor, splits: Tensor) -> Work:
+        totals = torch.stack((torch.where(self._counts > 1, tiles, 0).cumsum(0), torch.where(self._counts == 1, splits, 0).cumsum(0)))
+        ends = totals.to(torch.int32).to(self._device, non_blocking=True)
+        return Work(ends[0], ends[1], int(totals[0, -1]), int(totals[1, -1]))
+
+
+def plan_attention(
+    block_tables: Tensor, query_starts: Tensor, context_lengths: Tensor, *, block_tokens: int, window: int | None
+) -> AttentionPlan:
+    """The plan of one step for layers with this window. Lengths that lie on the host are used as they are; others are waited for."""
+    del block_tokens
+    return AttentionPlan(query_starts, context_lengths, block_tables.device, window)
 
 
 def paged_attention(
@@ -120,29 +136,28 @@ def paged_attention(
     check_attention(query, key_blocks, value_blocks, block_tables)
     tile = tile_of(query.dtype, max(query.shape[2], value_blocks.shape[3]), capability(query.device))
     if plan is None:
-        group = query.shape[1] // key_blocks.shape[1]
-        starts, lengths = query_starts.cpu(), context_lengths.cpu()
-        plan = plan_attention(starts, lengths, window=window, group=group, tile=tile, device=query.device)
+        plan = plan_attention(block_tables, query_starts, context_lengths, block_tokens=key_blocks.shape[2], window=window)
+    work = plan.dense(query.shape[1] // key_blocks.shape[1], tile)
     out = query.new_empty(query.shape[0], query.shape[1], value_blocks.shape[3])
     options = attention_options(query, key_blocks, value_blocks, context_lengths.shape[0], (window, softcap, sink_logits))
     sequences = context_lengths.shape[0]
     numbers = (sequences, scale * LOG2_E, 1.0) if softcap is None else (sequences, scale / softcap, softcap * LOG2_E)
     strides = (*query.stride()[:2], *out.stride()[:2], block_tables.stride(0), *key_blocks.stride()[:3], *value_blocks.stride()[:3])
     tensors = (query, key_blocks, value_blocks, out, block_tables, query_starts, context_lengths)
-    if plan.tiles:
-        grid = (plan.tiles, key_blocks.shape[1])
+    if work.tiles:
+        grid = (work.tiles, key_blocks.shape[1])
         prefill_kernel[grid](
-            *tensors, plan.tile_ends, sink_logits, *numbers, *strides,
+            *tensors, work.tile_ends, sink_logits, *numbers, *strides,
             ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages, maxnreg=REGISTERS, **options,
         )  # fmt: skip
-    if plan.splits:
-        _decode(tensors, plan, sink_logits, numbers, strides, options)
+    if work.splits:
+        _decode(tensors, work, sink_logits, numbers, strides, options)
     return out
 
 
 def _decode(
     tensors: tuple[Tensor, ...],
-    plan: AttentionPlan,
+    work: Work,
     sink_logits: Tensor | None,
     numbers: tuple[int, float, float],
     strides: tuple[int, ...],
@@ -150,17 +165,17 @@ def _decode(
 ) -> None:
     query, keys, _, out, _, query_starts, _ = tensors
     heads, kv_heads = query.shape[1], keys.shape[1]
-    peaks, sums = query.new_empty((2, plan.splits, heads), dtype=torch.float32)
-    parts = query.new_empty((plan.splits, heads, out.shape[2]), dtype=torch.float32)
+    peaks, sums = query.new_empty((2, work.splits, heads), dtype=torch.float32)
+    parts = query.new_empty((work.splits, heads, out.shape[2]), dtype=torch.float32)
     tile = decode_tile(query.dtype, max(query.shape[2], out.shape[2]), heads // kv_heads)
-    grid = (min(plan.splits, -(-programs(query.device) // kv_heads)), kv_heads)
+    grid = (min(work.splits, -(-programs(query.device) // kv_heads)), kv_heads)
     decode_kernel[grid](
-        *tensors, plan.split_ends, sink_logits, peaks, sums, parts, *numbers, *strides,
+        *tensors, work.split_ends, sink_logits, peaks, sums, parts, *numbers, *strides,
         ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages, maxnreg=REGISTERS, **options,
     )  # fmt: skip
-    if plan.splits > 1:
+    if work.splits > 1:
         reduce_kernel[(numbers[0], heads)](
-            out, query_starts, plan.split_ends, sink_logits, peaks, sums, parts, *out.stride()[:2],
+            out, query_starts, work.split_ends, sink_logits, peaks, sums, parts, *out.stride()[:2],
             VALUE_DIM=options["VALUE_DIM"], BLOCK_VALUE=options["BLOCK_VALUE"], SINKS=options["SINKS"], num_warps=1, num_stages=3,
         )  # fmt: skip
 

@@ -117,25 +117,13 @@ def find_list(
 
 
 @triton.jit
-def sparse_kernel(
-    p_query, p_keys, p_values, p_out, p_tables, p_query_starts, p_context_lengths, p_ends, p_sinks, p_peaks, p_sums, p_parts,
-    p_far_keys, p_far_values, p_key_scales, p_value_scales, p_far_tables, p_choices, p_counts, p_anchors, sequences, scale, cap,
-    stride_query_token, stride_query_head, stride_out_token, stride_out_head, stride_table,
-    stride_key_block, stride_key_head, stride_key_token, stride_value_block, stride_value_head, stride_value_token,
-    stride_far_key_block, stride_far_key_head, stride_far_key_token, stride_far_value_block, stride_far_value_head, stride_far_value_token,
-    stride_scale_block, stride_scale_head, stride_far_table, stride_choice_anchor, stride_choice_head,
-    SEQUENCES: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, KEY_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, SPLIT_BLOCKS: tl.constexpr,
-    WINDOW: tl.constexpr, REFRESH: tl.constexpr, SINK_BLOCKS: tl.constexpr, HAS_FAR: tl.constexpr, QUANTISED: tl.constexpr,
-    NIBBLES: tl.constexpr, SPLIT: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+def find_rows(
+    p_ends, p_query_starts, p_context_lengths, sequences, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr
 ):  # fmt: skip
-    """One program owns one K/V head and the rows of a sequence whose positions fall into one aligned run of TOKENS, which is in one
-    block and has one anchor: TOKENS times GROUP rows. It walks their list split by split; queries and two accumulators stay in registers.
+    """(sequence, work item within it, token of position 0, first position, last position) of a program's rows.
 
-    With SPLIT it owns one split of a decode row and leaves peaks, sums and parts in float32 for `reduce_kernel`, empty where the list is
-    shorter; the number of items a sequence is the same for all.
+    Without SPLIT the items of a sequence are the runs of TOKENS positions, aligned, that its rows fall into; with it they are splits.
     """
-    i_head = tl.program_id(1).to(tl.int64)
     i_sequence, i_first = find_sequence(p_ends, tl.program_id(0), sequences, SEQUENCES)
     i_item = tl.program_id(0) - i_first
     i_row = tl.load(p_query_starts + i_sequence)
@@ -145,45 +133,66 @@ def sparse_kernel(
     if not SPLIT:
         i_run = (tl.maximum(shift, 0) // TOKENS + i_item) * TOKENS
         first_position, last_position = tl.maximum(i_run, shift), tl.minimum(i_run + TOKENS, shift + count) - 1
+    return i_sequence, i_item, i_row - shift, first_position, last_position
+
+
+@triton.jit
+def store_part(p_peaks, p_sums, p_parts, b_max, b_sum, b_acc, GROUP: tl.constexpr, o_head, o_value, m_rows, m_out, VALUE_DIM: tl.constexpr):
+    """Store the state of rows o_head of this program's work item for the reduction: peaks and sums [items, Hq], parts [items, Hq, Dv]."""
+    o_part = tl.program_id(0).to(tl.int64) * (tl.num_programs(1) * GROUP) + o_head
+    tl.store(p_peaks + o_part, b_max, mask=m_rows)
+    tl.store(p_sums + o_part, b_sum, mask=m_rows)
+    tl.store(p_parts + o_part[:, None] * VALUE_DIM + o_value[None, :], b_acc, mask=m_out)
+
+
+@triton.jit
+def sparse_kernel(
+    p_query, p_keys, p_values, p_out, p_tables, p_query_starts, p_context_lengths, p_ends, p_sinks, p_peaks, p_sums, p_parts,
+    p_far_keys, p_far_values, p_key_scales, p_value_scales, p_far_tables, p_choices, p_counts, p_anchors, sequences, scale, cap,
+    stride_query_token, stride_query_head, stride_out_token, stride_out_head, stride_table, stride_key_block, stride_key_head,
+    stride_key_token, stride_value_block, stride_value_head, stride_value_token, stride_far_key_block, stride_far_key_head,
+    stride_far_key_token, stride_far_value_block, stride_far_value_head, stride_far_value_token, stride_scale_block, stride_scale_head,
+    stride_far_table, stride_choice_anchor, stride_choice_head, SEQUENCES: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    TOKENS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, SPLIT_BLOCKS: tl.constexpr, WINDOW: tl.constexpr, REFRESH: tl.constexpr, SINK_BLOCKS: tl.constexpr,
+    HAS_FAR: tl.constexpr, QUANTISED: tl.constexpr, NIBBLES: tl.constexpr, SPLIT: tl.constexpr, CAPPED: tl.constexpr,
+    SINKS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program owns one K/V head and a run of TOKENS positions in one block with one anchor: TOKENS times GROUP rows. It walks their
+    list split by split; queries and two accumulators stay in registers. With SPLIT it owns one split of a decode row and leaves peaks, sums
+    and parts in float32 for `reduce_kernel`, empty where the list is shorter."""
+    i_head = tl.program_id(1).to(tl.int64)
+    i_sequence, i_item, i_origin, first_position, last_position = find_rows(
+        p_ends, p_query_starts, p_context_lengths, sequences, SEQUENCES, TOKENS, SPLIT
+    )
     o_rows, o_key, o_value = tl.arange(0, ROWS), tl.arange(0, BLOCK_KEY), tl.arange(0, BLOCK_VALUE)
     o_position, o_head = first_position + o_rows // GROUP, i_head * GROUP + o_rows % GROUP
     m_rows = o_position <= last_position
-    o_token = (i_row + o_position - shift).to(tl.int64)
-    o_query = o_token * stride_query_token + o_head * stride_query_head
-    m_query = m_rows[:, None] & (o_key < KEY_DIM)[None, :]
-    b_query = tl.load(p_query + o_query[:, None] + o_key[None, :], mask=m_query, other=0.0)  # [ROWS, BLOCK_KEY]
+    o_token = (i_origin + o_position).to(tl.int64)
+    o_query = (o_token * stride_query_token + o_head * stride_query_head)[:, None] + o_key[None, :]
+    b_query = tl.load(p_query + o_query, mask=m_rows[:, None] & (o_key < KEY_DIM)[None, :], other=0.0)  # [ROWS, BLOCK_KEY]
     i_start, sinks, chosen, i_anchor, entries = find_list(
-        p_anchors, p_counts, i_row + first_position - shift, first_position, HAS_FAR, WINDOW, REFRESH, SINK_BLOCKS, BLOCK_TOKENS
+        p_anchors, p_counts, i_origin + first_position, first_position, HAS_FAR, WINDOW, REFRESH, SINK_BLOCKS, BLOCK_TOKENS
     )
-    i_from, i_to = 0, tl.cdiv(entries, SPLIT_BLOCKS)
-    if SPLIT:
-        i_from, i_to = i_item, tl.minimum(i_item + 1, i_to)
+    i_from, i_to = (i_item, tl.minimum(i_item + 1, tl.cdiv(entries, SPLIT_BLOCKS))) if SPLIT else (0, tl.cdiv(entries, SPLIT_BLOCKS))
+    p_choice = p_choices + i_anchor * stride_choice_anchor + i_head * stride_choice_head
     b_max, b_sum, b_acc = start_rows(ROWS, BLOCK_VALUE)
     for i_split in range(i_from, i_to):
         b_split_max, b_split_sum, b_split_acc = attend_list(
             p_keys + i_head * stride_key_head, p_values + i_head * stride_value_head, p_tables + i_sequence.to(tl.int64) * stride_table,
             p_far_keys + i_head * stride_far_key_head, p_far_values + i_head * stride_far_value_head,
             p_key_scales + i_head * stride_scale_head, p_value_scales + i_head * stride_scale_head,
-            p_far_tables + i_sequence.to(tl.int64) * stride_far_table,
-            p_choices + i_anchor * stride_choice_anchor + i_head * stride_choice_head,
-            b_query, tl.where(m_rows, o_position, -1), first_position, last_position,
-            i_split * SPLIT_BLOCKS, tl.minimum((i_split + 1) * SPLIT_BLOCKS, entries), sinks, chosen, i_start, scale, cap,
-            stride_key_block, stride_key_token, stride_value_block, stride_value_token,
-            stride_far_key_block, stride_far_key_token, stride_far_value_block, stride_far_value_token, stride_scale_block,
-            ROWS, KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, CAPPED, QUANTISED, NIBBLES, PRECISION,
+            p_far_tables + i_sequence.to(tl.int64) * stride_far_table, p_choice, b_query, tl.where(m_rows, o_position, -1),
+            first_position, last_position, i_split * SPLIT_BLOCKS, tl.minimum((i_split + 1) * SPLIT_BLOCKS, entries), sinks, chosen,
+            i_start, scale, cap, stride_key_block, stride_key_token, stride_value_block, stride_value_token, stride_far_key_block,
+            stride_far_key_token, stride_far_value_block, stride_far_value_token, stride_scale_block, ROWS, KEY_DIM, VALUE_DIM,
+            BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, CAPPED, QUANTISED, NIBBLES, PRECISION,
         )  # fmt: skip
-        if SPLIT:
-            b_max, b_sum, b_acc = b_split_max, b_split_sum, b_split_acc
-        else:
-            b_max, b_sum, b_acc = merge_rows(b_max, b_sum, b_acc, b_split_max, b_split_sum, b_split_acc)
+        b_max, b_sum, b_acc = merge_rows(b_max, b_sum, b_acc, b_split_max, b_split_sum, b_split_acc)
     m_out = m_rows[:, None] & (o_value < VALUE_DIM)[None, :]
     if SPLIT:
-        o_part = tl.program_id(0).to(tl.int64) * (tl.num_programs(1) * GROUP) + o_head
-        tl.store(p_peaks + o_part, b_max, mask=m_rows)
-        tl.store(p_sums + o_part, b_sum, mask=m_rows)
-        tl.store(p_parts + o_part[:, None] * VALUE_DIM + o_value[None, :], b_acc, mask=m_out)
+        store_part(p_peaks, p_sums, p_parts, b_max, b_sum, b_acc, GROUP, o_head, o_value, m_rows, m_out, VALUE_DIM)
     else:
         b_sinks = tl.load(p_sinks + o_head) * 1.4426950408889634 if SINKS else 0.0
-        b_out = finish_rows(b_max, b_sum, b_acc, b_sinks, SINKS)
-        o_out = o_token * stride_out_token + o_head * stride_out_head
-        tl.store(p_out + o_out[:, None] + o_value[None, :], b_out, mask=m_out)
+        o_out = (o_token * stride_out_token + o_head * stride_out_head)[:, None] + o_value[None, :]
+        tl.store(p_out + o_out, finish_rows(b_max, b_sum, b_acc, b_sinks, SINKS), mask=m_out)

@@ -35,20 +35,19 @@ def sparse_tile(dtype: torch.dtype, head_dim: int, group: int, refresh: int, blo
 
 
 def plan_sparse(
-    query_starts: Tensor, context_lengths: Tensor, *, tokens: int, most_entries: int, block_tokens: int, device: torch.device | str
+    near_tables: Tensor,
+    query_starts: Tensor,
+    context_lengths: Tensor,
+    *,
+    far: ChosenFar | None,
+    block_tokens: int,
+    window: int,
+    refresh: int,
+    sink_blocks: int,
 ) -> AttentionPlan:
-    """Count each sequence's tiles (of `tokens` rows' positions) and splits. The lengths are CPU tensors, so that nothing waits.
-
-    `most_entries` bounds the blocks that one row reads: every decoding row gets as many splits as they fill, so that the number of work
-    items depends on the number of rows alone.
-    """
-    contexts, counts = context_lengths.to(torch.int64), query_starts[1:].to(torch.int64) - query_starts[:-1]
-    shift = (contexts - counts).clamp_(min=0)
-    runs = torch.where(contexts > shift, (contexts - 1).clamp_(min=0) // tokens - shift // tokens + 1, 0)
-    splits = max(2, -(-most_entries // (SPLIT_TOKENS // block_tokens)))
-    totals = torch.stack((torch.where(counts > 1, runs, 0).cumsum(0), torch.where(counts == 1, splits, 0).cumsum(0)))
-    ends = totals.to(torch.int32).to(device, non_blocking=True)
-    return AttentionPlan(ends[0], ends[1], int(totals[0, -1]), int(totals[1, -1]))
+    """The plan of one step for layers with this window. Lengths that lie on the host are used as they are; others are waited for."""
+    del far, block_tokens, refresh, sink_blocks
+    return AttentionPlan(query_starts, context_lengths, near_tables.device, window)
 
 
 def most_entries(window: int, refresh: int, block_tokens: int, sink_blocks: int, most: int) -> int:
@@ -80,49 +79,53 @@ def window_sparse_attention(
     and one K/V head 256 bytes a near and 132 a far token. Raises ValueError for other types, sizes or strides.
     """
     check_attention(query, key_blocks, value_blocks, near_tables)
-    heads, kv_heads, block_tokens = query.shape[1], key_blocks.shape[1], key_blocks.shape[2]
-    size = max(query.shape[2], value_blocks.shape[3])
-    shared = (heads // kv_heads, refresh, block_tokens)
-    tile, tokens = sparse_tile(query.dtype, size, *shared, capability(query.device))
+    heads, (kv_heads, block_tokens) = query.shape[1], key_blocks.shape[1:3]
+    size, chip = max(query.shape[2], value_blocks.shape[3]), capability(query.device)
+    tile, tokens = sparse_tile(query.dtype, size, heads // kv_heads, refresh, block_tokens, chip)
+    row = sparse_tile(query.dtype, size, heads // kv_heads, 1, block_tokens, chip)[0]
     if plan is None:
-        most = far.choices.shape[2] if far is not None else 0
-        plan = plan_sparse(
-            query_starts.cpu(),
-            context_lengths.cpu(),
-            tokens=tokens,
-            most_entries=most_entries(window, refresh, block_tokens, sink_blocks, most),
-            block_tokens=block_tokens,
-            device=query.device,
-        )
+        plan = AttentionPlan(query_starts, context_lengths, query.device, window)
+    entries = most_entries(window, refresh, block_tokens, sink_blocks, 0 if far is None else far.choices.shape[2])
+    work = plan.sparse(tokens, max(2, -(-entries // (SPLIT_TOKENS // block_tokens))))
     shape = (query.shape[0], heads, value_blocks.shape[3])
-    out = query.new_zeros(shape) if plan.tiles else query.new_empty(shape)
-    sequences = context_lengths.shape[0]
-    numbers = (sequences, scale * LOG2_E, 1.0) if softcap is None else (sequences, scale / softcap, softcap * LOG2_E)
-    options = attention_options(query, key_blocks, value_blocks, sequences, (None, softcap, sink_logits))
-    options |= {"WINDOW": window, "REFRESH": refresh, "SINK_BLOCKS": sink_blocks}
-    strides = (*query.stride()[:2], *out.stride()[:2], near_tables.stride(0), *key_blocks.stride()[:3], *value_blocks.stride()[:3])
-    far_tensors, far_strides, far_options = _far_arguments(far, key_blocks, near_tables)
+    out = query.new_zeros(shape) if work.tiles else query.new_empty(shape)
+    options = attention_options(query, key_blocks, value_blocks, context_lengths.shape[0], (None, softcap, sink_logits))
+    scoring = (scale, softcap)
+    options |= {"WINDOW": window, "REFRESH": refresh, "SINK_BLOCKS": sink_blocks, "maxnreg": REGISTERS}
     tensors = (query, key_blocks, value_blocks, out, near_tables, query_starts, context_lengths)
-
-    def launch(items: int, ends: Tensor, parts: tuple[Tensor | None, ...], shape: Tile, width: int, split: bool) -> None:
-        sparse_kernel[(items, kv_heads)](
-            *tensors, ends, sink_logits, *parts, *far_tensors, *numbers, *strides, *far_strides,
-            ROWS=shape.rows, TOKENS=width, SPLIT=split,
-            num_warps=shape.warps, num_stages=shape.stages, maxnreg=REGISTERS, **options, **far_options,
-        )  # fmt: skip
-
-    if plan.tiles:
-        launch(plan.tiles, plan.tile_ends, (None, None, None), tile, tokens, False)
-    if plan.splits:
-        row = sparse_tile(query.dtype, size, heads // kv_heads, 1, block_tokens, capability(query.device))[0]
-        peaks, sums = query.new_empty((2, plan.splits, heads), dtype=torch.float32)
-        parts = query.new_empty((plan.splits, heads, shape[2]), dtype=torch.float32)
-        launch(plan.splits, plan.split_ends, (peaks, sums, parts), row, 1, True)
-        reduce_kernel[(sequences, heads)](
-            out, query_starts, plan.split_ends, sink_logits, peaks, sums, parts, *out.stride()[:2],
+    if work.tiles:
+        _launch(work.tiles, tensors, (work.tile_ends, sink_logits, None, None, None), far, scoring, options | _shape(tile, tokens, False))
+    if work.splits:
+        peaks, sums = query.new_empty((2, work.splits, heads), dtype=torch.float32)
+        parts = query.new_empty((work.splits, heads, shape[2]), dtype=torch.float32)
+        lists = (work.split_ends, sink_logits, peaks, sums, parts)
+        _launch(work.splits, tensors, lists, far, scoring, options | _shape(row, 1, True))
+        reduce_kernel[(context_lengths.shape[0], heads)](
+            out, query_starts, *lists, *out.stride()[:2],
             VALUE_DIM=options["VALUE_DIM"], BLOCK_VALUE=options["BLOCK_VALUE"], SINKS=options["SINKS"], num_warps=1, num_stages=3,
         )  # fmt: skip
     return out
+
+
+def _shape(tile: Tile, tokens: int, split: bool) -> dict[str, Any]:
+    return {"ROWS": tile.rows, "TOKENS": tokens, "SPLIT": split, "num_warps": tile.warps, "num_stages": tile.stages}
+
+
+def _launch(
+    items: int,
+    tensors: tuple[Tensor, ...],
+    lists: tuple[Tensor | None, ...],
+    far: ChosenFar | None,
+    scoring: tuple[float, float | None],
+    options: dict[str, Any],
+) -> None:
+    """One launch over all items of `lists`; tensors are query, keys, values, out, tables, starts, lengths."""
+    query, keys, values, out, tables, _, lengths = tensors
+    scale, softcap = scoring
+    numbers = (lengths.shape[0], scale * LOG2_E, 1.0) if softcap is None else (lengths.shape[0], scale / softcap, softcap * LOG2_E)
+    strides = (*query.stride()[:2], *out.stride()[:2], tables.stride(0), *keys.stride()[:3], *values.stride()[:3])
+    far_tensors, far_strides, far_options = _far_arguments(far, keys, tables)
+    sparse_kernel[(items, keys.shape[1])](*tensors, *lists, *far_tensors, *numbers, *strides, *far_strides, **options, **far_options)
 
 
 def _far_arguments(far: ChosenFar | None, keys: Tensor, tables: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...], dict[str, Any]]:

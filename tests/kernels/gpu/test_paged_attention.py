@@ -162,11 +162,12 @@ def test_blocks_far_past_int32_elements() -> None:
 def test_a_plan_made_ahead_gives_the_same_and_counts_the_work() -> None:
     batch = batch_of(*MIXED, window=18)
     tile = kernel.tile_of(torch.float32, 16, 90)
-    plan = kernel.plan_attention(batch.query_starts, batch.context_lengths, window=18, group=2, tile=tile, device=DEVICE)
-    tokens = tile.rows // 2
-    assert plan.tiles == sum(-(-count // tokens) for count in MIXED[1] if count > 1)
+    tables = batch.block_tables.to(DEVICE)
+    plan = kernel.plan_attention(tables, batch.query_starts, batch.context_lengths, block_tokens=16, window=18)
+    tokens, work = tile.rows // 2, plan.dense(2, tile)
+    assert plan.dense(2, tile) is work and work.tiles == sum(-(-count // tokens) for count in MIXED[1] if count > 1)
     # Contexts 33, 1, 16 and 0 decode; of 33 tokens positions 15 … 32 are seen, in two splits of 32.
-    assert plan.split_ends.tolist() == [2, 3, 4, 4, 5, 5, 5, 5]
+    assert work.split_ends.tolist() == [2, 3, 4, 4, 5, 5, 5, 5]
     planned = moved(batch).run(lambda *tensors, **options: kernel.paged_attention(*tensors, **options, plan=plan)).cpu()
     assert torch.equal(planned, run(batch))
 
@@ -196,7 +197,7 @@ def test_what_cannot_be_computed_is_refused(change: dict[str, Tensor], complaint
 def test_more_heads_than_a_tile_has_rows_are_refused() -> None:
     starts, lengths = torch.tensor([0, 2]), torch.tensor([2])
     with pytest.raises(ValueError, match="use at most 16"):
-        kernel.plan_attention(starts, lengths, window=None, group=17, tile=kernel.Tile(16, 4, 1), device="cpu")
+        kernel.plan_attention(starts, starts, lengths, block_tokens=16, window=None).dense(17, kernel.Tile(16, 4, 1))
 
 
 @settings(max_examples=15, deadline=None)

@@ -156,19 +156,19 @@ def test_a_plan_made_ahead_gives_the_same() -> None:
     batch = batch_of(*MIXED, refresh=4)
     tile, tokens = window_sparse.sparse_tile(torch.float32, 16, 2, 4, 16, 90)
     most = window_sparse.most_entries(40, 4, 16, 1, 2)
-    lengths = (batch.query_starts, batch.context_lengths)
-    plan = window_sparse.plan_sparse(*lengths, tokens=tokens, most_entries=most, block_tokens=16, device=DEVICE)
-    # Rows 64 … 69 and 0 … 16 in runs of 4; three decoding rows, each with splits for 1 + 2 + 5 blocks.
-    assert (tile.rows, tokens, plan.tile_ends.tolist(), plan.split_ends.tolist()) == (16, 4, [0, 0, 2, 7, 7], [4, 8, 8, 8, 12])
-    planned = (
-        run(batch)
-        if plan is None
-        else replace(batch).run(
-            lambda *tensors, **options: window_sparse.window_sparse_attention(
-                *(tensor.to(DEVICE) for tensor in tensors), **(options | {"far": placed(options["far"])}), plan=plan
-            )
-        )
+    rule: dict[str, Any] = {"window": 40, "refresh": 4, "sink_blocks": 1}
+    plan = window_sparse.plan_sparse(
+        batch.near_tables.to(DEVICE), batch.query_starts, batch.context_lengths, far=None, block_tokens=16, **rule
     )
+    work = plan.sparse(tokens, -(-most // 2))
+    # Rows 64 … 69 and 0 … 16 in runs of 4; three decoding rows, each with splits for 1 + 2 + 5 blocks.
+    assert (tile.rows, tokens, work.tile_ends.tolist(), work.split_ends.tolist()) == (16, 4, [0, 0, 2, 7, 7], [4, 8, 8, 8, 12])
+
+    def attend(*tensors: Tensor, **options: Any) -> Tensor:
+        placed_options = options | {"far": placed(options["far"]), "plan": plan}
+        return window_sparse.window_sparse_attention(*(tensor.to(DEVICE) for tensor in tensors), **placed_options)
+
+    planned = batch.run(attend)
     assert torch.equal(planned.cpu(), run(batch))
 
 
