@@ -7,7 +7,7 @@ ARGS ?=
 # Machines with a GPU bring a torch of their own; it is used as it is.
 GPU_PYTHON ?= python3
 
-.PHONY: help setup serve test test-all tools check gpu-check docs image image-test unit-test clean
+.PHONY: help setup serve test test-all tools check gpu-check gpu-bench docs image image-test unit-test clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -52,6 +52,9 @@ check: $(VENV)/.test ## lint, types, import contracts, and the measures of the c
 gpu-check: ## run the kernels' tests on the GPU; GPU_PYTHON needs torch, triton, numpy, pytest and hypothesis, nothing else of ours
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "make: $(GPU_PYTHON) finds no CUDA device; name an interpreter whose torch does with GPU_PYTHON="; exit 2; }
 	@$(GPU_PYTHON) -m pytest -p no:cacheprovider tests/kernels $(ARGS)
+
+gpu-bench: ## speed of the kernels on the GPU beside limits and peers, rows in loadtests/results (needs torch, triton and numpy in GPU_PYTHON)
+	@$(GPU_PYTHON) -m loadtests.gpu_bench --keep $(ARGS)
 
 docs: $(VENV)/.test ## write docs/cli.md and the other files that are made from a definition
 	@$(BIN)/python -m service.cli.docs

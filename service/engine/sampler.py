@@ -6,7 +6,7 @@ of its logits, its own tokens and (seed, choice, position); the batch it runs in
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +67,16 @@ class Sampler:
         stops = [token for token in stop.effective_ids if 0 <= token < self._vocab_size]
         self._stop_ids[row] = np.array(stops, np.int64)
         self._stops_from[row] = prompt_tokens + stop.min_tokens if stops else 0
+
+    def is_plain(self, rows: Ints, positions: Ints) -> NDArray[np.bool_]:
+        """Whether the token at positions [R] of rows [R] needs its logits, filters and one number only: no penalty, bias, forbidden stop or
+        log-prob."""
+        return ~self._penalised[rows] & (self._logprobs[rows] < 0) & (positions >= self._stops_from[rows])
+
+    def draw_parameters(self, rows: Ints, positions: Ints) -> tuple[NDArray[Any], ...]:
+        """(temperature float32, top_k int64, top_p float64, min_p float32, number in [0, 1) float64), each [R]."""
+        numbers = uniform(self._seed[rows], self._choice[rows], positions)
+        return self._temperature[rows], self._top_k[rows], self._top_p[rows], self._min_p[rows].astype(np.float32), numbers
 
     def sample(self, logits: Floats, rows: Ints, positions: Ints, tokens: NDArray[np.int32]) -> Samples:
         """Sample the token at positions [R] of table rows [R] from logits [R, V] float32, which are overwritten.

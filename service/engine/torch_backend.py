@@ -1,6 +1,6 @@
 """Plans in, results out, with torch: tables, blocks, the decoder and the sampler of one checkpoint.
 
-It does not know processes or messages. CPU and CUDA share this path; on a CUDA device logits come to the host to be sampled.
+It does not know processes or messages. CPU and CUDA share this path.
 Invariant: a step that runs out of memory is computed in halves, and nothing that is not finite becomes a token.
 """
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from service.engine.batch import Batch, Tables
 from service.engine.distribution import log_probs
+from service.engine.drawing import draw_tokens
 from service.engine.far_choices import FarChoices
 from service.engine.images import ImageStore
 from service.engine.kv_pool import KvPool
@@ -122,10 +123,10 @@ class TorchBackend:
         tokens: list[SampledToken] = []
         if len(batch.sampled):
             last = torch.from_numpy(batch.query_starts[1:][batch.sampled].astype(np.int64) - 1).to(self._device)
-            logits = self._decoder.logits(hidden.index_select(0, last)).float().cpu().numpy()
+            logits = self._decoder.logits(hidden.index_select(0, last))
             rows = batch.rows[batch.sampled]
             positions = batch.starts[batch.sampled] + batch.lengths[batch.sampled]
-            samples = self._sampler.sample(logits, rows, positions, self._tables.tokens)
+            samples = draw_tokens(self._sampler, logits, rows, positions, self._tables.tokens)
             self._tables.record(rows, positions, samples.tokens)
             entries = zip(rows.tolist(), samples.tokens.tolist(), strict=True)
             tokens = [SampledToken(row, token, None, None if token >= 0 else NUMERICAL_FAILURE) for row, token in entries]

@@ -16,7 +16,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from service.kernels import elementwise, far_store, kv_store, linear, paged_attention, quantised, reference, reference_sparse, window_sparse
+from service.kernels import (
+    elementwise,
+    far_store,
+    kv_store,
+    linear,
+    paged_attention,
+    quantised,
+    reference,
+    reference_sampling,
+    reference_sparse,
+    window_sparse,
+)
 from service.kernels.native import attention as native_attention
 from service.kernels.native import binding as native
 from service.kernels.native import elementwise as native_elementwise
@@ -78,12 +89,12 @@ def _triton_gpu(place: Place) -> str | None:
     return None if _triton() else "triton is not installed"
 
 
-def _gpu(like: Kernel, room: str) -> Implementation:
-    """The function of the same name and arguments in service.kernels.gpu.<room>, imported at its first call: triton may be missing."""
+def _gpu(like: Kernel, room: str, name: str = "") -> Implementation:
+    """What is called like that (or `name`) in service.kernels.gpu.<room>, imported at its first call: triton may be missing."""
 
     @cache
     def found() -> Kernel:
-        kernel: Kernel = getattr(import_module(f"service.kernels.gpu.{room}"), like.__name__)
+        kernel: Kernel = getattr(import_module(f"service.kernels.gpu.{room}"), name or like.__name__)
         return kernel
 
     @wraps(like)
@@ -194,6 +205,10 @@ TABLE: Mapping[str, tuple[Implementation, ...]] = {
         Implementation("none", _no_plan, _needs_no_plan),
         Implementation("cpu", window_sparse.plan_sparse, _on_cpu),
     ),
+    "sample": (
+        _gpu(reference_sampling.sample, "sampling"),
+        Implementation("reference", reference_sampling.sample, _anywhere),
+    ),
     "linear": (
         Implementation("onednn", linear.onednn_linear, _onednn_float32),
         Implementation("widened", linear.widened_linear, _onednn_sixteen_bits),
@@ -208,6 +223,7 @@ TABLE: Mapping[str, tuple[Implementation, ...]] = {
     "pack_quantised": (
         Implementation("native", native_quantised.NativeQuantisedLinear, _native_quantised),
         Implementation("torch", quantised.TorchQuantisedLinear, _on_cpu),
+        _gpu(quantised.TorchQuantisedLinear, "int8_linear", "GpuQuantisedLinear"),
         Implementation("reference", quantised.ReferenceQuantisedLinear, _anywhere),
     ),
 }

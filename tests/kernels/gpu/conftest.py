@@ -8,12 +8,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 ON_DEVICE = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_DEVICE else "cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if ON_DEVICE else (torch.float32, torch.float16)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A GPU machine may lack the plugin that knows this mark; there it means nothing."""
+    config.addinivalue_line("markers", "timeout(seconds): the longest that a test may take")
 
 
 def moved(batch: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from service.kernels.gpu.int8_linear import product_tile
 from service.kernels.gpu.paged_attention import decode_tile, tile_of
 from service.kernels.gpu.window_sparse import sparse_tile
 
@@ -42,8 +43,13 @@ class Shape:
         return getattr(importlib.import_module(f"service.kernels.gpu.{self.module}"), self.kernel)
 
     def aligned(self, signature: Mapping[str, str]) -> list[str]:
-        """Arguments that are divisible by 16 at run time: pointers and strides."""
-        return [name for name, kind in signature.items() if kind.startswith("*") or (name.startswith("stride_") and kind != "constexpr")]
+        """Arguments that are divisible by 16 at run time: pointers, strides, sizes of layers."""
+        sizes = ("inputs", "outputs", "hidden")
+        return [
+            name
+            for name, kind in signature.items()
+            if kind.startswith("*") or (kind != "constexpr" and (name.startswith("stride_") or name in sizes))
+        ]
 
 
 def attention_types(kind: str) -> dict[str, str]:
@@ -166,4 +172,36 @@ def sparse_types(far: str, scales: str) -> dict[str, str]:
     return types | {f"stride_{part}": "i32" for part in (*parts, "bound_block", "bound_head", "bound_scale")}
 
 
-SHAPES: list[Shape] = [*dense_shapes(), *elementwise_shapes(), *sparse_shapes()]
+def linear_shapes() -> list[Shape]:
+    """Products with int8 weights for few and many rows, and the quantisation of activations."""
+    types = {
+        "p_x": "*i8",
+        "p_weight": "*i8",
+        "p_row_scales": "*fp32",
+        "p_scales": "*fp32",
+        "p_bias": "*bf16",
+        "p_out": "*bf16",
+        "p_steps": "*i8",
+    }
+    types |= dict.fromkeys(("rows", "outputs", "inputs", "stride_row"), "i32")
+    shapes = [Shape("quantise-rows", "int8_linear", "quantise_kernel", types | {"p_x": "*bf16"}, {"BLOCK": 4096}, 8)]
+    for rows, exact, chip in product((16, 128, 4096), (True, False), ALL):
+        tile = product_tile(rows, exact, chip)
+        constants = {"ROWS": tile.rows, "OUTPUTS": tile.outputs, "INPUTS": tile.inputs, "EXACT": exact, "BIAS": False, "PRECISION": "tf32"}
+        name = f"{'w8a8' if exact else 'weight-only'}-{rows}"
+        kinds = types if exact else types | {"p_x": "*bf16"}
+        shapes.append(Shape(name, "int8_linear", "product_kernel", kinds, constants, tile.warps, tile.stages, 0, tile.rows >= 64, (chip,)))
+    return shapes
+
+
+def sampling_shapes() -> list[Shape]:
+    """The sampling kernel over logits of two types."""
+    types = dict.fromkeys(("p_temperature", "p_min_p"), "*fp32") | dict.fromkeys(("p_top_k", "p_tokens"), "*i64")
+    types |= dict.fromkeys(("p_top_p", "p_numbers"), "*fp64") | {"vocabulary": "i32", "stride_row": "i32"}
+    constants = {"GREEDY_BELOW": 1e-5, "BLOCK": 1024}
+    return [
+        Shape(f"sample-{kind}", "sampling", "sample_kernel", types | {"p_logits": f"*{kind}"}, constants, 8) for kind in ("bf16", "fp32")
+    ]
+
+
+SHAPES: list[Shape] = [*dense_shapes(), *elementwise_shapes(), *sparse_shapes(), *linear_shapes(), *sampling_shapes()]

@@ -1,0 +1,73 @@
+"""Tokens drawn where the logits lie are those of the host's sampler, whatever mixture of rows a step has."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from service.engine.drawing import draw_on_device, draw_tokens
+from service.engine.sampler import Sampler
+from service.kernels.dispatch import take_counts
+from service.types.request import Sampling, Stop
+
+VOCABULARY = 60
+PLAIN = (
+    Sampling(temperature=0.0),
+    Sampling(seed=3),
+    Sampling(seed=4, temperature=0.7, top_k=9),
+    Sampling(seed=5, top_p=0.8),
+    Sampling(seed=6, min_p=0.2),
+)
+OTHERS = (Sampling(seed=7, logprobs=2), Sampling(seed=8, presence_penalty=1.5), Sampling(seed=9, logit_bias=((3, 5.0),)))
+
+
+def filled(kinds: tuple[Sampling, ...], stop: Stop) -> Sampler:
+    sampler = Sampler(len(kinds), VOCABULARY)
+    for row, sampling in enumerate(kinds):
+        sampler.open(row, sampling, stop, prompt_tokens=4)
+    return sampler
+
+
+@pytest.mark.parametrize("kinds", [PLAIN, OTHERS, PLAIN + OTHERS, OTHERS[:1] + PLAIN])
+@pytest.mark.parametrize("min_tokens", [0, 3])
+def test_every_mixture_gives_the_host_s_tokens(kinds: tuple[Sampling, ...], min_tokens: int) -> None:
+    sampler = filled(kinds, Stop(8, end_ids=(5,), min_tokens=min_tokens))
+    rows, positions = np.arange(len(kinds))[::-1].copy(), np.full(len(kinds), 6)
+    table = np.tile(np.arange(8, dtype=np.int32), (len(kinds), 1))
+    for seed in range(5):
+        logits = torch.randn(len(kinds), VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 2
+        logits[0, 5] = 9.0 if seed == 0 else logits[0, 5]
+        expected = sampler.sample(logits.numpy().copy(), rows, positions, table)
+        found = draw_on_device(sampler, logits, rows, positions, table)
+        assert found.tokens.tolist() == expected.tokens.tolist() and found.logprobs == expected.logprobs
+
+
+def test_rows_without_a_finite_peak_fail_alone() -> None:
+    sampler = filled(PLAIN, Stop(8))
+    logits = torch.randn(5, VOCABULARY)
+    logits[1, 7], logits[3] = torch.nan, -torch.inf
+    tokens = draw_on_device(sampler, logits, np.arange(5), np.full(5, 6), np.zeros((5, 8), np.int32)).tokens
+    assert [token >= 0 for token in tokens] == [True, False, True, False, True]
+
+
+def test_only_what_needs_the_host_goes_there() -> None:
+    sampler = filled(PLAIN + OTHERS, Stop(8, end_ids=(5,), min_tokens=3))
+    assert sampler.is_plain(np.arange(8), np.full(8, 7)).tolist() == [True] * 5 + [False] * 3
+    assert not sampler.is_plain(np.arange(8), np.full(8, 6)).any()
+    take_counts()
+    logits, table = torch.randn(3, VOCABULARY), np.zeros((8, 8), np.int32)
+    draw_on_device(sampler, logits, np.array([5, 6, 7]), np.full(3, 7), table)
+    assert not any(operation == "sample" for operation, _ in take_counts())
+    draw_on_device(sampler, logits, np.array([5, 1, 7]), np.full(3, 7), table)
+    assert take_counts()["sample", "reference"] == 1
+
+
+def test_on_a_cpu_the_host_samples() -> None:
+    sampler = filled((replace(PLAIN[1], seed=11),), Stop(8))
+    logits, table = torch.randn(1, VOCABULARY), np.zeros((1, 8), np.int32)
+    take_counts()
+    token = draw_tokens(sampler, logits.clone(), np.array([0]), np.array([6]), table).tokens
+    assert not take_counts() and token.tolist() == sampler.sample(logits.numpy(), np.array([0]), np.array([6]), table).tokens.tolist()
