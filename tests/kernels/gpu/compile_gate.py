@@ -1,25 +1,26 @@
 """Compile every GPU kernel for a chip that need not be here, and report registers, spills, shared memory and the kind of matrix product.
 
-Run as `python -m tests.kernels.gpu.compile_gate 90`: one JSON object a line and kernel. It needs triton and torch, no GPU; the tests run it
+Run as `python -m tests.kernels.gpu.compile_gate 90`: one JSON object a line and kernel, kept with --keep. It needs no GPU; the tests run it
 as a child, because in their own process kernels are interpreted.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from loadtests.rows import keep, surroundings
 from service.kernels.gpu.paged_attention import REGISTERS
 from tests.kernels.gpu.kernel_shapes import SHAPES, Shape
 
@@ -76,11 +77,18 @@ def compile_all(capability: int, pattern: str = "") -> Iterator[Compiled]:
         yield from pool.map(compile_shape, shapes, [capability] * len(shapes))
 
 
-def report(row: Compiled) -> dict[str, Any]:
-    """The row as JSON takes it."""
-    return row._asdict()
+def main() -> None:
+    """Compile, print, and keep where asked."""
+    parser = argparse.ArgumentParser(description="Compile every GPU kernel for a chip that need not be here.")
+    parser.add_argument("capability", type=int, choices=tuple(SHARED_BYTES))
+    parser.add_argument("pattern", nargs="?", default="")
+    parser.add_argument("--keep", action="store_true", help="append the rows to loadtests/results/gpu_compiled.jsonl")
+    options = parser.parse_args()
+    for row in compile_all(options.capability, options.pattern):
+        print(json.dumps(row._asdict()), flush=True)
+        if options.keep:
+            keep("gpu_compiled", {**surroundings(), "triton": triton.__version__, **row._asdict()})
 
 
 if __name__ == "__main__":
-    for row in compile_all(int(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else ""):
-        print(json.dumps(report(row)), flush=True)
+    main()
