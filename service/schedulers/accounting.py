@@ -20,13 +20,16 @@ from service.types.settings import SchedulerSettings
 
 
 class StepCost:
-    """FLOPs and bytes of a step, the same as `ModelSpec.flops` and `.bytes_read`, with the sums over layers taken once."""
+    """FLOPs and bytes of a step, the same as `ModelSpec.flops` and `.bytes_read`, with the sums over layers taken once.
 
-    def __init__(self, spec: ModelSpec, element_bytes: int) -> None:
+    `element_bytes` is the size of what is cached and, unless `parameter_bytes` says otherwise, of a parameter.
+    """
+
+    def __init__(self, spec: ModelSpec, element_bytes: int, parameter_bytes: float | None = None) -> None:
         head = spec.vocab_size * spec.dim
         self._flops_a_token = 2.0 * (spec.matmul_parameters - head)
         self._flops_a_sample = 2.0 * head
-        self._weight_bytes = float(spec.matmul_parameters_read * element_bytes)
+        self._weight_bytes = spec.matmul_parameters_read * float(parameter_bytes or element_bytes)
         kinds = Counter(layer.attention for layer in spec.layers)
         self._kinds = tuple((attention, float(count), 4.0 * attention.heads * attention.head_dim) for attention, count in kinds.items())
         self._element_bytes = element_bytes
@@ -47,6 +50,7 @@ class Accounting:
     def __init__(self, metrics: VersionMetrics, spec: ModelSpec, dtype: str, settings: SchedulerSettings) -> None:
         self._metrics = metrics
         self._levels = ServiceLevels(metrics, settings)
+        self._spec = spec
         self._cost = StepCost(spec, ELEMENT_BYTES.get(dtype, 4))
         self._generated = metrics.value("generation_tokens_total")
         self._prompt = metrics.value("prompt_tokens_total")
@@ -71,6 +75,8 @@ class Accounting:
         metrics.watch("requests_waiting", lambda: len(planner.waiting))
         metrics.watch("prefix_cache_tokens", lambda: planner.cache.cached_tokens)
         element_bytes = ELEMENT_BYTES.get(info.dtype, 4)
+        if info.quantize != "none" and "weights" in memory:
+            self._cost = StepCost(self._spec, element_bytes, memory["weights"] / self._spec.parameters)
         for index, (group, blocks) in enumerate(zip(info.kv_layout.groups, info.group_blocks, strict=True)):
             size = memory.get(f"kv:{group.name}", blocks * info.kv_layout.block_bytes(group, element_bytes))
             metrics.value("kv_cache_bytes", group.name).set(size)

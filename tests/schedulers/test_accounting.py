@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from service.schedulers.accounting import Accounting, StepCost
+from service.schedulers.sequence import State
 from service.telemetry import Telemetry
 from service.types.catalog import V2_3, Shape
 from service.types.errors import DeadlineExceeded, InternalError
 from service.types.plan import SampledToken, StepResult
 from service.types.request import FinishEvent, FinishReason
 from service.types.settings import SchedulerSettings
-from tests.fakes import fake_spec
+from tests.fakes import FakeBackend, fake_spec
 from tests.schedulers.support import metric
 from tests.schedulers.test_planner import add, make_planner
 
@@ -28,6 +31,24 @@ def test_more_of_anything_costs_more_and_weights_are_read_once_a_step():
         assert cost.of(*more)[0] > flops
     assert cost.of(1, 1, 2, 10.0)[1] - size == size - SPEC.matmul_parameters * 4
     assert StepCost(SPEC, 2).of(1, 1, 1, 10.0)[1] * 2 == size
+
+
+def test_quantised_weights_are_counted_at_their_own_size():
+    telemetry, accounting = make()
+    spec, planner = fake_spec(), make_planner()
+    info = FakeBackend().info
+    halved = replace(info, quantize="int8", memory_bytes=(("weights", spec.parameters * 2),))
+    counted = []
+    for told in (info, halved):
+        accounting.ready(told, "0", planner)
+        before = metric(telemetry, "model_bytes_read_total")
+        sequence = add(planner)
+        step = planner.plan()
+        assert step is not None
+        accounting.stepped(step, StepResult(step.plan.step, (SampledToken(0, 97),)), 0)
+        counted.append(metric(telemetry, "model_bytes_read_total") - before)
+        planner.leave(sequence, State.FINISHED)
+    assert counted[0] - counted[1] == spec.matmul_parameters_read * (4 - 2)
 
 
 def test_a_sampled_row_costs_the_head():
