@@ -38,6 +38,7 @@ ENV PATH=/opt/deepseek/bin:/usr/local/bin:/usr/bin:/bin \
     DEEPSEEK_HOST=0.0.0.0 \
     DEEPSEEK_PORT=8000 \
     DEEPSEEK_QUANTIZE_CACHE=/var/cache/deepseek/weights \
+    DEEPSEEK_REGISTRY=/var/cache/deepseek/registry.sqlite \
     DEEPSEEK_TIER=cpu
 USER 10001:10001
 WORKDIR /tmp

@@ -324,6 +324,19 @@ def test_where_the_registry_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert registry_path("") == tmp_path / ".local" / "share" / "deepseek-service" / "registry.sqlite"
 
 
+def test_a_user_without_a_home_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(_: object = None) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    for given in ("", "~/here.sqlite"):
+        with pytest.raises(SettingsError, match="--registry FILE, or none"):
+            registry_path(given)
+    assert registry_path("none") is None
+
+
 @pytest.mark.parametrize("flag", ["--help", "-h", "--about"])
 def test_text_flags_print_and_exit_cleanly(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert wants_text(["--port", "1", flag])

@@ -209,10 +209,13 @@ def _read(stream: FileIO, entry: tuple[torch.dtype, tuple[int, ...]], digest: ha
 
 
 def cache_in(directory: str, most_bytes: int) -> QuantisedCache | None:
-    """The cache in `directory`, or None where the directory is "none". Raises StartupError when it names a file."""
+    """The cache in `directory`, or None where the directory is "none". Raises StartupError when it names a file or no home is known."""
     if directory == "none":
         return None
-    path = Path(directory).expanduser()
+    try:
+        path = Path(directory).expanduser()
+    except RuntimeError:
+        raise StartupError(f"--quantize_cache {directory}: this user has no home directory; name another, or none.") from None
     if path.exists() and not path.is_dir():
         raise StartupError(f"--quantize_cache {directory} is not a directory: name one, or none.")
     return QuantisedCache(path, most_bytes)

@@ -62,13 +62,16 @@ def named_source(version: str, registry: Path | None) -> ModelSource:
 
 
 def registry_path(given: str) -> Path | None:
-    """Where the registry is: the file named, none for `none`, by default one in the user's data directory."""
+    """Where the registry is: the file named, none for `none`, by default one in the user's data directory. Raises SettingsError."""
     if given == "none":
         return None
-    if given:
-        return Path(given).expanduser()
-    data = os.environ.get("XDG_DATA_HOME")
-    return (Path(data) if data else Path.home() / ".local" / "share") / "deepseek-service" / "registry.sqlite"
+    try:
+        if given:
+            return Path(given).expanduser()
+        data = os.environ.get("XDG_DATA_HOME")
+        return (Path(data) if data else Path.home() / ".local" / "share") / "deepseek-service" / "registry.sqlite"
+    except RuntimeError:
+        raise SettingsError("this user has no home directory for the registry of versions: set --registry FILE, or none.") from None
 
 
 def bundled_source(version: str, bundled: Path = BUNDLED) -> ModelSource:

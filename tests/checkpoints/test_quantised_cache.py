@@ -166,3 +166,12 @@ def test_where_the_cache_is(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StartupError, match="is not a directory"):
         cache_in(str(tmp_path / "file"), 1)
+
+
+def test_a_user_without_a_home_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    with pytest.raises(StartupError, match="no home directory"):
+        cache_in("~/.cache/x", 1)
