@@ -331,9 +331,9 @@ def test_a_user_without_a_home_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_DATA_HOME", raising=False)
     monkeypatch.setattr(Path, "home", homeless)
     monkeypatch.setattr(Path, "expanduser", homeless)
-    for given in ("", "~/here.sqlite"):
+    for text in ("", "~/here.sqlite"):
         with pytest.raises(SettingsError, match="--registry FILE, or none"):
-            registry_path(given)
+            registry_path(text)
     assert registry_path("none") is None
 
 
