@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from service.checkpoints.bundled import REQUIRED_FILES, complete_lines
 from service.checkpoints.manifest import read_manifest
 from service.checkpoints.registry import Registry
-from service.config.bundled import bundled_source, choose_sources, named_source, registry_path, restored_sources
+from service.config.bundled import bundled_source, choose_sources, listed_sources, named_source, registry_path, restored_sources
 from service.config.definition import SECTIONS, Definition
 from service.config.describe import settings_tables
 from service.config.flags import FlagParser, canonical, parse_bytes, wants_text
@@ -358,3 +358,17 @@ def test_a_parser_knows_its_flags() -> None:
     parser.add_argument("--rate")
     assert {"--rate", "--help", "--about"} <= set(parser.known_flags())
     assert parser.read(["--rate", "3"]) == {"rate": "3"}
+
+
+def test_a_list_of_versions_names_bundled_lines_registered_patches_and_directories(tmp_path: Path) -> None:
+    bundled = bundled_source("2.3")
+    (tmp_path / "mine").mkdir()
+    found = listed_sources(["v2.3", str(tmp_path / "mine"), f"other={bundled.directory}"], tmp_path / "registry", "--versions")
+    assert found == (bundled, ModelSource("mine", str(tmp_path / "mine")), ModelSource("other", bundled.directory))
+    for entries, words in (
+        (["v2.3", "v2.3"], "--versions names 'v2.3' twice: .* --versions NAME=DIR"),
+        (["v2.3", ""], "--versions has no directory"),
+        (["v7"], "--versions 'v7' is not bundled .*: choose one of these or give a directory as DIR or NAME=DIR"),
+    ):
+        with pytest.raises(SettingsError, match=words):
+            listed_sources(entries, tmp_path / "registry", "--versions")

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import service
 from service.cli.benchmark_tables import print_comparison, print_row, progress_bar
 from service.cli.ending import run_command
-from service.cli.machine_benchmark import add_machine_flags, check_machine, finish, measure_machine
+from service.cli.machine_benchmark import add_machine_flags, check_machine, finish, measure_machine, measures_machine
 from service.config.flags import FlagParser, canonical
 from service.loadgen.arrivals import Load
 from service.loadgen.compare import RowsError, compare, read_rows
@@ -103,7 +103,7 @@ def _benchmark(arguments: Sequence[str]) -> int:
         if given.rows:
             _write_report(given.report, read_rows(Path(given.rows)))
             return 0
-        if given.tier or given.quality:
+        if measures_machine(given):
             return finish(given, _run_loop(measure_machine(given)))
         ready = _plan(given, named)
     except (ScenarioError, RowsError) as error:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -94,6 +95,11 @@ class LocalEngine:
             elif isinstance(event, FinishEvent) and event.error is not None:
                 raise event.error
         return found
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, smallest and largest of some rounds, for a row."""
+    return {"median": round(median(values), 3), "min": round(min(values), 3), "max": round(max(values), 3), "rounds": len(values)}
 
 
 async def _drain(stream: Stream) -> float:

@@ -1,6 +1,6 @@
-"""The part of `deepseek-benchmark` that starts engines on this machine: tiers and the quality of quantised weights, as table and row.
+"""The part of `deepseek-benchmark` that starts engines on this machine: tiers, quality of quantised weights, versions, as table and row.
 
-It does not know how either is measured. Invariant: a row carries where and with what it was made, like those of servers.
+It does not know how they are measured. Invariant: a row carries where and with what it was made, like those of servers.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from typing import Any
 import service
 from service.cli.quality import BOUNDS, measure_quality
 from service.cli.tiers import PROFILES, measure_tier
-from service.config.bundled import bundled_source
+from service.cli.version_comparison import Comparison, compare_versions
+from service.cli.version_table import version_table
+from service.config.bundled import bundled_source, listed_sources, registry_path
 from service.config.flags import FlagParser
+from service.train.corpus import read_corpus
 from service.types.errors import SettingsError
 
 # Modules of the standard library whose sources are scored when no text is named: every machine has them.
@@ -36,38 +39,68 @@ def add_machine_flags(parser: FlagParser, count: Callable[[str], int], whole: Ca
     machine.add_argument(
         "--quality", metavar="KINDS", default="", help="int8, int4 or both by comma: perplexity and agreement against float32"
     )
+    machine.add_argument(
+        "--versions",
+        metavar="LIST",
+        default="",
+        help="versions by name, DIR or NAME=DIR, by comma: quality, speed, memory and cost of each",
+    )
     machine.add_argument("--directory", metavar="DIR", default="", help="checkpoint of --tier and --quality; the bundled one when left out")
     machine.add_argument("--threads", metavar="N", type=whole, default=0, help="CPU threads of each engine (default 0, all cores)")
-    machine.add_argument("--rounds", metavar="N", type=count, default=5, help="alternating rounds of --tier (default %(default)s)")
-    machine.add_argument("--text", metavar="FILE", default="", help="text of --quality; sources of the standard library when left out")
-    machine.add_argument("--text_tokens", metavar="N", type=count, default=16384, help="most of its tokens (default %(default)s)")
+    machine.add_argument(
+        "--rounds", metavar="N", type=count, default=5, help="alternating rounds of --tier and --versions (default %(default)s)"
+    )
+    machine.add_argument(
+        "--text", metavar="FILE", default="", help="text of --quality and --versions; sources of the standard library when left out"
+    )
+    machine.add_argument(
+        "--text_tokens",
+        metavar="N",
+        type=count,
+        default=16384,
+        help="most of its tokens, for --versions of 4 characters (default %(default)s)",
+    )
 
 
 def check_machine(given: Namespace) -> None:
     """Refuse what cannot be measured. Raises SettingsError."""
-    if given.tier and given.quality:
-        raise SettingsError("--tier and --quality are two measurements: give only one of them.")
+    asked = [flag for flag in ("tier", "quality", "versions") if getattr(given, flag)]
+    if len(asked) > 1:
+        raise SettingsError(f"--{asked[0]} and --{asked[1]} are two measurements: give only one of them.")
     for kind in filter(None, given.quality.split(",")):
         if kind not in BOUNDS:
             raise SettingsError(f"--quality must name {' or '.join(BOUNDS)}, or both by comma, not {kind[:40]!r}.")
-    if (given.text or given.directory) and not (given.tier or given.quality):
-        raise SettingsError("--text and --directory belong to --tier and --quality: give one of these too.")
+    if given.directory and not (given.tier or given.quality):
+        raise SettingsError("--directory belongs to --tier and --quality: give one of these too.")
+    if given.text and not (given.quality or given.versions):
+        raise SettingsError("--text belongs to --quality and --versions: give one of these too.")
+
+
+def measures_machine(given: Namespace) -> bool:
+    """Whether the flags ask for one of these measurements."""
+    return bool(given.tier or given.quality or given.versions)
 
 
 async def measure_machine(given: Namespace) -> dict[str, Any]:
     """The row that the flags ask for. Raises StartupError."""
-    directory = Path(given.directory or bundled_source("").directory)
     row: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "program": service.__version__,
         "python": platform.python_version(),
         "cores": len(os.sched_getaffinity(0)),
+        "load_average": round(os.getloadavg()[0], 2),
         "label": given.label,
-        "directory": directory.name,
     }
+    if given.versions:
+        sources = listed_sources(given.versions.split(","), registry_path(""), "--versions")
+        asked = Comparison(given.prompt_tokens, given.output_tokens, given.rounds, given.threads)
+        text = _text(given.text) if given.text else _held_out_text()
+        return row | await compare_versions(sources, text, given.text_tokens, asked)
+    directory = Path(given.directory or bundled_source("").directory)
+    row["directory"] = directory.name
     if given.tier:
-        asked = given.prompt_tokens, given.output_tokens
-        return row | await measure_tier(given.tier, directory, given.threads, given.rounds, asked)
+        lengths = given.prompt_tokens, given.output_tokens
+        return row | await measure_tier(given.tier, directory, given.threads, given.rounds, lengths)
     kinds = tuple(dict.fromkeys(filter(None, given.quality.split(","))))
     return row | await measure_quality(directory, kinds, _text(given.text), given.text_tokens, given.threads)
 
@@ -96,11 +129,19 @@ def _text(path: str) -> str:
         raise SettingsError(f"--text {path} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}.") from None
 
 
+def _held_out_text() -> str:
+    """The standard library's files that every recipe holds out: no bundled line was trained on them."""
+    return "\n".join(read_corpus(chat_share=0.0).held_out)
+
+
 def _print(row: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 110)
+    if row["kind"] == "versions":
+        console.print(version_table(row))
+        return
     table = Table(title=f"{row['directory']} · {row.get('tier') or row['kind']} · {row['cores']} cores", title_justify="left")
     if row["kind"] == "quality":
         for column in ("weights", "perplexity", "over float32", "same likeliest token"):

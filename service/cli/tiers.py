@@ -13,7 +13,7 @@ from random import Random
 from statistics import median
 from typing import Any
 
-from service.cli.local_engine import LocalEngine, Round
+from service.cli.local_engine import LocalEngine, Round, spread
 from service.types.settings import EngineSettings, SchedulerSettings
 
 
@@ -65,9 +65,9 @@ async def measure_tier(tier: str, directory: Path, threads: int, rounds: int, as
         "clients": profile.clients,
         "prompt_tokens": prompt_tokens,
         "output_tokens": output_tokens,
-        "baseline_tokens_per_s": _spread([base.output for base, _ in pairs[1:]]),
-        "tokens_per_s": _spread([mine.output for _, mine in pairs[1:]]),
-        "ratio": _spread(ratios),
+        "baseline_tokens_per_s": spread([base.output for base, _ in pairs[1:]]),
+        "tokens_per_s": spread([mine.output for _, mine in pairs[1:]]),
+        "ratio": spread(ratios),
         "claim": profile.claim,
         "machine": limits,
         "share_of_limit": shares,
@@ -92,7 +92,3 @@ def _shares(engine: LocalEngine, profile: Profile, rounds: list[Round], asked: t
         "prefill": round(median(entry.prefill for entry in rounds) * prefill_s / prompt_tokens, 3),
         "decode": round(median(entry.decode for entry in rounds) * decode_s / rows, 3),
     }
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": round(median(values), 3), "min": round(min(values), 3), "max": round(max(values), 3), "rounds": len(values)}

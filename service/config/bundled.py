@@ -30,11 +30,26 @@ def choose_sources(models: Sequence[str], version: str, restore: bool = False, r
         return (named_source(version, registry),)
     if not models:
         return (bundled_source(""), *(bundled_source(line.number) for line in reversed(complete_lines()[:-1])))
-    sources = tuple(_parse(entry) for entry in models)
+    return _distinct(tuple(_parse(entry, "--model") for entry in models), "--model")
+
+
+def listed_sources(entries: Sequence[str], registry: Path | None, flag: str) -> tuple[ModelSource, ...]:
+    """What a list of versions means: each a version's name as `named_source` knows it, DIR or NAME=DIR.
+
+    Raises SettingsError, which calls the list `flag`, or CheckpointError.
+    """
+    sources = []
+    for entry in entries:
+        is_version = "=" not in entry and not Path(entry).expanduser().is_dir()
+        sources.append(named_source(entry, registry, flag) if entry.strip() and is_version else _parse(entry, flag))
+    return _distinct(tuple(sources), flag)
+
+
+def _distinct(sources: tuple[ModelSource, ...], flag: str) -> tuple[ModelSource, ...]:
     names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1:
-            raise SettingsError(f"--model names {name!r} twice: give each directory its own name with --model NAME=DIR.")
+            raise SettingsError(f"{flag} names {name!r} twice: give each directory its own name with {flag} NAME=DIR.")
     return sources
 
 
@@ -51,13 +66,13 @@ def restored_sources(registry: Path | None) -> tuple[ModelSource, ...]:
     return tuple(source for source, _ in recorded)
 
 
-def named_source(version: str, registry: Path | None) -> ModelSource:
+def named_source(version: str, registry: Path | None, flag: str = "--version") -> ModelSource:
     """The bundled model of a line, or a registered artifact: by patch, by digest, or of a line that is not bundled."""
     found = Registry(registry).find(version) if registry is not None else None
     line = find_line(version)
     bundled_line = line is not None and version.removeprefix("v") == line.number and line in complete_lines()
     if found is None or bundled_line or not found.is_live:
-        return bundled_source(version)
+        return bundled_source(version, flag=flag)
     return ModelSource(f"v{found.version}" if found.version else Path(found.directory).name, found.directory)
 
 
@@ -74,7 +89,7 @@ def registry_path(given: str) -> Path | None:
         raise SettingsError("this user has no home directory for the registry of versions: set --registry FILE, or none.") from None
 
 
-def bundled_source(version: str, bundled: Path = BUNDLED) -> ModelSource:
+def bundled_source(version: str, bundled: Path = BUNDLED, flag: str = "--version") -> ModelSource:
     """The bundled model of a line, or of the newest line that is complete when `version` is empty. Raises SettingsError."""
     complete = complete_lines(bundled)
     if not version:
@@ -86,19 +101,20 @@ def bundled_source(version: str, bundled: Path = BUNDLED) -> ModelSource:
     if wanted is None or wanted not in complete or version.removeprefix("v") != wanted.number:
         served = ", ".join(line.label for line in complete) or "none"
         raise SettingsError(
-            f"--version {version[:40]!r} is not bundled (bundled: {served}) and not registered: choose one of these or use --model DIR."
+            f"{flag} {version[:40]!r} is not bundled (bundled: {served}) and not registered: choose one of these or "
+            + ("use --model DIR." if flag == "--version" else "give a directory as DIR or NAME=DIR.")
         )
     return ModelSource(wanted.label, str(bundled_directory(wanted, bundled)))
 
 
-def _parse(entry: str) -> ModelSource:
+def _parse(entry: str, flag: str) -> ModelSource:
     name, equals, directory = entry.partition("=")
     if not equals or not _NAME.fullmatch(name):
         name, directory = Path(entry).expanduser().absolute().name, entry
     if not directory.strip():
-        raise SettingsError("--model has no directory: write --model DIR or --model NAME=DIR.")
+        raise SettingsError(f"{flag} has no directory: write {flag} DIR or {flag} NAME=DIR.")
     if not _NAME.fullmatch(name):
         raise SettingsError(
-            f"--model {entry[:80]!r} gives no usable name: write --model NAME=DIR with letters, digits, '.', '_', ':' or '-'."
+            f"{flag} {entry[:80]!r} gives no usable name: write {flag} NAME=DIR with letters, digits, '.', '_', ':' or '-'."
         )
     return ModelSource(name, str(Path(directory).expanduser()))

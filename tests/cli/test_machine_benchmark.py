@@ -12,6 +12,8 @@ import pytest
 from service.cli import benchmark, machine_benchmark
 from service.cli.benchmark import benchmark_parser
 from service.cli.machine_benchmark import check_machine, finish
+from service.cli.version_comparison import Comparison
+from service.train.corpus import read_corpus
 from service.types.errors import SettingsError
 
 SPREAD = {"median": 2.0, "min": 1.0, "max": 3.0, "rounds": 3}
@@ -45,8 +47,11 @@ def flags(*arguments: str) -> Namespace:
     [
         (("--tier", "cpu", "--quality", "int8"), "give only one of them"),
         (("--quality", "int8,int3"), "not 'int3'"),
-        (("--text", "x.txt"), "belong to --tier and --quality"),
-        (("--directory", "x"), "belong to --tier and --quality"),
+        (("--versions", "v2.3", "--quality", "int8"), "--quality and --versions are two measurements"),
+        (("--text", "x.txt"), "--text belongs to --quality and --versions"),
+        (("--text", "x.txt", "--tier", "cpu"), "--text belongs to --quality and --versions"),
+        (("--directory", "x"), "--directory belongs to --tier and --quality"),
+        (("--directory", "x", "--versions", "v2.3"), "--directory belongs to --tier and --quality"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments: tuple[str, ...], words: str) -> None:
@@ -55,7 +60,12 @@ def test_what_cannot_be_measured_is_refused(arguments: tuple[str, ...], words: s
 
 
 def test_sound_flags_pass() -> None:
-    for arguments in ((), ("--tier", "edge", "--directory", "d"), ("--quality", "int8,int4", "--text", "t")):
+    for arguments in (
+        (),
+        ("--tier", "edge", "--directory", "d"),
+        ("--quality", "int8,int4", "--text", "t"),
+        ("--versions", "a,b", "--text", "t"),
+    ):
         check_machine(flags(*arguments))
 
 
@@ -94,6 +104,29 @@ def test_the_command_measures_what_the_flags_name(
     assert (row["label"], row["directory"]) == ("here", tmp_path.name) and row["cores"] >= 1
     assert benchmark._benchmark(["--tier", "cpu", "--rounds", "7", "--prompt_tokens", "9", "--output_tokens", "8", *common]) == 0
     assert asked == [(tmp_path, ("int4", "int8"), "words", 77, 3), ("cpu", tmp_path, 3, 7, (9, 8))]
+
+
+def test_versions_are_compared_on_text_that_no_recipe_trains_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    async def versions(*arguments: object) -> dict[str, Any]:
+        asked.append(arguments)
+        return {"kind": "versions"}
+
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    monkeypatch.setattr(machine_benchmark, "compare_versions", versions)
+    monkeypatch.setattr(machine_benchmark, "_print", lambda row: None)
+    command = ["--versions", f"v2.3,mine={tmp_path}", "--rounds", "7", "--prompt_tokens", "9", "--output_tokens", "8", "--threads", "3"]
+    assert benchmark._benchmark(command) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["kind"] == "versions"
+    sources, text, tokens, comparison = asked[0]
+    assert [source.name for source in sources] == ["v2.3", "mine"] and sources[1].directory == str(tmp_path)
+    assert tokens == 16384 and comparison == Comparison(9, 8, 7, 3)
+    assert len(text) > 50_000 and not any(document in text for document in read_corpus(60, chat_share=0.0).train if len(document) > 2000)
+    (tmp_path / "t.txt").write_text("words")
+    assert benchmark._benchmark([*command, "--text", str(tmp_path / "t.txt")]) == 0 and asked[1][1] == "words"
 
 
 def test_a_text_that_cannot_be_read_is_one_sentence() -> None:
