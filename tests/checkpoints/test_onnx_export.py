@@ -1,0 +1,141 @@
+"""An exported graph against the torch decoder: sizes, families, windows, int8, batches, reused blocks; refusals; the cache on disk."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+from service.checkpoints import onnx_export
+from service.checkpoints.load import load
+from service.checkpoints.manifest import Manifest, read_manifest
+from service.checkpoints.onnx_export import export, find_or_export, refuse
+from service.checkpoints.onnx_graph import OnnxGraph, Rectangle
+from service.models.attention import DenseAttend
+from service.types.errors import CheckpointError
+from tests.tiny_models import build_tiny, build_tiny_line
+
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama3": ("llama", {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 20, "rope": LLAMA3}),
+    "bias-tied": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "window": ("mistral", {"num_attention_heads": 7, "num_key_value_heads": 1, "head_dim": 24, "sliding_window": 70}),
+    "mixed": ("qwen2", {"num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 29, "max_window_layers": 1}),
+    "yarn": ("qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope": YARN}),
+    "qk-norm": ("qwen3", {"num_key_value_heads": 1, "head_dim": 32}),
+}
+TOKENS = 200
+
+
+def opened(directory: Path, manifest: Manifest, blocks: int) -> OnnxGraph:
+    layout = manifest.spec.kv_layout()
+    return OnnxGraph(directory, layout, [blocks] * len(layout.groups), threads=1)
+
+
+def expected(manifest: Manifest, tokens: np.ndarray) -> np.ndarray:
+    decoder = load(manifest, "cpu", torch.float32)
+    attend = DenseAttend(1, len(tokens), manifest.spec.layers)
+    with torch.inference_mode():
+        return decoder(torch.from_numpy(tokens), torch.arange(len(tokens)), attend).numpy()
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_pieces_then_single_tokens_beside_another_sequence(name: str, tmp_path: Path) -> None:
+    """Two sequences of different lengths: prompts in pieces across blocks, then both decode in one batch; blocks out of order, dirty."""
+    family, overrides = CASES[name]
+    manifest = read_manifest(build_tiny(tmp_path / "model", family, seed=3, **overrides))
+    export(manifest, tmp_path / "graph", "none")
+    graph = opened(tmp_path / "graph", manifest, 8)
+    for cache in graph.caches.values():
+        cache[:, 64:] = np.nan  # whatever an earlier owner left; block 0 is never written
+    draw = np.random.default_rng(2)
+    long, short = draw.integers(0, 256, TOKENS), draw.integers(0, 256, 80)
+    table = np.array([[7, 2, 5, 1], [3, 6, 0, 0]], np.int32)
+    groups = len(manifest.spec.kv_layout().groups)
+    truth = (expected(manifest, long), expected(manifest, short))
+    for row, tokens, bounds in ((0, long, (0, 1, 70, 190)), (1, short, (0, 64, 70))):
+        for start, end in pairwise(bounds):
+            batch = Rectangle(tokens[None, start:end], np.array([start]), (table[row : row + 1],) * groups, np.arange(end - start))
+            np.testing.assert_allclose(graph.logits(batch), truth[row][start:end], atol=1e-4, rtol=1e-4)
+    for step in range(10):
+        tokens = np.array([[long[190 + step]], [short[70 + step]]])
+        batch = Rectangle(tokens, np.array([190 + step, 70 + step]), (table,) * groups, np.array([1, 0]))
+        found = graph.logits(batch)
+        np.testing.assert_allclose(found, [truth[1][70 + step], truth[0][190 + step]], atol=1e-4, rtol=1e-4)
+
+
+def test_the_caches_are_written_in_place(tmp_path: Path) -> None:
+    manifest = read_manifest(build_tiny(tmp_path / "model"))
+    export(manifest, tmp_path / "graph", "none")
+    graph = opened(tmp_path / "graph", manifest, 2)
+    graph.logits(Rectangle(np.array([[5, 6]]), np.array([0]), (np.array([[2]]),), np.array([1])))
+    for cache in graph.caches.values():
+        written = np.abs(cache).max(axis=(0, 2)) > 0
+        assert np.flatnonzero(written).tolist() == [128, 129]
+
+
+def test_a_row_of_int8_does_not_depend_on_its_neighbours(tmp_path: Path) -> None:
+    manifest = read_manifest(build_tiny(tmp_path / "model", tie_word_embeddings=True))
+    export(manifest, tmp_path / "graph", "int8")
+    graph = opened(tmp_path / "graph", manifest, 3)
+    table = np.array([[1], [2], [3]])
+    tokens = np.array([[9], [250], [77]])
+    together = graph.logits(Rectangle(tokens, np.zeros(3, np.int64), (table,), np.arange(3)))
+    for row in range(3):
+        alone = graph.logits(Rectangle(tokens[row : row + 1], np.zeros(1, np.int64), (table[row : row + 1],), np.zeros(1, np.int64)))
+        np.testing.assert_allclose(alone[0], together[row], rtol=1e-5, atol=1e-5)
+
+
+def test_a_graph_that_disagrees_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = read_manifest(build_tiny(tmp_path / "model"))
+    monkeypatch.setattr(onnx_export, "attention_factor", lambda spec: 1.5)
+    with pytest.raises(CheckpointError, match="differs from the model"):
+        export(manifest, tmp_path / "graph", "none")
+    assert not (tmp_path / "graph").exists()
+
+
+def test_the_cache_is_named_by_what_was_exported(tmp_path: Path) -> None:
+    manifest = read_manifest(build_tiny(tmp_path / "model"))
+    first = find_or_export(manifest, tmp_path / "cache", "none")
+    stamp = (first / "model.onnx").stat().st_mtime_ns
+    assert find_or_export(manifest, tmp_path / "cache", "none") == first
+    assert (first / "model.onnx").stat().st_mtime_ns == stamp
+    other = read_manifest(build_tiny(tmp_path / "other", seed=1))
+    assert find_or_export(other, tmp_path / "cache", "none") != first
+    assert find_or_export(manifest, tmp_path / "cache", "int8") != first
+
+
+def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
+    spec = read_manifest(build_tiny(tmp_path / "model")).spec
+    with pytest.raises(CheckpointError, match="int4 weights"):
+        refuse(spec, "int4")
+    dynamic = read_manifest(build_tiny(tmp_path / "dynamic", rope={"rope_type": "dynamic", "factor": 2.0})).spec
+    with pytest.raises(CheckpointError, match="dynamic rope"):
+        refuse(dynamic, "none")
+    seeing = read_manifest(build_tiny_line(tmp_path / "line")).spec
+    with pytest.raises(CheckpointError, match="images"):
+        refuse(seeing, "none")
+    with pytest.raises(CheckpointError, match="far blocks"):
+        refuse(replace(spec, layers=(replace(spec.layers[0], attention=_far(spec)), *spec.layers[1:])), "none")
+
+
+def _far(spec: Any) -> Any:
+    from service.types.kv_layout import FarSpec
+
+    return replace(spec.layers[0].attention, window=64, far=FarSpec())
+
+
+def test_running_a_graph_needs_no_torch() -> None:
+    code = "import service.checkpoints.onnx_graph, sys; sys.exit('torch' in sys.modules or 'onnx' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
