@@ -1,7 +1,7 @@
 """The registry: which artifacts were seen, verified and served, in one SQLite file; no torch, no HTTP.
 
 It does not load models. Invariants: an artifact is known by its digest alone and an entry never changes what it names; a serving is
-recorded when every model of it was ready, so the last one recorded is the last that was good.
+recorded when every model of it had been ready, so the last one recorded is the last that was good.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Registry:
             connection.execute("UPDATE artifacts SET verified = ?, verified_lock = ? WHERE digest = ?", values)
 
     def mark_served(self, models: Sequence[tuple[str, Manifest]]) -> None:
-        """Record that these models, by served name and the default first, were all ready together."""
+        """Record that these models, by served name and the default first, were each ready in one process."""
         with self._transaction() as connection:
             serving = connection.execute("INSERT INTO servings (at) VALUES (?)", (_now(),)).lastrowid
             for place, (served_name, manifest) in enumerate(models):

@@ -115,6 +115,7 @@ async def _serve(
     loading = asyncio.create_task(router.start(), name="loading")
     application = build_app(router, telemetry, settings.http)
     serving = asyncio.create_task(serve_http(application, listener), name="serving")
+    tasks = [loading, serving]
     try:
         await asyncio.wait({loading, serving}, return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
@@ -124,23 +125,37 @@ async def _serve(
         times.mark("load")
         progress.close()
         _announce(router, telemetry, times)
-        await asyncio.to_thread(_record, settings, router)
+        recorded = await _record(settings, router)
+        tasks.append(asyncio.create_task(_keep_record(settings, router, recorded), name="recording"))
         _invite(router, url, keyed=bool(settings.http.api_keys))
         _settle_collector()
         await serving
         return 0
     finally:
-        await _end([loading, serving])
+        await _end(tasks)
         await router.close()
 
 
-def _record(settings: ServeSettings, router: Router) -> None:
-    """Keep in the registry that this was served; one that cannot be written is reported and no reason to end."""
+async def _keep_record(settings: ServeSettings, router: Router, recorded: int) -> None:
+    """Record anew whenever more than the `recorded` versions were loaded at least once, until it is cancelled."""
+    while True:
+        await router.loaded()
+        if sum(version.was_ready for version in router.versions()) > recorded:
+            recorded = await _record(settings, router)
+
+
+async def _record(settings: ServeSettings, router: Router) -> int:
+    """Keep in the registry what was ready so far, or in the run that is restored; returns how many.
+
+    A registry that cannot be written is reported and no reason to end.
+    """
+    good = [(version.name, version.manifest) for version in router.versions() if version.was_ready or settings.restored]
     if settings.registry is not None:
         try:
-            Registry(settings.registry).mark_served([(version.name, version.manifest) for version in router.versions() if version.ready])
+            await asyncio.to_thread(Registry(settings.registry).mark_served, good)
         except CheckpointError as error:
             log_event("not_recorded", reason=str(error))
+    return len(good)
 
 
 def _report_lock(manifest: Manifest) -> None:

@@ -43,7 +43,10 @@ _Room = TypeVar("_Room", HttpLimits, SchedulerSettings, EngineSettings, Attentio
 
 @dataclass(frozen=True, slots=True)
 class ServeSettings:
-    """What `deepseek-serve` was asked for: the models, the default first, the settings of each room, and the registry, if one is kept."""
+    """What `deepseek-serve` was asked for: the models, the default first, the settings of each room, and the registry, if one is kept.
+
+    `restored` models were good when they were served before.
+    """
 
     models: tuple[ModelSource, ...]
     http: HttpSettings
@@ -52,6 +55,7 @@ class ServeSettings:
     attention: AttentionSettings
     registry: Path | None = None
     fleet: FleetSettings = field(default_factory=FleetSettings)
+    restored: bool = False
 
 
 def serve_parser() -> FlagParser:
@@ -146,9 +150,11 @@ def _convert(given: Definition, origins: Sequence[_Origin]) -> ServeSettings:
     attention = replace(_room(AttentionSettings, given), dense_layers=tuple(given.dense_layers))
     fleet = _room(FleetSettings, given)
     if fleet.load == "auto":
-        fleet = replace(fleet, load="start" if given.model or given.version or given.restore else "demand")
+        # What is restored may have been loaded on demand, and need not fit all at once.
+        on_demand = len(sources) > 1 if given.restore else not (given.model or given.version)
+        fleet = replace(fleet, load="demand" if on_demand else "start")
     scheduler, engine = _room(SchedulerSettings, given), _room(EngineSettings, given)
-    return ServeSettings(sources, http, scheduler, engine, attention, registry, fleet)
+    return ServeSettings(sources, http, scheduler, engine, attention, registry, fleet, given.restore)
 
 
 def _room(room: type[_Room], given: Definition) -> _Room:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from service.schedulers.loop import Loop
@@ -16,17 +16,22 @@ from service.telemetry import log_event
 from service.types.errors import StartupError, Unavailable
 
 RETRY_S = 5.0
+_NO_ROOM = "The memory is taken by models at work."
 
 
 @dataclass(slots=True)
 class Resident:
-    """One version that may be loaded. `make` gives a loop that was never started; `planned_bytes` is what it takes when it is loaded."""
+    """One version that may be loaded. `make` gives a loop that was never started; `planned_bytes` is what it takes when it is loaded.
+
+    `was_ready` says whether it was loaded at least once.
+    """
 
     name: str
     make: Callable[[], Loop]
     planned_bytes: int
     loop: Loop
     used: int = 0
+    was_ready: bool = False
     loading: asyncio.Task[None] | None = None
 
 
@@ -39,6 +44,7 @@ class Residency:
         self._residents: list[Resident] = []
         self._uses = 0
         self._room = asyncio.Lock()
+        self._loaded = asyncio.Event()
 
     def add(self, name: str, make: Callable[[], Loop], planned_bytes: int) -> Resident:
         """A version, not loaded yet."""
@@ -51,6 +57,13 @@ class Residency:
         """Load a version that the command asked for. Raises StartupError or Unavailable."""
         resident.loop.state = "loading"
         await resident.loop.start()
+        resident.was_ready = True
+        self._loaded.set()
+
+    async def loaded(self) -> None:
+        """Return when a version was loaded since the last call; for one caller."""
+        await self._loaded.wait()
+        self._loaded.clear()
 
     async def hold(self, resident: Resident) -> None:
         """Return when the version accepts requests, loading it if need be; what else is wrong with it is for its loop to say.
@@ -67,7 +80,8 @@ class Residency:
                 async with asyncio.timeout(self._wait_s):
                     await asyncio.shield(resident.loading)
             except TimeoutError:
-                raise Unavailable("The model is being loaded.", retry_after_s=RETRY_S) from None
+                reason = _NO_ROOM if resident.loop.state == "unloaded" else "The model is being loaded."
+                raise Unavailable(reason, retry_after_s=RETRY_S) from None
 
     async def close(self) -> None:
         """End every load and every loop; idempotent."""
@@ -81,7 +95,11 @@ class Residency:
     async def _load(self, resident: Resident) -> None:
         try:
             async with self._room:
-                await self._make_room(resident)
+                try:
+                    async with asyncio.timeout(self._wait_s):
+                        await self._make_room(resident)
+                except TimeoutError:
+                    raise Unavailable(_NO_ROOM, retry_after_s=RETRY_S) from None
                 try:
                     await self.start(resident)
                 except (StartupError, Unavailable) as error:
@@ -92,14 +110,22 @@ class Residency:
             resident.loading = None
 
     async def _make_room(self, wanted: Resident) -> None:
-        """Unload idle versions, the one used longest ago first, until `wanted` fits. Raises Unavailable while too many are at work."""
-        if wanted.loop.state != "unloaded":
-            raise Unavailable("The server is shutting down.", retry_after_s=RETRY_S)
-        while self._budget_bytes and self._taken() + wanted.planned_bytes > self._budget_bytes:
-            idle = [one for one in self._residents if one.loop.state == "ready" and one.loop.empty.is_set()]
-            if not idle:
-                raise Unavailable("The memory is taken by models at work.", retry_after_s=RETRY_S)
-            await self._unload(min(idle, key=lambda one: one.used))
+        """Unload idle versions, the one used longest ago first, until `wanted` fits; wait for one to become idle where none is.
+
+        Raises Unavailable when the server stops or no version could ever make room.
+        """
+        while wanted.loop.state == "unloaded":
+            if not self._budget_bytes or self._taken() + wanted.planned_bytes <= self._budget_bytes:
+                return
+            ready = [one for one in self._residents if one.loop.state == "ready"]
+            idle = [one for one in ready if one.loop.empty.is_set()]
+            if idle:
+                await self._unload(min(idle, key=lambda one: one.used))
+            elif ready:
+                await _any_empty([one.loop for one in ready])
+            else:
+                raise Unavailable(_NO_ROOM, retry_after_s=RETRY_S)
+        raise Unavailable("The server is shutting down.", retry_after_s=RETRY_S)
 
     def _taken(self) -> int:
         return sum(one.planned_bytes for one in self._residents if one.loop.state not in ("unloaded", "closed"))
@@ -110,6 +136,16 @@ class Residency:
         resident.loop.state = "unloaded"
         log_event("unloaded", version=resident.name)
         await before.close()
+
+
+async def _any_empty(loops: Sequence[Loop]) -> None:
+    """Return when one of the loops has nothing to do; it may have by the time that the caller looks."""
+    waits = [asyncio.create_task(loop.empty.wait()) for loop in loops]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
 
 
 def _seen(task: asyncio.Task[None]) -> None:

@@ -73,6 +73,11 @@ class ServedVersion:
         """Does it accept requests now?"""
         return self.loop.state == "ready"
 
+    @property
+    def was_ready(self) -> bool:
+        """Was it loaded at least once?"""
+        return self.resident.was_ready
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -183,6 +188,10 @@ class Router:
     async def start(self) -> None:
         """Start the workers of all versions, or of the default alone; returns when they are ready. Raises StartupError or Unavailable."""
         await asyncio.gather(*(self._residency.start(version.resident) for version in self._first_loaded()))
+
+    async def loaded(self) -> None:
+        """Return when a version was loaded since the last call; for one caller."""
+        await self._residency.loaded()
 
     async def drain(self, seconds: float) -> None:
         """Refuse what is new and let what runs end within `seconds`; the rest is ended with an error."""

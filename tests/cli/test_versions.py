@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 
 from service.checkpoints.manifest import read_manifest
@@ -88,6 +89,25 @@ def test_restore_serves_what_was_served_last(start: Start, tmp_path: Path) -> No
     build_tiny(tiny, seed=5)
     code, _, error = start("service.cli.serve", "--restore", "--registry", registry, "--port", "0").end()
     assert code == 2 and "is not what was served as mine" in error
+
+
+def test_restore_brings_back_what_was_loaded_on_demand_and_not_what_never_was(start: Start, tmp_path: Path) -> None:
+    registry = str(tmp_path / "registry")
+    flags = [part for name in ("first", "asked", "never") for part in ("--model", f"{name}={build_tiny(tmp_path / name, seed=len(name))}")]
+    common = ("--registry", registry, "--port", "0", "--batch_size", "2", "--kv_bytes", "16MiB")
+    command = start("service.cli.serve", *flags, "--load", "demand", *common)
+    url = command.read_until("serving first, asked, never on ")
+    httpx.post(f"{url}/v1/completions", json={"model": "asked", "prompt": "a", "max_tokens": 1}, timeout=60).raise_for_status()
+    command.signal(signal.SIGTERM)
+    assert command.end()[0] == 0
+    assert [source.name for source, _ in Registry(Path(registry)).last_good()] == ["first", "asked"]
+    command = start("service.cli.serve", "--restore", *common)
+    assert command.read_until("loaded when asked for: ") == "asked"
+    command.read_until("serving first, asked on ")
+    command.signal(signal.SIGTERM)
+    assert command.end()[0] == 0
+    # Nobody asked for it in that run; it is as good as it was.
+    assert [source.name for source, _ in Registry(Path(registry)).last_good()] == ["first", "asked"]
 
 
 def test_another_environment_is_reported_when_it_is_served(start: Start, tmp_path: Path) -> None:

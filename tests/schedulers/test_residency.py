@@ -85,19 +85,67 @@ def test_the_one_used_longest_ago_makes_room() -> None:
     run_virtual(main())
 
 
-def test_a_version_at_work_stays_and_the_next_is_told_to_come_back() -> None:
+def test_a_version_at_work_stays_and_who_finds_no_room_in_time_is_told_to_come_back() -> None:
     async def main() -> None:
-        fleet = Fleet()
+        fleet = Fleet(wait_s=2.0, step_s=1.0)
         await fleet.router.start()
-        await fleet.hold("b")
         streams = [*(await fleet.ask("a")), *(await fleet.ask("b"))]
         with pytest.raises(Unavailable, match="at work") as refusal:
             await fleet.hold("c")
-        assert refusal.value.retry_after_s
+        assert refusal.value.retry_after_s and fleet.states() == "ABc"
         outcomes = await read_all(streams)
         assert all(outcome.ending.reason is FinishReason.LENGTH for outcome in outcomes)
+        assert fleet.backends["c"].starts == 0
         await fleet.hold("c")
         assert fleet.states().count("C") == 1
+        await fleet.router.close()
+
+    run_virtual(main())
+
+
+def test_a_version_waits_for_the_first_of_those_at_work_to_end() -> None:
+    async def main() -> None:
+        fleet = Fleet(step_s=1.0)
+        await fleet.router.start()
+        streams = [*(await fleet.ask("a", max_tokens=200)), *(await fleet.ask("b", max_tokens=4))]
+        (own,) = await fleet.ask("c")
+        assert fleet.states() == "AbC"
+        outcomes = await read_all([*streams, own])
+        assert [outcome.ending.reason for outcome in outcomes] == [FinishReason.LENGTH] * 3
+        await fleet.router.close()
+        assert all(backend.violation is None for backend in fleet.backends.values())
+
+    run_virtual(main())
+
+
+def test_who_waits_for_room_is_told_when_the_server_drains() -> None:
+    async def main() -> None:
+        fleet = Fleet(step_s=1.0)
+        await fleet.router.start()
+        streams = [*(await fleet.ask("a")), *(await fleet.ask("b"))]
+        waiting = asyncio.ensure_future(fleet.ask("c"))
+        await asyncio.sleep(0)
+        await fleet.router.drain(20.0)
+        with pytest.raises(Unavailable):
+            await waiting
+        assert all(outcome.ending.reason is FinishReason.LENGTH for outcome in await read_all(streams))
+        assert fleet.backends["c"].starts == 0
+        await fleet.router.close()
+
+    run_virtual(main())
+
+
+def test_what_was_loaded_once_is_known_after_it_made_room() -> None:
+    async def main() -> None:
+        fleet = Fleet(budget=15)
+        await fleet.router.start()
+        await fleet.router.loaded()
+        assert [version.was_ready for version in fleet.router.versions()] == [True, False, False]
+        told = asyncio.ensure_future(fleet.router.loaded())
+        await fleet.hold("c")
+        await told
+        assert fleet.states() == "abC"
+        assert [version.was_ready for version in fleet.router.versions()] == [True, False, True]
         await fleet.router.close()
 
     run_virtual(main())
