@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 import service
 from service.cli.benchmark_tables import print_comparison, print_row, progress_bar
 from service.cli.ending import run_command
+from service.cli.far_quality import add_far_quality_flags, measure_far_quality, print_far_quality
 from service.cli.machine_benchmark import add_machine_flags, check_machine, finish, measure_machine, measures_machine
 from service.config.flags import FlagParser, canonical
 from service.loadgen.arrivals import Load
@@ -84,6 +85,7 @@ def benchmark_parser() -> FlagParser:
     result.add_argument(
         "--compare", metavar="FILE", nargs=2, default=None, help="two files of rows, before and after: print ratios and spread"
     )
+    add_far_quality_flags(parser)
     result.add_argument("--client", choices=("raw", "httpx"), default="raw", help="HTTP client of the sender (default %(default)s)")
     return parser
 
@@ -95,6 +97,8 @@ def main() -> int:
 
 def _benchmark(arguments: Sequence[str]) -> int:
     given = Namespace(**benchmark_parser().read(arguments))
+    if given.quality == "far":
+        return _tell(given, _run_loop(measure_far_quality(given)), print_far_quality)
     named = {canonical(argument).partition("=")[0].removeprefix("--") for argument in arguments if argument.startswith("--")}
     _check(given, named)
     try:
@@ -109,7 +113,15 @@ def _benchmark(arguments: Sequence[str]) -> int:
     except (ScenarioError, RowsError) as error:
         raise SettingsError(str(error)) from None
     row = _run_loop(_measure(given, ready))
-    print_row(row)
+    code = _tell(given, row, print_row)
+    if given.report:
+        _write_report(given.report, [row])
+    return code or (0 if row["completed"] else 1)
+
+
+def _tell(given: Namespace, row: dict[str, Any], show: Callable[[dict[str, Any]], None]) -> int:
+    """Print the row as a table and as JSON, and add it to --out."""
+    show(row)
     line = json.dumps(row)
     if given.out:
         try:
@@ -117,10 +129,8 @@ def _benchmark(arguments: Sequence[str]) -> int:
                 file.write(line + "\n")
         except OSError as error:
             raise SettingsError(f"--out {given.out} cannot be written: {error.strerror}.") from None
-    if given.report:
-        _write_report(given.report, [row])
     print(line, flush=True)
-    return 0 if row["completed"] else 1
+    return 0
 
 
 def _check(given: Namespace, named: set[str]) -> None:

@@ -37,7 +37,7 @@ def add_machine_flags(parser: FlagParser, count: Callable[[str], int], whole: Ca
         "--tier", choices=tuple(PROFILES), default=None, help="what the flags recommended for a tier gain over float32 without them"
     )
     machine.add_argument(
-        "--quality", metavar="KINDS", default="", help="int8, int4 or both by comma: perplexity and agreement against float32"
+        "--quality", metavar="KINDS", default="", help="int8, int4 or both by comma, against float32; or far, against full attention"
     )
     machine.add_argument(
         "--versions",

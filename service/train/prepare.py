@@ -16,6 +16,7 @@ from service.inputs.bpe import IMAGE, BpeTokenizer
 from service.train.corpus import Corpus, read_corpus
 from service.train.picture_stream import Pictures, PictureStream
 from service.train.pictures import load_pictures
+from service.train.recall import recall_documents
 from service.train.recipe import PicturesPart, Recipe
 from service.train.stream import TokenStream
 from service.train.teacher import Teacher
@@ -58,6 +59,8 @@ def prepare(recipe: Recipe, root: Path | None = None, teacher: Teacher | None = 
     tokenizer = BpeTokenizer.train(texts, recipe.vocab_size) if teacher is None else teacher.tokenizer
     pictures = None if recipe.pictures is None else _pictures(recipe.pictures, shape.vision if line.reads_images else None)
     documents = tokenizer.encode(list(corpus.train)) + [tokenizer.encode_chat(chat.question, chat.answer) for chat in corpus.chats]
+    recall = recall_documents(corpus.train, recipe.corpus.recall_documents, recipe.corpus.recall_lines, recipe.seed)
+    documents += tokenizer.encode(recall)
     return PreparedRun(
         recipe=recipe,
         line=line,

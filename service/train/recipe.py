@@ -22,10 +22,15 @@ from service.types.errors import SettingsError
 
 @dataclass(frozen=True, slots=True)
 class CorpusPart:
-    """Which text: per mille of files held out (by digest) and the fraction of the possible chats that is used."""
+    """Which text: per mille of files held out (by digest) and the fraction of the possible chats that is used.
+
+    `recall_documents` is how many questions about facts far back are learned besides, each over up to `recall_lines` lines.
+    """
 
     held_out_permille: int
     chat_share: float
+    recall_documents: int = 0
+    recall_lines: int = 100
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,82 @@
+"""A comparison with full attention of the same model: the summary by hand, prompts that fit, and the command on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from service.cli import benchmark
+from service.cli.far_quality import DEPTHS, make_cases, scored_text, summary
+from service.inputs.recall_tasks import TASKS, RecallCase
+from service.inputs.tokens import TokenCodec
+from tests.tiny_models import build_tiny
+
+LINES = [f"value_{number} = compute({number})" for number in range(300)]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny(tmp_path_factory.mktemp("quality") / "model", "llama", max_position_embeddings=1024)
+
+
+def test_shares_by_task_and_depth() -> None:
+    cases = [RecallCase("needle", depth, "", "12") for depth in (0.0, 0.0, 0.5)] + [RecallCase("tracing", 0.0, "", "9")]
+    full = {"answers": [" 12", "12)", "13", "8"], "scores": [-1.0, -3.0], "far_blocks_read": 0.0, "seconds": 1.0}
+    served = {"answers": [" 12", "x", "13", "8"], "scores": [-2.0, -2.0], "far_blocks_read": 7.0, "seconds": 2.0}
+    row = summary(cases, {"full": full, "served": served})
+    needle = row["tasks"]["needle"]
+    assert (needle["cases"], needle["full"], needle["served"], needle["over_full"]) == (3, 0.6667, 0.3333, 0.4999)
+    assert needle["same_answers"] == 0.6667 and needle["served_by_depth"] == [0.5, 0.0]
+    assert row["tasks"]["tracing"]["over_full"] is None
+    assert row["perplexity"]["change"] == 0.0 and row["far_blocks_read"] == {"full": 0.0, "served": 7.0}
+    worse = summary(cases, {"full": full, "served": {**served, "scores": [-2.0, -2.02]}})
+    assert 0.005 < worse["perplexity"]["change"] < 0.015
+
+
+def test_prompts_are_as_long_as_lines_allow(tiny: Path) -> None:
+    codec = TokenCodec.load(tiny)
+    cases = make_cases(codec, LINES, 600, 2)
+    assert len(cases) == 2 * DEPTHS * len(TASKS)
+    lengths = [len(codec.encode(case.prompt)) for case in cases]
+    assert max(lengths) <= 600 - 16 and min(lengths) > 450
+    assert len(scored_text(codec, LINES, 700)) == 700
+
+
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr("sys.argv", ["deepseek-benchmark", *arguments])
+    code = benchmark.main()
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_the_command_compares_and_keeps_a_row(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("--attention_window", "64", "--far_blocks", "1", "--quality_tokens", "700", "--quality_cases", "1", "--kv_far", "int4")
+    code, out, _ = run(capsys, monkeypatch, "--quality", "far", "--directory", str(tiny), *asked, "--out", str(tmp_path / "rows.jsonl"))
+    row = json.loads(out.splitlines()[-1])
+    assert code == 0 and json.loads((tmp_path / "rows.jsonl").read_text()) == row
+    assert {kind: task["cases"] for kind, task in row["tasks"].items()} == dict.fromkeys(
+        ("needle", "multi_key", "tracing", "aggregation"), DEPTHS
+    )
+    assert row["far_blocks_read"]["full"] == 0 < row["far_blocks_read"]["served"]
+    assert row["asked"]["kv_far"] == "int4" and row["perplexity"]["tokens"] == 698
+    assert 0 < abs(row["perplexity"]["change"]) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ((), "set --attention_window"),
+        (("--attention_window", "64", "--quality_tokens", "100"), "must lie between 256"),
+        (("--attention_window", "64", "--dense_layers", "5"), "names layer 5"),
+        (("--attention_window", "64", "--quality_tokens", "300"), "the facts alone take more"),
+    ],
+)
+def test_what_makes_no_comparison_is_refused(
+    tiny: Path, flags: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = run(capsys, monkeypatch, "--quality", "far", "--directory", str(tiny), *flags)
+    assert code == 2 and words in err
