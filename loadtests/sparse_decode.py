@@ -1,0 +1,126 @@
+"""Decode steps of a whole model far into a context, with full attention and with a window and far blocks, in one process.
+
+`python -m loadtests.sparse_decode DIR [--contexts 16384 131072] [--keep]`: DIR is a checkpoint directory (`loadtests.shapes` writes random
+ones). The context is not computed: blocks are filled with random keys and values, which take the same time to read. It does not know HTTP
+or schedulers. Invariant: both sides take turns, a step each, over the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from loadtests.rows import keep, spread, surroundings
+from service.checkpoints.load import load
+from service.checkpoints.long_context import adapt
+from service.checkpoints.manifest import Manifest, read_manifest
+from service.engine.batch import Tables
+from service.engine.kv_pool import KvPool
+from service.engine.sampler import Sampler
+from service.engine.torch_backend import TorchBackend
+from service.kernels.dispatch import chosen
+from service.models.decoder import Decoder
+from service.types.kv_layout import KvLayout
+from service.types.plan import BatchPlan, BlockAppend, OpenSequence, Slice, Want
+from service.types.request import Sampling, Stop
+from service.types.settings import AttentionSettings
+
+
+class Side:
+    """One way to serve the decoder, with one sequence of `context` tokens in its tables."""
+
+    def __init__(self, decoder: Decoder, manifest: Manifest, attention: AttentionSettings, context: int, steps: int) -> None:
+        spec = adapt(manifest.spec, attention)
+        layout = spec.kv_layout()
+        blocks = tuple(layout.entries(group, context + steps) + 1 for group in layout.groups)
+        pool = KvPool(layout, blocks, decoder.embed.weight.dtype, torch.device("cpu"))
+        self.kv_bytes = layout.sequence_bytes(context, decoder.embed.weight.element_size())
+        _fill(pool, layout)
+        tables = Tables(layout, blocks, 1, context + steps + 1, spec.vocab_size)
+        self.position = context - 1
+        self._spec = spec
+        self._decoder = decoder
+        self._backend = TorchBackend(decoder, pool, tables, Sampler(1, spec.vocab_size))
+        opening = OpenSequence(0, (1,) * context, context, Sampling(temperature=0.0), Stop(max_tokens=steps, ignore_eos=True))
+        appends = []
+        for index, group in enumerate(layout.groups):
+            first = layout.first_read(group, 0)
+            appends.append(BlockAppend(0, index, first, tuple(range(1 + first, 1 + layout.entries(group, context + steps)))))
+        self._next = BatchPlan(0, open=(opening,), append=tuple(appends))
+
+    def step_ms(self) -> float:
+        """One decode step."""
+        self._decoder.spec = self._spec
+        plan = replace(self._next, slices=(Slice(0, self.position, 1, int(Want.TOKEN)),))
+        self.position += 1
+        self._next = BatchPlan(0)
+        return self._backend.execute(plan).execute_s * 1e3
+
+
+def _fill(pool: KvPool, layout: KvLayout) -> None:
+    """Random keys and values in every near block, and all far blocks made of some of them."""
+    first = pool.blocks_of(0)[0]
+    noise = torch.randn(first.shape[1:], generator=torch.Generator().manual_seed(0)).to(first.dtype)
+    for index, group in enumerate(layout.groups):
+        if group.source is None:
+            for layer in group.layers:
+                for blocks in pool.blocks_of(layer):
+                    blocks.copy_(noise.expand_as(blocks))
+                    blocks *= torch.rand(len(blocks), 1, 1, 1) + 0.5
+            continue
+        count = len(pool.far_of(group.layers[0]).keys) - 1
+        near = len(pool.blocks_of(group.layers[0])[0]) - 1
+        for start in range(0, count, 128):
+            targets = torch.arange(start, min(start + 128, count)) + 1
+            pool.demote(index, (targets - 1) % near + 1, targets)
+
+
+def main() -> None:
+    """Measure and print; with --keep also keep the rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--contexts", type=int, nargs="*", default=[16_384, 131_072])
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--dense_until", type=int, default=131_072, help="longest context at which full attention is measured too")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--keep", action="store_true")
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    manifest = read_manifest(asked.directory)
+    decoder = load(manifest, torch.device("cpu"), torch.float32)
+    for context in asked.contexts:
+        positions = max(context + asked.steps + 1, manifest.spec.context_tokens)
+        longer = "keep" if positions > manifest.spec.context_tokens else "auto"
+        full = AttentionSettings(max_position_embeddings=positions, rope_scaling=longer)
+        asks = {"sparse": replace(full, attention_window=2048)} | ({"dense": full} if context <= asked.dense_until else {})
+        sides = {name: Side(decoder, manifest, ask, context, asked.steps + 2) for name, ask in asks.items()}
+        decoder.rope = type(decoder.rope)(manifest.spec.rope, positions + asked.steps)
+        for side in sides.values():
+            side.step_ms()
+        times = {name: [] for name in sides}
+        for _ in range(asked.steps):
+            for name, side in sides.items():
+                times[name].append(side.step_ms())
+        ratios = [dense / sparse for dense, sparse in zip(times.get("dense", []), times["sparse"], strict=False)]
+        row = {
+            "what": "sparse_decode",
+            "model": asked.directory.name,
+            "context": context,
+            "threads": asked.threads,
+            **{f"{name}_ms": spread(found) for name, found in times.items()},
+            **({"ratio": spread(ratios)} if ratios else {}),
+            "kv_bytes": {name: side.kv_bytes for name, side in sides.items()},
+            "dispatch": chosen(),
+            **surroundings(),
+        }
+        print({key: value for key, value in row.items() if key not in ("dispatch",)}, flush=True)
+        if asked.keep:
+            keep("sparse_decode", row)
+        del sides
+
+
+if __name__ == "__main__":
+    main()
