@@ -24,6 +24,7 @@ from PIL import Image
 
 from service.api.app import build_app
 from service.api.server import bind, build_server
+from service.checkpoints.convert import Wanted, convert
 from service.checkpoints.load import load
 from service.checkpoints.manifest import read_manifest
 from service.engine.supervisor import WorkerBackend
@@ -300,6 +301,26 @@ async def test_v5_2_with_the_same_weights_answers_as_v3_5_within_its_window(deco
             wanted = expected(decoder, *case)
             assert tokens[: len(wanted)] == wanted
         await router.close()
+
+
+async def test_v3_5_converted_to_v5_2_gives_the_same_logits_on_images(directory: Path, decoder: Decoder, tmp_path: Path) -> None:
+    output = tmp_path / "converted"
+    convert(directory, output, Wanted("5.2"))
+    manifest = read_manifest(output)
+    assert (manifest.line, manifest.modalities, manifest.spec.vision) == ("5.2", ("text", "image"), decoder.spec.vision)
+    after = load(manifest, "cpu", torch.float32, serving=False)
+    for prompt, images in CASES.values():
+        before = dense_logits(decoder, prompt, images)
+        np.testing.assert_allclose(dense_logits(after, prompt, images), before, rtol=0, atol=1e-5)
+        if images:
+            others = [replace(image, pixels=bytes(255 - value for value in image.pixels)) for image in images]
+            assert np.abs(dense_logits(after, prompt, others) - before).max() > 1e-2
+    router = await start(InlineBackend(output), output)
+    found = await answer(router, *(request_for(*case) for case in CASES.values()))
+    for case, tokens in zip(CASES.values(), found, strict=True):
+        wanted = expected(decoder, *case)
+        assert tokens[: len(wanted)] == wanted
+    await router.close()
 
 
 @contextlib.asynccontextmanager
