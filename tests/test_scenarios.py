@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 
 from loadtests.null_server import NullProtocol
+from service.checkpoints.bundled import bundled_directory
 from service.cli.benchmark_report import report
+from service.inputs.bpe import BpeTokenizer
 from service.loadgen.arrivals import due_times
 from service.loadgen.compare import RowsError, compare, read_rows, scenario_of
 from service.loadgen.drive import Drive
 from service.loadgen.scenario import Ready, ScenarioError, read_scenario, read_trace
 from service.loadgen.senders import RawSender
 from service.loadgen.summary import Targets, summarise
+from service.types.catalog import V2_3, V5_2
 from tests.house.source import ROOT
 from tests.test_loadgen import listening
 
@@ -45,7 +48,7 @@ async def test_each_scenario_runs(path: Path) -> None:
 
 def test_what_the_files_promise() -> None:
     ready = {path.stem: read_scenario(path) for path in FILES}
-    assert len(ready["long_document"].mix("m").body(0)) > 16000 * 4
+    assert len(json.loads(ready["long_document"].mix("m").body(0))["prompt"].split()) == 16000
     words = [json.loads(ready["rag"].mix("m").body(index))["prompt"].split() for index in range(80)]
     assert len({tuple(text[:1350]) for text in words}) == 8 and len({tuple(text) for text in words}) == 80
     times = due_times(ready["burst"].load)
@@ -100,6 +103,15 @@ def test_a_scenario_gives_way_to_what_is_changed(tmp_path: Path) -> None:
     assert (closed.load.mode, closed.load.concurrency, closed.load.phases) == ("closed", 3, ())
     assert (closed.scenario.slo.ttft_ms, closed.scenario.slo.tpot_ms, closed.changes) == (7.0, 200, {"concurrency": 3})
     assert isinstance(burst, Ready) and burst.changes == {}
+
+
+def test_a_long_document_fits_the_context_of_v5_2() -> None:
+    """16,000 words are 16,000 tokens of the bundled tokenizer, whose 4,096 entries every nano model has."""
+    body = json.loads(read_scenario(ROOT / "loadtests" / "scenarios" / "long_document.toml").mix("m").body(0))
+    (ids,) = BpeTokenizer.load(bundled_directory(V2_3)).encode([body["prompt"]])
+    # The first word has no space before it, and may be two.
+    assert 16000 <= len(ids) <= 16001
+    assert all(len(ids) + body["max_tokens"] <= shape.context_tokens for _, shape in V5_2.shapes)
 
 
 # Comparisons and reports.

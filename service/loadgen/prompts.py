@@ -17,11 +17,12 @@ import msgspec
 
 from service.loadgen.arrivals import Count, NotNegative, Positive, Share, Whole
 
+# Each is one token, behind a space, of the bundled model's small vocabulary too: n words are n tokens.
 _TEXT = (
     "the of and to in is for that it with as was on are by be this from or an at not have but they you all can more will one if about"
-    " which when what time also into only other new some could these two may then do first any my now such like our over man me even most"
-    " made after said through where back much before line right too means old same tell boy came want show form three small set put end"
-    " does another well large must big such turn here why ask went men read need land us home move try kind hand picture again change"
+    " which when what time also into only other new some could these two may then do first any now such like over man me even most after"
+    " through where back before line right too means old same want show form set end does another must such here men read need us try"
+    " kind hand again change"
 )
 _WORDS = _TEXT.split()
 

@@ -37,6 +37,7 @@ LEAST = {
     "tests/test_sparse_parity.py": 60,
     "tests/test_processes.py": 22,
     "tests/test_scenarios.py": 20,
+    "tests/test_served_scenarios.py": 5,
     "tests/test_telemetry.py": 10,
 }
 OPTIMISED = (
