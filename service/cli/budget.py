@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from service.engine.memory import AUTO_SHARE, workspace_bytes
+from service.checkpoints.quantisation import weight_bytes
+from service.engine.memory import AUTO_SHARE, image_room, workspace_bytes
 from service.types.errors import CapacityError
-from service.types.model_spec import ELEMENT_BYTES
+from service.types.model_spec import ELEMENT_BYTES, ModelSpec
 from service.types.settings import EngineSettings, SchedulerSettings
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def share_kv(manifests: Sequence[Manifest], engine: EngineSettings, scheduler: S
         spec = manifest.spec
         context = min(engine.context_tokens or spec.context_tokens, spec.context_tokens)
         needs.append(scheduler.batch_size * spec.kv_layout().sequence_bytes(context, element))
-        taken += spec.parameters * element + workspace_bytes(spec, scheduler.step_tokens, scheduler.batch_size, element) + RUNTIME_BYTES
+        taken += _fixed_bytes(spec, engine, scheduler)
     left = int((available_bytes - taken) * AUTO_SHARE)
     if left <= 0:
         raise CapacityError(
@@ -50,7 +51,7 @@ def plan_demand(
     for manifest in manifests:
         element, spec = ELEMENT_BYTES.get(engine.dtype, 4), manifest.spec
         context = min(engine.context_tokens or spec.context_tokens, spec.context_tokens)
-        fixed = spec.parameters * element + workspace_bytes(spec, scheduler.step_tokens, scheduler.batch_size, element) + RUNTIME_BYTES
+        fixed = _fixed_bytes(spec, engine, scheduler)
         need = scheduler.batch_size * spec.kv_layout().sequence_bytes(context, element)
         kv_bytes = engine.kv_bytes or min(need, int((budget_bytes - fixed) * AUTO_SHARE))
         if kv_bytes <= 0 or fixed + kv_bytes > budget_bytes:
@@ -60,3 +61,18 @@ def plan_demand(
             )
         plans.append((kv_bytes, fixed + kv_bytes))
     return plans
+
+
+def _fixed_bytes(spec: ModelSpec, engine: EngineSettings, scheduler: SchedulerSettings) -> int:
+    """What a version takes before any KV block: weights, workspace, encoded images and the process itself.
+
+    What `auto` quantises depends on the device, which only the worker knows, so such weights are counted whole unless the device is named.
+    """
+    element = ELEMENT_BYTES.get(engine.dtype, 4)
+    quantize = engine.quantize
+    if quantize == "auto":
+        quantize = spec.precision.quantize if engine.device == "cpu" else "none"
+    context = min(engine.context_tokens or spec.context_tokens, spec.context_tokens)
+    _, image_bytes = image_room(spec, context, engine.image_cache_bytes, element)
+    workspace = workspace_bytes(spec, scheduler.step_tokens, scheduler.batch_size, element)
+    return weight_bytes(spec, element, quantize) + workspace + image_bytes + RUNTIME_BYTES

@@ -60,7 +60,7 @@ def plan_memory(spec: ModelSpec, layout: KvLayout, element_bytes: int, request: 
     """
     context = _context(spec, request)
     workspace = workspace_bytes(spec, request.max_step_tokens, request.max_rows, element_bytes)
-    image_tokens, image_bytes = _image_room(spec, context, request, element_bytes)
+    image_tokens, image_bytes = image_room(spec, context, request.image_cache_bytes, element_bytes)
     left = usage.available_bytes - usage.weight_bytes - workspace - image_bytes
     most = _pool_bytes(layout, context, request, float(request.max_rows), element_bytes)
     budget = request.kv_bytes or min(most, int(left * AUTO_SHARE))
@@ -102,10 +102,10 @@ def _encoder_bytes(spec: ModelSpec, element_bytes: int) -> int:
     return patches * (4 * vision.patch_values + (8 * vision.dim + 3 * vision.mlp_hidden) * element_bytes)
 
 
-def _image_room(spec: ModelSpec, context: int, request: LoadRequest, element_bytes: int) -> tuple[int, int]:
+def image_room(spec: ModelSpec, context: int, cache_bytes: int, element_bytes: int) -> tuple[int, int]:
     """Image tokens that are kept encoded, at least those of one whole context, and their bytes."""
     token_bytes = spec.image_token_values() * element_bytes
-    tokens = max(context, request.image_cache_bytes // token_bytes) if token_bytes else 0
+    tokens = max(context, cache_bytes // token_bytes) if token_bytes else 0
     return tokens, tokens * token_bytes
 
 

@@ -8,9 +8,10 @@ import pytest
 
 from service.checkpoints.manifest import Manifest, read_manifest
 from service.cli.budget import RUNTIME_BYTES, plan_demand, share_kv
+from service.types.catalog import V4_8
 from service.types.errors import CapacityError
 from service.types.settings import EngineSettings, SchedulerSettings
-from tests.tiny_models import build_tiny
+from tests.tiny_models import build_tiny, build_tiny_line
 
 GIB = 1 << 30
 SCHEDULER = SchedulerSettings(batch_size=8)
@@ -61,3 +62,25 @@ def test_on_demand_each_version_is_planned_as_if_alone(manifests: list[Manifest]
 def test_a_version_that_never_fits_is_refused_at_once(manifests: list[Manifest]) -> None:
     with pytest.raises(CapacityError, match=r"needs \d+ MiB .* --memory_bytes"):
         plan_demand(manifests, EngineSettings(), SCHEDULER, RUNTIME_BYTES)
+
+
+def test_quantised_weights_are_planned_as_they_are_kept(tmp_path: Path) -> None:
+    wide = read_manifest(build_tiny_line(tmp_path / "wide", V4_8, dim=256, mlp_hidden=512, vocab_size=2048))
+
+    def total(**engine: str) -> int:
+        return plan_demand([wide], EngineSettings(kv_bytes=1, **engine), SCHEDULER, GIB)[0][1]
+
+    whole, weights = total(quantize="none"), 4 * wide.spec.parameters
+    assert 0.7 * weights < whole - total(quantize="int8") < 0.75 * weights
+    assert total(quantize="int4") < total(quantize="int8")
+    assert total(device="cpu") == total(quantize="int8") and total() == whole, "auto is the line's own where the device is known"
+
+
+def test_encoded_images_are_planned(tmp_path: Path) -> None:
+    seeing = read_manifest(build_tiny_line(tmp_path / "seeing"))
+    small, large = (
+        plan_demand([seeing], EngineSettings(kv_bytes=1, image_cache_bytes=size << 20), SCHEDULER, GIB)[0][1] for size in (8, 72)
+    )
+    assert large - small == pytest.approx(64 << 20, rel=0.01)
+    with pytest.raises(CapacityError, match="before any KV cache"):
+        plan_demand([seeing], EngineSettings(), SCHEDULER, RUNTIME_BYTES + (32 << 20))
