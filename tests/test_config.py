@@ -138,6 +138,30 @@ def test_dash_and_underscore_are_the_same(flag: str) -> None:
     assert load(f"{flag}=8").scheduler.batch_size == 8
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--dense_layers", "0,3"], ["--dense_layers", "0", "--dense-layers", "3"], ["--dense_layers", "0, 3,"]]
+)
+def test_layers_are_read_by_comma_and_by_repetition(arguments: list[str]) -> None:
+    assert load(*arguments).attention.dense_layers == (0, 3)
+
+
+@pytest.mark.parametrize(("text", "layers"), [("0,3", (0, 3)), ("[0, 3]", (0, 3)), ("3", (3,))])
+def test_layers_of_a_file_and_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, layers: tuple[int, ...]
+) -> None:
+    path = tmp_path / "service.yaml"
+    path.write_text(f"dense_layers: {text}\n")
+    assert load("--config", str(path)).attention.dense_layers == layers
+    monkeypatch.setenv("DEEPSEEK_DENSE_LAYERS", text.strip("[]"))
+    assert load().attention.dense_layers == layers
+
+
+@pytest.mark.parametrize("value", ["0,x", "-1", "1.5"])
+def test_no_layers(value: str) -> None:
+    with pytest.raises(SettingsError, match=r"--dense_layers must be whole numbers by comma, such as 0,1, not"):
+        load(f"--dense_layers={value}")
+
+
 def test_values_keep_their_dashes() -> None:
     assert canonical("--api-key=a-b") == "--api_key=a-b"
     assert canonical("a-b") == "a-b"

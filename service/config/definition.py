@@ -45,6 +45,15 @@ def _to_list(value: object) -> object:
     return value
 
 
+def _to_numbers(value: object) -> object:
+    """Numbers by comma in a text, in each text of a repeated flag, or one number alone, as YAML reads it."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [value]
+    if isinstance(value, list):
+        return [part for item in value for part in (cast(list[object], _to_list(item)) if isinstance(item, str) else [_no_bool(item)])]
+    return _to_list(value)
+
+
 def _to_text(value: object) -> object:
     return str(value) if isinstance(value, float) else value
 
@@ -67,7 +76,8 @@ KvFar = Literal["auto", "int8", "int4", "bf16", "evict"]
 Prefill = Literal["sparse", "dense"]
 RopeScaling = Literal["auto", "keep", "linear", "dynamic", "yarn"]
 Texts = Annotated[list[str], NoDecode, BeforeValidator(_to_list)]
-Layers = Annotated[list[Annotated[int, Field(ge=0, le=4095)]], NoDecode, BeforeValidator(_to_list)]
+NUMBERS = Unit("N,N", "whole numbers by comma, such as 0,1")
+Layers = Annotated[list[Annotated[int, Field(ge=0, le=4095)]], NoDecode, BeforeValidator(_to_numbers), NUMBERS]
 
 
 class ModelSection(BaseModel):

@@ -39,7 +39,8 @@ def expectation(field: FieldInfo) -> str:
     if field.annotation is bool:
         return "true or false"
     if is_list(field):
-        return "a text or a list of texts"
+        unit = _unit(field)
+        return unit.words if unit else "a text or a list of texts"
     if field.annotation is str:
         return f"{field.description}" if any(hasattr(item, "pattern") for item in field.metadata) else "a text"
     unit = _unit(field)
