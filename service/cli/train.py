@@ -130,10 +130,7 @@ def run(flags: TrainFlags) -> int:
         display.say(f"recipe {recipe.name}: reading the corpus and learning the tokenizer")
         prepared = prepare(recipe, teacher=_teacher(flags.teacher))
         trainer = start(prepared, flags.device, flags.threads, launch)
-        try:
-            return _run(flags, trainer, prepared, display, state_file)
-        finally:
-            trainer.group.close()
+        return _run(flags, trainer, prepared, display, state_file)
 
 
 def _run(flags: TrainFlags, trainer: Trainer, prepared: PreparedRun, display: Display | Silent, state_file: Path) -> int:
@@ -145,7 +142,9 @@ def _run(flags: TrainFlags, trainer: Trainer, prepared: PreparedRun, display: Di
         f"{prepared.spec.parameters:,} parameters, {len(prepared.train):,} training tokens, {len(prepared.held_out):,} held out, "
         f"compute {str(trainer.dtype).removeprefix('torch.')} on {trainer.group.size} x {trainer.device.type}, step {trainer.state.step}"
     )
-    if not train(trainer, prepared, state_file, display, _stop_on_signals()):
+    finished = train(trainer, prepared, state_file, display, _stop_on_signals())
+    trainer.group.close()
+    if not finished:
         display.say(f"interrupted; go on with: deepseek-train --recipe {flags.recipe} --out {flags.out} --resume")
         return INTERRUPTED
     if not trainer.group.leads:

@@ -66,8 +66,9 @@ class Group:
         return float(shared)
 
     def close(self) -> None:
-        """Leave the group."""
+        """Leave the group, all together: a process that went first would cut connections that others still end."""
         if self.size > 1:
+            dist.barrier()
             dist.destroy_process_group()
 
     def _cell(self, value: float) -> Tensor:
