@@ -38,6 +38,7 @@ LEAST = {
     "tests/test_processes.py": 22,
     "tests/test_scenarios.py": 20,
     "tests/test_served_scenarios.py": 5,
+    "tests/test_docs_commands.py": 2,
     "tests/test_telemetry.py": 10,
 }
 OPTIMISED = (
