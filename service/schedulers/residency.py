@@ -33,6 +33,7 @@ class Resident:
     used: int = 0
     was_ready: bool = False
     loading: asyncio.Task[None] | None = None
+    waiting: int = 0
 
 
 class Residency:
@@ -72,16 +73,19 @@ class Residency:
         """
         self._uses += 1
         resident.used = self._uses
-        while resident.loading is not None or resident.loop.state == "unloaded":
-            if resident.loading is None:
-                resident.loading = asyncio.create_task(self._load(resident), name=f"load {resident.name}")
-                resident.loading.add_done_callback(_seen)
-            try:
-                async with asyncio.timeout(self._wait_s):
+        resident.waiting += 1
+        try:
+            async with asyncio.timeout(self._wait_s):
+                while resident.loading is not None or resident.loop.state == "unloaded":
+                    if resident.loading is None:
+                        resident.loading = asyncio.create_task(self._load(resident), name=f"load {resident.name}")
+                        resident.loading.add_done_callback(_seen)
                     await asyncio.shield(resident.loading)
-            except TimeoutError:
-                reason = _NO_ROOM if resident.loop.state == "unloaded" else "The model is being loaded."
-                raise Unavailable(reason, retry_after_s=RETRY_S) from None
+        except TimeoutError:
+            reason = _NO_ROOM if resident.loop.state == "unloaded" else "The model is being loaded."
+            raise Unavailable(reason, retry_after_s=RETRY_S) from None
+        finally:
+            resident.waiting -= 1
 
     async def close(self) -> None:
         """End every load and every loop; idempotent."""
@@ -118,7 +122,7 @@ class Residency:
             if not self._budget_bytes or self._taken() + wanted.planned_bytes <= self._budget_bytes:
                 return
             ready = [one for one in self._residents if one.loop.state == "ready"]
-            idle = [one for one in ready if one.loop.empty.is_set()]
+            idle = [one for one in ready if one.loop.empty.is_set() and not one.waiting]
             if idle:
                 await self._unload(min(idle, key=lambda one: one.used))
             elif ready:

@@ -151,6 +151,22 @@ def test_what_was_loaded_once_is_known_after_it_made_room() -> None:
     run_virtual(main())
 
 
+def test_what_was_loaded_for_a_request_serves_it_before_it_makes_room() -> None:
+    async def main() -> None:
+        fleet = Fleet(budget=15, start_s=3.0)
+        await fleet.router.start()
+
+        async def served(name: str) -> None:
+            await read_all(await fleet.ask(name))
+
+        async with asyncio.timeout(60):
+            await asyncio.gather(*(served(name) for name in "bcbac"))
+        assert fleet.states().count("?") == 0
+        await fleet.router.close()
+
+    run_virtual(main())
+
+
 def test_requests_that_arrive_while_it_loads_wait_for_one_load() -> None:
     async def main() -> None:
         fleet = Fleet(start_s=3.0)
