@@ -256,7 +256,9 @@ async def test_times_are_those_of_a_server_that_answers_by_the_clock() -> None:
         await sender.close()
     for watch in measured.watches:
         assert watch.ttft_s is not None and watch.tpot_s is not None
-        assert watch.ttft_s >= 0.049 and watch.tpot_s >= 0.0075 and watch.last_s - watch.sent_s >= 0.089
+        # A first token that came late shortens the mean of the gaps, never the whole.
+        assert watch.ttft_s >= 0.049 and watch.last_s - watch.sent_s >= 0.089
+        assert watch.tpot_s == pytest.approx((watch.last_s - watch.sent_s - watch.ttft_s) / 4, abs=1e-6)
 
 
 class Scripted(asyncio.Protocol):

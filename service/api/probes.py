@@ -16,10 +16,14 @@ OPENMETRICS = "application/openmetrics-text"
 
 
 async def health(services: Services, request: Request) -> Response:
-    """200 while the worker of every loaded version is sound; 503 names the state of each."""
+    """200 while the worker of every loaded version is sound; 503 names the state of each.
+
+    A version that is loaded because it was asked for is no fault; while the service itself starts it is.
+    """
     del request
     versions = services.router.health()
-    sound = all(version.state in ("ready", "unloaded") for version in versions)
+    fine = ("ready", "unloaded", "loading") if services.router.ready() else ("ready", "unloaded")
+    sound = all(version.state in fine for version in versions)
     states = [
         {"version": one.artifact, "state": one.state, "silent_s": round(one.silent_s, 3), "restarts": one.restarts} for one in versions
     ]

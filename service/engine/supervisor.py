@@ -146,11 +146,12 @@ class WorkerBackend:
         return BackendHealth("stalled" if stalled else self._state, silent_s, max(self._restarts, 0))
 
     async def close(self) -> None:
-        """Stop the worker and the spare one; idempotent."""
+        """Stop the worker and the spare one; idempotent. A start after it is a first one and no restart."""
         blank, self._blank = self._blank, None
         if blank is not None:
             await blank.stop()
         await self._retire("closed")
+        self._restarts = -1
 
     def _silent_s(self) -> float:
         now = time.monotonic()

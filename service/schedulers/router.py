@@ -178,8 +178,9 @@ class Router:
         return self.resolve(names.pop()).loop.submit(requests)
 
     def ready(self) -> bool:
-        """True when the default version accepts requests, or is loaded when one comes."""
-        return self._versions[0].loop.state in ("ready", "unloaded")
+        """True when the default version accepts requests, is loaded when one comes, or is being loaded again for one that waits."""
+        default = self._versions[0]
+        return default.loop.state in ("ready", "unloaded") or (default.loop.state == "loading" and default.was_ready)
 
     def health(self) -> tuple[VersionHealth, ...]:
         """The state of every version's worker, in the order of `versions()`."""

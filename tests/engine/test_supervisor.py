@@ -67,6 +67,17 @@ async def test_steps_complete_in_order_and_two_may_be_outstanding() -> None:
     await backend.close()
 
 
+async def test_a_start_after_a_close_is_no_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "spawn_worker", lambda: ChildProcess.spawn("tests.engine.scripted_worker", ToSupervisor))
+    backend = WorkerBackend(LoadRequest("works"), EngineSettings())
+    for _ in range(2):
+        await backend.start()
+        assert backend.health().restarts == 0
+        await backend.start()
+        assert backend.health().restarts == 1
+        await backend.close()
+
+
 async def test_an_explicit_tier_is_reported() -> None:
     backend = await scripted("works", tier="edge")
     assert (await backend.start()).tier == "edge"

@@ -151,6 +151,21 @@ def test_a_stalled_worker_shows_in_health():
     run_virtual(main())
 
 
+def test_a_default_that_is_loaded_again_for_a_request_stays_ready():
+    async def main():
+        router = fake_router(FakeBackend())
+        assert not router.ready()  # the service starts
+        await router.start()
+        default = router.versions()[0]
+        for state, expected in (("ready", True), ("unloaded", True), ("loading", True), ("restarting", False)):
+            default.loop.state = state
+            assert router.ready() is expected, state
+        default.loop.state = "ready"
+        await router.close()
+
+    run_virtual(main())
+
+
 def test_the_schedulers_never_load_torch():
     code = (
         "import sys, service.schedulers.router, tests.fakes;"
