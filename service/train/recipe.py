@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
 from types import UnionType
@@ -203,13 +203,23 @@ class Recipe:
     @property
     def content(self) -> dict[str, Any]:
         """What the recipe says, as plain values; what has its default is left out."""
-        defaults = {field.name: field.default for field in fields(self) if field.default is not MISSING}
-        return {name: value for name, value in asdict(self).items() if name not in defaults or value != defaults[name]}
+        said: dict[str, Any] = _said(self)
+        return said
 
     @property
     def digest(self) -> str:
         """SHA-256 of the recipe's content, 64 hex digits; a run can be resumed only under the same one."""
         return hashlib.sha256(json.dumps(self.content, sort_keys=True).encode()).hexdigest()
+
+
+def _said(value: Any) -> Any:
+    """A part as plain values, without what has its default: a key that recipes did not have before does not change their digests."""
+    if isinstance(value, tuple):
+        return [_said(item) for item in value]
+    if not is_dataclass(value):
+        return value
+    told = ((field, getattr(value, field.name)) for field in fields(value))
+    return {field.name: _said(item) for field, item in told if field.default is MISSING or item != field.default}
 
 
 def recipe_names() -> list[str]:

@@ -123,6 +123,7 @@ def test_parts_that_a_recipe_need_not_have(recipe_with: Callable[..., Recipe]) -
     assert recipe_with(gradient_checkpointing=False).digest == plain.digest  # a recipe without a part keeps the digest it always had
     assert recipe_with(segments={"tokens": 32}).segments.memory_tokens == 0
     assert recipe_with(quantise={"start": 0.5}).digest != plain.digest
+    assert recipe_with(corpus={"recall_documents": 0}).digest == plain.digest != recipe_with(corpus={"recall_documents": 5}).digest
 
 
 def test_digest_follows_content(recipe_with: Callable[..., Recipe]) -> None:
