@@ -18,7 +18,7 @@ from service.checkpoints.manifest import read_manifest
 from service.inputs.bpe import BpeTokenizer
 from service.models.attention import DenseAttend
 from service.models.decoder import Decoder
-from service.train.objective import Batch
+from service.train.objective import Batch, NextToken
 from service.train.picture_stream import IGNORED, Pictured, Pictures, PictureStream
 from service.train.pictures import DIGITS, load_pictures
 from service.types.errors import StartupError
@@ -37,7 +37,7 @@ def read_model(directory: Path) -> tuple[Decoder, BpeTokenizer]:
 @torch.inference_mode()
 def look(decoder: Decoder, stream: PictureStream, pictures: Pictures, kind: str, number: int) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Mean gates of text and images by head where answers begin, each [heads], and the share of answers whose first token is right."""
-    draw, objective = Random(0), Pictured(pictures, torch.device("cpu"))
+    draw, objective = Random(0), Pictured(pictures, torch.device("cpu"), NextToken())
     text, image, right = [], [], 0
     for _ in range(number):
         question = pictures.found.ask(draw, pictures.found.held_out, kind)

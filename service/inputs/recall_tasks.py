@@ -48,54 +48,66 @@ Task = Callable[[Sequence[str], float, int], RecallCase]
 def single_needle(filler: Sequence[str], depth: float, seed: int) -> RecallCase:
     """One fact among the lines of `filler`."""
     draw = random.Random(f"single {seed} {depth}")
-    name, value = _names(draw, 1)[0], _value(draw)
-    return _ask("needle", filler, [(depth, f"{name} = {value}")], f"print({name})  # prints", (depth, value))
+    name, held = names(draw, 1)[0], value(draw)
+    return _ask("needle", filler, [(depth, assignment(name, held))], question(name), (depth, held))
 
 
 def many_needles(filler: Sequence[str], depth: float, seed: int) -> RecallCase:
     """`KEYS` facts of which one is asked; the others stand anywhere."""
     draw = random.Random(f"many {seed} {depth}")
-    names = _names(draw, KEYS)
-    values = [_value(draw) for _ in names]
-    facts = [(depth if at == 0 else draw.random(), f"{name} = {value}") for at, (name, value) in enumerate(zip(names, values, strict=True))]
-    return _ask("multi_key", filler, facts, f"print({names[0]})  # prints", (depth, values[0]))
+    keys = names(draw, KEYS)
+    values = [value(draw) for _ in keys]
+    facts = [(depth if at == 0 else draw.random(), assignment(*pair)) for at, pair in enumerate(zip(keys, values, strict=True))]
+    return _ask("multi_key", filler, facts, question(keys[0]), (depth, values[0]))
 
 
 def traced_variable(filler: Sequence[str], depth: float, seed: int) -> RecallCase:
     """A value handed on through `HOPS` names; the last one is asked."""
     draw = random.Random(f"trace {seed} {depth}")
-    names, value = _names(draw, HOPS + 1), _value(draw)
+    chain, held = names(draw, HOPS + 1), value(draw)
     places = sorted([depth, *(depth + (1 - depth) * draw.random() for _ in range(HOPS))])
-    sources = [value, *names[:-1]]
-    facts = [(place, f"{name} = {source}") for place, name, source in zip(places, names, sources, strict=True)]
-    return _ask("tracing", filler, facts, f"print({names[-1]})  # prints", (depth, value))
+    sources = [held, *chain[:-1]]
+    facts = [(place, assignment(name, source)) for place, name, source in zip(places, chain, sources, strict=True)]
+    return _ask("tracing", filler, facts, question(chain[-1]), (depth, held))
 
 
 def commonest_name(filler: Sequence[str], depth: float, seed: int) -> RecallCase:
     """Calls of a few names all over the text (from `depth` on); which was called most often?"""
     draw = random.Random(f"count {seed} {depth}")
-    names = _names(draw, WORDS)
-    calls = [name for at, name in enumerate(names) for _ in range(MOST if at == 0 else draw.randint(1, MOST // 2))]
+    called = names(draw, WORDS)
+    calls = [name for at, name in enumerate(called) for _ in range(MOST if at == 0 else draw.randint(1, MOST // 2))]
     facts = [(depth + (1 - depth) * draw.random(), f"count({name})") for name in calls]
-    return _ask("aggregation", filler, facts, "print(most_counted())  # prints", (depth, names[0]))
+    return _ask("aggregation", filler, facts, "print(most_counted())  # prints", (depth, called[0]))
 
 
 TASKS: tuple[Task, ...] = (single_needle, many_needles, traced_variable, commonest_name)
 
 
-def _ask(kind: str, filler: Sequence[str], facts: Sequence[tuple[float, str]], question: str, answer: tuple[float, str]) -> RecallCase:
-    """The filler with every fact put in at its share of the lines, then the question."""
-    depth, value = answer
-    lines = list(filler)
-    for place, fact in sorted(facts, reverse=True):
-        lines.insert(min(int(place * (len(filler) + 1)), len(filler)), fact)
-    return RecallCase(kind, depth, "\n".join([*lines, question]), value)
+def assignment(name: str, held: str) -> str:
+    """The line that states a fact."""
+    return f"{name} = {held}"
 
 
-def _names(draw: random.Random, number: int) -> list[str]:
+def question(name: str) -> str:
+    """The line that asks what `name` holds; a space and the answer follow."""
+    return f"print({name})  # prints"
+
+
+def names(draw: random.Random, number: int) -> list[str]:
+    """That many different names."""
     pairs = [f"{adjective}_{noun}" for adjective in _ADJECTIVES for noun in _NOUNS]
     return draw.sample(pairs, number)
 
 
-def _value(draw: random.Random) -> str:
+def value(draw: random.Random) -> str:
+    """What a name may hold: five digits, the first no 0."""
     return str(draw.randint(10_000, 99_999))
+
+
+def _ask(kind: str, filler: Sequence[str], facts: Sequence[tuple[float, str]], asked: str, answer: tuple[float, str]) -> RecallCase:
+    """The filler with every fact put in at its share of the lines, then the question."""
+    depth, told = answer
+    lines = list(filler)
+    for place, fact in sorted(facts, reverse=True):
+        lines.insert(min(int(place * (len(filler) + 1)), len(filler)), fact)
+    return RecallCase(kind, depth, "\n".join([*lines, asked]), told)

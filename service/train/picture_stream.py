@@ -19,7 +19,7 @@ from service.inputs.bpe import BpeTokenizer
 from service.models.attention import DenseAttend
 from service.models.decoder import Decoder
 from service.models.fusion import ImageContext, SeenImages
-from service.train.objective import Batch
+from service.train.objective import Batch, Objective
 from service.train.pictures import PictureSet, Pixels, Question
 from service.train.stream import Tokens, TokenStream
 from service.types.vision import Grid
@@ -29,12 +29,13 @@ IGNORED = -100
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """A picture set as a model is shown it: prepared `pixels` of one `grid`, the share of sequences and the weight of their answers."""
+    """A picture set as a model is shown it: prepared `pixels` of one `grid`, which are asked about in that share of the sequences (by their
+    length), and the weight of the answers."""
 
     found: PictureSet
     pixels: Pixels
     grid: Grid
-    share: float
+    shares: dict[int, float]
     weight: float
 
 
@@ -49,10 +50,10 @@ class PictureStream(TokenStream):
 
     def batch(self, position: int, sequences: int, length: int) -> tuple[Tokens, Tokens]:
         """As a text stream's; pictures' tokens are negative in the inputs, and targets that are not learned are IGNORED."""
-        inputs, targets = (flat.reshape(sequences, length) for flat in super().batch(position, sequences, length))
+        inputs, targets = (flat.reshape(sequences, length).copy() for flat in super().batch(position, sequences, length))
         for row in range(sequences):
             draw = Random(f"pictures:{self._salt}:{length}:{position // length + row}")
-            if draw.random() < self._pictures.share:
+            if draw.random() < self._pictures.shares[length]:
                 inputs[row], targets[row] = self.example(self._pictures.found.ask(draw, self._pictures.found.train), length)
         return inputs.reshape(-1), targets.reshape(-1)
 
@@ -78,15 +79,19 @@ class PictureStream(TokenStream):
 
 
 class Pictured:
-    """Cross entropy of text and, with the weight of `pictures`, of answers."""
+    """Cross entropy of text and, with the weight of `pictures`, of answers. `text` is the loss of a pass that shows no picture."""
 
-    def __init__(self, pictures: Pictures, device: torch.device) -> None:
+    def __init__(self, pictures: Pictures, device: torch.device, text: Objective) -> None:
+        self._text = text
         self._pixels = torch.from_numpy(pictures.pixels).to(device)
         self._grid = pictures.grid
         self._weight = pictures.weight
 
     def parts(self, model: Decoder, batch: Batch) -> Iterator[Tensor]:
         """One part."""
+        if not (batch.inputs < 0).any():
+            yield from self._text.parts(model, batch)
+            return
         sequences, device = len(batch.inputs) // batch.length, batch.inputs.device
         positions = torch.arange(batch.length, device=device).repeat(sequences)
         tokens = batch.inputs.where(batch.inputs >= 0, model.spec.image_id or 0)

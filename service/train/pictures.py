@@ -7,6 +7,7 @@ answer are a function of the draw alone; what two pictures or two kinds of quest
 from __future__ import annotations
 
 import hashlib
+import math
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from service.inputs.images import resize_pixels
 from service.types.errors import SettingsError
@@ -78,15 +80,40 @@ class PictureSet:
         return Question(kind, (first, second), "Which digit is larger, the first or the second?", "first" if one > two else "second")
 
 
-def load_pictures(source: str, held_out_permille: int) -> PictureSet:
-    """The digits of scikit-learn, or the MedMNIST file at the path `source`. Raises SettingsError."""
+def load_pictures(source: str, held_out_permille: int, variants: int = 0) -> PictureSet:
+    """The digits of scikit-learn, or the MedMNIST file at the path `source`. Raises SettingsError.
+
+    Each picture to learn from comes `variants` times more, moved, turned and scaled a little; those held out stay as they are.
+    """
     if source == DIGITS:
         pixels, labels = _digits()
         held = [_permille(picture) < held_out_permille for picture in pixels]
-        return _split(pixels, labels, held, DIGIT_KINDS)
+        return _varied(_split(pixels, labels, held, DIGIT_KINDS), variants)
     train, test = (_npz(Path(source), part) for part in ("train", "test"))
     held = [False] * len(train[1]) + [True] * len(test[1])
-    return _split(np.concatenate((train[0], test[0])), [*train[1], *test[1]], held, CLASS_KINDS)
+    return _varied(_split(np.concatenate((train[0], test[0])), [*train[1], *test[1]], held, CLASS_KINDS), variants)
+
+
+def _varied(found: PictureSet, variants: int) -> PictureSet:
+    """The set with `variants` more of every picture to learn from, at the end."""
+    if not variants:
+        return found
+    made = [_moved(found.pixels[index], Random(f"variant {index} {turn}")) for turn in range(variants) for index in found.train]
+    labels = (*found.labels, *(found.labels[index] for _ in range(variants) for index in found.train))
+    train = (*found.train, *range(len(found.labels), len(labels)))
+    return PictureSet(np.concatenate((found.pixels, np.stack(made))), labels, train, found.held_out, found.kinds)
+
+
+def _moved(picture: Pixels, draw: Random) -> Pixels:
+    """The picture turned by up to 12 degrees, scaled by up to an eighth and moved by up to a tenth of its side; black comes in."""
+    height, width = picture.shape[:2]
+    turn, scale = math.radians(draw.uniform(-12, 12)), draw.uniform(7 / 8, 9 / 8)
+    cosine, sine = math.cos(turn) / scale, math.sin(turn) / scale
+    middle_x, middle_y = (width - 1) / 2, (height - 1) / 2
+    from_x, from_y = middle_x + draw.uniform(-0.1, 0.1) * width, middle_y + draw.uniform(-0.1, 0.1) * height
+    places = (cosine, sine, from_x - cosine * middle_x - sine * middle_y, -sine, cosine, from_y + sine * middle_x - cosine * middle_y)
+    moved = Image.fromarray(picture).transform((width, height), Image.Transform.AFFINE, places, Image.Resampling.BICUBIC)
+    return np.asarray(moved, np.uint8)
 
 
 def _split(pixels: Pixels, labels: Sequence[int], held: Sequence[bool], kinds: tuple[str, ...]) -> PictureSet:

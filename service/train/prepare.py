@@ -57,7 +57,7 @@ def prepare(recipe: Recipe, root: Path | None = None, teacher: Teacher | None = 
     corpus = read_corpus(recipe.corpus.held_out_permille, recipe.corpus.chat_share, root)
     texts = [*corpus.train, *(f"{chat.question}\n{chat.answer}" for chat in corpus.chats)]
     tokenizer = BpeTokenizer.train(texts, recipe.vocab_size) if teacher is None else teacher.tokenizer
-    pictures = None if recipe.pictures is None else _pictures(recipe.pictures, shape.vision if line.reads_images else None)
+    pictures = None if recipe.pictures is None else _pictures(recipe.pictures, recipe, shape.vision if line.reads_images else None)
     documents = tokenizer.encode(list(corpus.train)) + [tokenizer.encode_chat(chat.question, chat.answer) for chat in corpus.chats]
     recall = recall_documents(corpus.train, recipe.corpus.recall_documents, recipe.corpus.recall_lines, recipe.seed)
     documents += tokenizer.encode(recall)
@@ -86,13 +86,14 @@ def _stream(recipe: Recipe, documents: list[list[int]], tokenizer: BpeTokenizer,
     return stream
 
 
-def _pictures(part: PicturesPart, vision: VisionSpec | None) -> Pictures:
+def _pictures(part: PicturesPart, recipe: Recipe, vision: VisionSpec | None) -> Pictures:
     """The pictures as the model will see them. Raises SettingsError."""
     if vision is None:
         raise SettingsError("recipe.pictures needs a line and a shape that read images.")
-    found = load_pictures(part.source, part.held_out_permille)
+    found = load_pictures(part.source, part.held_out_permille, part.variants)
     pixels, grid = found.prepared(vision)
-    return Pictures(found, pixels, grid, part.share, part.weight)
+    shares = {phase.tokens: part.share if phase.pictures is None else phase.pictures for phase in recipe.schedule.lengths}
+    return Pictures(found, pixels, grid, shares, part.weight)
 
 
 def _check_teacher(recipe: Recipe, teacher: Teacher | None) -> None:

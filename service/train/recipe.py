@@ -35,10 +35,14 @@ class CorpusPart:
 
 @dataclass(frozen=True, slots=True)
 class LengthPhase:
-    """Train on sequences of `tokens` until this fraction of the budget is spent."""
+    """Train on sequences of `tokens` until this fraction of the budget is spent.
+
+    `pictures` is the share of sequences that ask about pictures in this phase, where it is not that of the recipe.
+    """
 
     until: float
     tokens: int
+    pictures: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,13 +156,15 @@ class PicturesPart:
     """Questions about pictures among the text, for lines that read images.
 
     `source` is digits or the path of a MedMNIST .npz, which brings its own split; else `held_out_permille` of the pictures are held out.
-    `share` of the sequences are questions, the loss of whose answers counts `weight` times.
+    `share` of the sequences are questions, the loss of whose answers counts `weight` times. Every picture to learn from comes `variants`
+    times more, moved, turned and scaled a little.
     """
 
     source: str
     held_out_permille: int
     share: float
     weight: float
+    variants: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,8 +309,13 @@ def _check_extras(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         shares = min(distil.kl, distil.mse) >= 0 and 0 < distil.kl + distil.mse <= 1
         yield not shares, "recipe.distil.kl and mse must not be negative, and their sum must be above 0 and at most 1"
         yield distil.temperature <= 0, "recipe.distil.temperature must be above 0"
-    pictures = recipe.pictures
+    pictures, phases = recipe.pictures, recipe.schedule.lengths
+    asked = {(phase.tokens, phase.pictures) for phase in phases}
+    yield len(asked) != len({tokens for tokens, _ in asked}), "phases of one length in recipe.schedule must have the same pictures"
+    yield any(not 0 <= (share or 0) <= 1 for _, share in asked), "pictures of a phase in recipe.schedule must be in [0, 1]"
+    yield pictures is None and any(share is not None for _, share in asked), "a recipe whose phases have pictures needs pictures"
     if pictures is not None:
+        yield pictures.variants < 0, "recipe.pictures.variants must not be negative"
         yield not 0 < pictures.share <= 1, "recipe.pictures.share must be in (0, 1]"
         yield not 0 < pictures.weight <= 1000, "recipe.pictures.weight must be in (0, 1000]"
         yield segments is not None or distil is not None, "recipe.pictures goes with neither segments nor distil"

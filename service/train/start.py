@@ -40,20 +40,20 @@ def start(run: PreparedRun, device: str = "auto", threads: int = 0, launch: Laun
     model.gradient_checkpointing_enable(run.recipe.gradient_checkpointing)
     trainer = Trainer(run.recipe, model, run.train, run.identity)
     trainer.group = group
-    trainer.objective = _objective(run, torch.device(chosen)) or trainer.objective
+    trainer.objective = _objective(run, torch.device(chosen), trainer.objective)
     return trainer
 
 
-def _objective(run: PreparedRun, device: torch.device) -> Objective | None:
-    """What the recipe asks for beyond the loss of the next token."""
+def _objective(run: PreparedRun, device: torch.device, plain: Objective) -> Objective:
+    """What the recipe asks for beyond `plain`, the loss of the next token."""
     segments, distil = run.recipe.segments, run.recipe.distil
     if run.pictures is not None:
-        return Pictured(run.pictures, device)
+        return Pictured(run.pictures, device, plain)
     if segments is not None:
         return Segmented(segments.tokens, segments.memory_tokens)
     if distil is not None and run.teacher is not None:
         return Distilled(run.teacher.load(device), distil.kl, distil.mse, distil.temperature)
-    return None
+    return plain
 
 
 def _check_passes(recipe: Recipe, processes: int) -> None:

@@ -123,7 +123,8 @@ class VersionLine:
         )
 
 
-_NANO_TEXT = Shape(vocab_size=4096, dim=256, layers=4, heads=4, kv_heads=2, mlp_hidden=704, context_tokens=2048)
+# Small enough that the bundled models of all lines stay below 32 MiB together.
+_NANO_TEXT = Shape(vocab_size=4096, dim=256, layers=4, heads=4, kv_heads=2, mlp_hidden=448, context_tokens=2048)
 _ONE_BILLION = Shape(vocab_size=32_000, dim=2048, layers=20, heads=16, kv_heads=8, mlp_hidden=5504, context_tokens=4096)
 
 V1_0 = VersionLine(
@@ -144,7 +145,7 @@ V2_3 = VersionLine(
     shapes=(("nano", _NANO_TEXT), ("1b", _ONE_BILLION)),
 )
 
-_NANO_EYES = VisionSpec(patch=4, merge=2, dim=128, layers=3, heads=4, mlp_hidden=344, least_tokens=4, most_tokens=64, side_tokens=16)
+_NANO_EYES = VisionSpec(patch=4, merge=2, dim=96, layers=3, heads=3, mlp_hidden=256, least_tokens=4, most_tokens=64, side_tokens=16)
 _LARGE_EYES = VisionSpec(
     patch=14, merge=2, dim=1024, layers=24, heads=16, mlp_hidden=2752, least_tokens=16, most_tokens=576, side_tokens=48
 )
@@ -174,9 +175,7 @@ V4_8 = VersionLine(
     shares_weights=True,
 )
 
-_NANO_LONG = Shape(
-    vocab_size=4096, dim=256, layers=4, heads=4, kv_heads=2, mlp_hidden=704, context_tokens=16_384, rope_theta=500_000.0, dense_layers=(0,)
-)
+_NANO_LONG = replace(_NANO_TEXT, context_tokens=16_384, rope_theta=500_000.0, dense_layers=(0,), vision=_NANO_EYES)
 _REFERENCE = Shape(
     vocab_size=32_000, dim=1024, layers=24, heads=16, kv_heads=8, mlp_hidden=2752, context_tokens=16_384, rope_theta=500_000.0
 )

@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "prometheus_client": ("service/telemetry.py",),
     "tokenizers": ("service/inputs/",),
     "jinja2": ("service/inputs/",),
-    "PIL": ("service/inputs/images.py",),
+    "PIL": ("service/inputs/images.py", "service/train/pictures.py"),
     "onnx": ("service/checkpoints/onnx_export.py",),
     "onnxruntime": ("service/checkpoints/onnx_graph.py",),
     "torch": ("service/kernels/", "service/models/", "service/checkpoints/", "service/engine/", "service/train/"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from service.models.build import build
+from service.models.decoder import Decoder
 from service.train.loop import Trainer
-from service.train.objective import Batch
+from service.train.objective import Batch, NextToken
 from service.train.picture_stream import IGNORED, Pictured, PictureStream
 from service.train.prepare import PreparedRun, prepare
 from service.train.recipe import Recipe
@@ -65,11 +66,49 @@ def test_batches_depend_on_their_position_alone_and_mix_text_with_training_pictu
     assert (targets.reshape(40, 64)[~asked] >= 0).all() and (targets.reshape(40, 64)[asked] == IGNORED).any(1).all()
 
 
+def test_one_sequence_alone_is_what_it_is_among_others(run: PreparedRun) -> None:
+    inputs, targets = run.train.batch(0, 40, 64)
+    for index in range(40):
+        alone = run.train.batch(64 * index, 1, 64)
+        assert (alone[0] == inputs[64 * index : 64 * (index + 1)]).all() and (alone[1] == targets[64 * index : 64 * (index + 1)]).all()
+
+
+def test_a_phase_may_ask_about_pictures_more_or_less_often(library: Path, recipe_with: Callable[..., Recipe]) -> None:
+    phases = [{"until": 0.5, "tokens": 64}, {"until": 1.0, "tokens": 128, "pictures": 0.0}]
+    made = prepare(
+        recipe_with(line="3.5", pictures=PICTURES, schedule={"lengths": phases, "batch_tokens": 128, "micro_tokens": 128}), library
+    )
+    assert (made.train.batch(0, 20, 64)[0] < 0).any() and not (made.train.batch(0, 10, 128)[0] < 0).any()
+    for wrong, key in (
+        ([{"until": 1.0, "tokens": 64, "pictures": 1.5}], "pictures of a phase"),
+        ([{"until": 0.5, "tokens": 64, "pictures": 0.5}, {"until": 1.0, "tokens": 64}], "phases of one length"),
+    ):
+        with pytest.raises(SettingsError, match=key):
+            recipe_with(line="3.5", pictures=PICTURES, schedule={"lengths": wrong})
+    with pytest.raises(SettingsError, match="needs pictures"):
+        recipe_with(schedule={"lengths": [{"until": 1.0, "tokens": 64, "pictures": 0.5}]})
+
+
+def test_a_pass_without_pictures_takes_the_loss_of_text(run: PreparedRun) -> None:
+    class Text:
+        def parts(self, model: Decoder, batch: Batch) -> Iterator[torch.Tensor]:
+            yield torch.tensor(float(len(batch.inputs)))
+
+    model = build(run.spec, "cpu", torch.float32)
+    Trainer(run.recipe, model, run.train, "x")
+    assert run.pictures is not None
+    objective = Pictured(run.pictures, torch.device("cpu"), Text())
+    inputs, targets = (torch.from_numpy(array) for array in run.train.batch(0, 8, 64))
+    (shown,) = objective.parts(model, Batch(inputs, targets, 64))
+    (read,) = objective.parts(model, Batch(inputs.clamp(min=0), targets, 64))
+    assert float(read) == 512.0 and float(shown.detach()) > 512.0
+
+
 def test_pictures_stand_in_place_and_each_sequence_sees_its_own(run: PreparedRun) -> None:
     model = build(run.spec, "cpu", torch.float32)
     Trainer(run.recipe, model, run.train, "x")
     assert run.pictures is not None
-    objective = Pictured(run.pictures, torch.device("cpu"))
+    objective = Pictured(run.pictures, torch.device("cpu"), NextToken())
     flat = [torch.from_numpy(array) for array in run.train.batch(0, 8, 64)]
     context = objective.context(model, Batch(flat[0], flat[1], 64))
     assert context is not None and len(context.at) == int((flat[0] < 0).sum()) == sum(len(seen.keys) for seen in context.seen)
@@ -83,7 +122,7 @@ def test_a_few_steps_lower_the_loss_of_answers(run: PreparedRun) -> None:
     model = build(run.spec, "cpu", torch.float32)
     assert run.pictures is not None
     trainer = Trainer(run.recipe, model, run.train, "x")
-    trainer.objective = Pictured(run.pictures, torch.device("cpu"))
+    trainer.objective = Pictured(run.pictures, torch.device("cpu"), NextToken())
     batch = Batch(*(torch.from_numpy(array) for array in run.train.batch(0, 16, 64)), 64)
 
     def loss() -> float:
@@ -102,6 +141,6 @@ def test_pictures_need_a_line_that_reads_them(library: Path, recipe_with: Callab
         prepare(recipe_with(pictures=PICTURES), library)
     with pytest.raises(SettingsError, match="sequences of 32"):
         prepare(recipe_with(line="3.5", pictures=PICTURES), library)
-    for wrong in ({"share": 0.0}, {"weight": 0.0}):
+    for wrong in ({"share": 0.0}, {"weight": 0.0}, {"variants": -1}):
         with pytest.raises(SettingsError, match=r"recipe\.pictures"):
             recipe_with(line="3.5", pictures=PICTURES | wrong)

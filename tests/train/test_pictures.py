@@ -29,6 +29,21 @@ def test_no_picture_is_in_both_splits(digits: PictureSet) -> None:
     assert digits.digest == load_pictures("digits", 200).digest != load_pictures("digits", 100).digest
 
 
+def test_variants_are_like_their_picture_and_only_of_those_that_are_learned(digits: PictureSet) -> None:
+    varied = load_pictures("digits", 200, 2)
+    number = len(digits.train)
+    assert varied.held_out == digits.held_out and len(varied.train) == 3 * number and len(varied.labels) == 1797 + 2 * number
+    assert (varied.pixels[:1797] == digits.pixels).all() and varied.digest != digits.digest == load_pictures("digits", 200, 0).digest
+    first, second = varied.pixels[1797 : 1797 + number].astype(float), varied.pixels[1797 + number :].astype(float)
+    own = digits.pixels[list(digits.train)].astype(float)
+    assert varied.labels[1797 : 1797 + number] == varied.labels[1797 + number :] == tuple(digits.labels[index] for index in digits.train)
+    for made in (first, second):
+        apart = np.abs(made - own).mean((1, 2, 3))
+        assert (apart > 0).mean() > 0.99 and apart.mean() < 0.75 * np.abs(np.roll(own, 1, 0) - own).mean()
+    assert (first != second).any()
+    assert (load_pictures("digits", 200, 2).pixels == varied.pixels).all()
+
+
 def test_answers_are_those_of_the_labels(digits: PictureSet) -> None:
     draw, seen = Random(1), set()
     for _ in range(300):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,16 +16,41 @@ from service.types.catalog import V5_2
 TEXTS = ["\n".join(f"text {number} of {place}" for number in range(200)) for place in "ab"]
 
 
-def test_documents_are_the_same_again_and_end_with_their_answers() -> None:
+def test_documents_are_the_same_again_and_of_many_lengths() -> None:
     documents = recall_documents(TEXTS, 40, 100, 1)
     assert documents == recall_documents(TEXTS, 40, 100, 1) and documents != recall_documents(TEXTS, 40, 100, 2)
     assert len(set(documents)) == 40
-    for document in documents:
-        question, answer = document.rstrip("\n").rsplit(" ", 1)
-        assert question.endswith("# prints") and answer in question
     lengths = [document.count("\n") for document in documents]
-    assert min(lengths) < 20 and 60 < max(lengths) < 130
-    assert {document.splitlines()[-1].startswith("print(most") for document in documents} == {True, False}
+    assert min(lengths) < 20 and 60 < max(lengths) < 200
+
+
+def test_every_third_document_ends_with_the_answer_to_its_one_question() -> None:
+    asked = recall_documents(TEXTS, 40, 100, 1)[::3]
+    for document in asked:
+        question, answer = document.rstrip("\n").rsplit(" ", 1)
+        assert question.endswith("# prints") and answer in question and document.count("# prints") == 1
+    assert {document.splitlines()[-1].startswith("print(most") for document in asked} == {True, False}
+
+
+def test_the_other_documents_ask_every_fact_after_it_was_stated_and_tell_the_truth() -> None:
+    documents = [document for index, document in enumerate(recall_documents(TEXTS, 60, 200, 3)) if index % 3]
+    handed_on = 0
+    for document in documents:
+        held: dict[str, str] = {}
+        asked: set[str] = set()
+        for line in document.splitlines():
+            if match := re.fullmatch(r"(\w+) = (\w+)", line):
+                name, source = match.groups()
+                assert name not in held
+                held[name] = held.get(source, source)
+                handed_on += source in held
+            elif match := re.fullmatch(r"print\((\w+)\)  # prints (\d{5})", line):
+                assert held[match[1]] == match[2]
+                asked.add(match[1])
+            else:
+                assert line.startswith("text ")
+        assert asked == set(held) and len(held) >= 2
+    assert handed_on > 20 and max(document.count("# prints") for document in documents) > 20
 
 
 def test_a_recipe_that_asks_for_questions_learns_them(prepared: PreparedRun, library: Path, recipe_with: Callable[..., Recipe]) -> None:
@@ -32,12 +58,13 @@ def test_a_recipe_that_asks_for_questions_learns_them(prepared: PreparedRun, lib
     run = prepare(asked, library)
     assert run.identity != prepared.identity and len(run.train) > len(prepared.train)
     text = run.tokenizer.decode(run.train.tokens.tolist())
-    assert text.count("# prints") == 30 and "# prints" not in prepared.tokenizer.decode(prepared.train.tokens.tolist())
+    assert text.count("# prints") > 60 and "# prints" not in prepared.tokenizer.decode(prepared.train.tokens.tolist())
     assert np.array_equal(run.held_out.tokens, prepared.held_out.tokens)
 
 
 def test_the_flagship_has_a_recipe() -> None:
     recipe = load_recipe("nano-v5.2")
     assert "nano-v5.2" in recipe_names() and recipe.line == V5_2.number
-    assert recipe.schedule.lengths[-1].tokens == dict(V5_2.shapes)[recipe.shape].context_tokens
+    shape, longest = dict(V5_2.shapes)[recipe.shape], recipe.schedule.lengths[-1].tokens
+    assert V5_2.window is not None and 2 * V5_2.window < longest <= shape.context_tokens and recipe.pictures is not None
     assert recipe.corpus.recall_documents > 0

@@ -77,11 +77,11 @@ def test_the_bundled_shape_fits_its_bound() -> None:
 
 def test_the_flagship_reads_far_blocks_in_all_but_its_dense_layers() -> None:
     shapes = dict(V5_2.shapes)
-    nano, reference = V5_2.spec(shapes["nano"]), V5_2.spec(shapes["reference"], image_id=4)
+    nano, reference = V5_2.spec(shapes["nano"], image_id=4), V5_2.spec(shapes["reference"], image_id=4)
     assert [layer.attention.window for layer in nano.layers] == [None, 2048, 2048, 2048]
     assert [layer.attention.far is None for layer in nano.layers] == [True, False, False, False]
     assert (reference.dim, len(reference.layers), reference.layers[0].attention.heads, reference.context_tokens) == (1024, 24, 16, 16384)
-    assert reference.fusion is not None and reference.fusion.after_layers == 12 and nano.fusion is None
+    assert reference.fusion is not None and reference.fusion.after_layers == 12 and nano.fusion is not None
     plain = V3_5.spec(shapes["reference"], image_id=4)
     assert all(layer.attention.window is None for layer in plain.layers) and plain.parameters == reference.parameters
     shorter = V5_2.spec(replace(shapes["reference"], window=512, far=FarSpec(blocks=8)))
