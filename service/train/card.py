@@ -7,14 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from service.train.pictures import DIGITS
 from service.train.prepare import PreparedRun
 
 ATTRIBUTION = (
     "The text is the standard library of CPython {python}, Copyright © 2001 Python Software Foundation; All Rights Reserved, used under "
     "the [PSF License Agreement](https://docs.python.org/3/license.html); some files carry further notices listed there. No installed "
     "package, no test suite and no generated table is in it."
+)
+
+DIGITS_SOURCE = (
+    "The pictures are the handwritten digits that scikit-learn brings, from Optical Recognition of Handwritten Digits (Alpaydin and Kaynak "
+    "1998, UCI Machine Learning Repository, CC BY 4.0)."
 )
 
 
@@ -49,6 +56,7 @@ def write_card(run: PreparedRun, row: Mapping[str, Any], samples: Sequence[Sampl
         f"them are held out, chosen by their digest. {len(run.train):,} tokens to learn from, {len(run.corpus.chats):,} short chats made "
         f"from docstrings among them, and {len(run.held_out):,} held out. Another Python version has another library and gives another "
         "corpus.",
+        *_besides(run, row),
         "",
         "## How it was made",
         "",
@@ -63,6 +71,23 @@ def write_card(run: PreparedRun, row: Mapping[str, Any], samples: Sequence[Sampl
         *[line for sample in samples for line in _sample_lines(sample)],
     ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _besides(run: PreparedRun, row: Mapping[str, Any]) -> list[str]:
+    """Sentences about what some models learned besides text, each its own paragraph."""
+    said, part, pictures = [], run.recipe.corpus, row.get("pictures")
+    if part.recall_documents:
+        said.append(
+            f"Besides, {part.recall_documents:,} texts that state facts between lines of the text to learn from and ask for them further "
+            f"on; they are in the number of tokens above."
+        )
+    if pictures is not None:
+        source = DIGITS_SOURCE if pictures["source"] == DIGITS else f"The pictures of the MedMNIST file `{Path(pictures['source']).name}`."
+        said.append(
+            f"{source} {pictures['held_out']:,} are held out; with variants (turned, scaled, moved) there are {pictures['learned']:,} "
+            "to learn from."
+        )
+    return [line for sentence in said for line in ("", sentence)]
 
 
 def _shape_rows(run: PreparedRun, row: Mapping[str, Any]) -> list[str]:
@@ -87,6 +112,7 @@ def _training_rows(row: Mapping[str, Any]) -> list[str]:
         "|---|---|",
         f"| budget | {row['steps']:,} steps, {row['tokens']:,} tokens ({row['epochs']:.2f} times the text), {row['minutes']:.1f} minutes |",
         f"| machine | {row['cpu']}, {row['threads']} threads, {row['device']}, {row['dtype']}, {row['tokens_per_s']:,.0f} tokens/s |",
+        f"| sequences | up to {row['longest']:,} tokens |",
         f"| recipe, corpus | `{row['recipe_digest'][:12]}`, `{row['corpus_digest'][:12]}` |",
         f"| software | Python {row['python']}, torch {row['torch']} |",
         f"| held out, {row['length']} tokens at a time | {row['nats_per_token']:.4f} nats/token, {row['bits_per_byte']:.4f} bits/byte |",
@@ -100,6 +126,9 @@ def _training_rows(row: Mapping[str, Any]) -> list[str]:
 def _extra_rows(row: Mapping[str, Any]) -> list[str]:
     """Rows of what only some runs have."""
     lines = []
+    if "pictures" in row:
+        shares = ", ".join(f"{kind} {share:.3f}" for kind, share in row["pictures"]["right"].items())
+        lines.append(f"| questions about held-out pictures | share answered right, {row['pictures']['questions']} of each kind: {shares} |")
     if "teacher" in row:
         lines.append(f"| learned from | {row['teacher']['artifact']}, {row['teacher']['parameters']:,} parameters |")
     if "int8" in row:

@@ -19,12 +19,13 @@ from service.inputs.bpe import BpeTokenizer
 from service.models.attention import DenseAttend
 from service.models.decoder import Decoder
 from service.models.fusion import ImageContext, SeenImages
-from service.train.objective import Batch, Objective
+from service.train.objective import Batch, NextToken, Objective
 from service.train.pictures import PictureSet, Pixels, Question
 from service.train.stream import Tokens, TokenStream
 from service.types.vision import Grid
 
 IGNORED = -100
+ANSWER_LENGTH = 64  # tokens of a question with its pictures and answer, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +93,18 @@ class Pictured:
         if not (batch.inputs < 0).any():
             yield from self._text.parts(model, batch)
             return
-        sequences, device = len(batch.inputs) // batch.length, batch.inputs.device
-        positions = torch.arange(batch.length, device=device).repeat(sequences)
+        losses = F.cross_entropy(self.logits(model, batch).float(), batch.targets, reduction="none", ignore_index=IGNORED)
+        asked = (batch.inputs.view(-1, batch.length) < 0).any(1).repeat_interleave(batch.length)
+        yield (losses * torch.where(asked, self._weight, 1.0)).sum()
+
+    def logits(self, model: Decoder, batch: Batch) -> Tensor:
+        """What the model says after each token of sequences that show pictures, [tokens, vocab]."""
+        sequences = len(batch.inputs) // batch.length
+        positions = torch.arange(batch.length, device=batch.inputs.device).repeat(sequences)
         tokens = batch.inputs.where(batch.inputs >= 0, model.spec.image_id or 0)
         attend = DenseAttend(sequences, batch.length, model.spec.layers)
-        logits = model(tokens, positions, attend, images=self.context(model, batch))
-        losses = F.cross_entropy(logits.float(), batch.targets, reduction="none", ignore_index=IGNORED)
-        asked = (batch.inputs.view(sequences, -1) < 0).any(1).repeat_interleave(batch.length)
-        yield (losses * torch.where(asked, self._weight, 1.0)).sum()
+        logits: Tensor = model(tokens, positions, attend, images=self.context(model, batch))
+        return logits
 
     def context(self, model: Decoder, batch: Batch) -> ImageContext | None:
         """The pictures that negative ids of the inputs name, encoded once each."""
@@ -122,3 +127,18 @@ class Pictured:
             seen.append(SeenImages(batch.length - first, keys[part], values[part], mask[first:].cumsum(0)))
             done += count
         return ImageContext(at, encoded, torch.cat(rows), seen)
+
+
+@torch.no_grad()
+def right_answers(model: Decoder, stream: PictureStream, pictures: Pictures, number: int) -> dict[str, float]:
+    """The share of `number` questions of each kind about pictures held out whose whole answer is the likeliest, token by token."""
+    device = next(model.parameters()).device
+    objective, found = Pictured(pictures, device, NextToken()), pictures.found
+    shares: dict[str, float] = {}
+    for kind in found.kinds:
+        draw = Random(f"held out {kind}")
+        examples = [stream.example(found.ask(draw, found.held_out, kind), ANSWER_LENGTH) for _ in range(number)]
+        inputs, targets = (torch.from_numpy(np.concatenate(part)).to(device) for part in zip(*examples, strict=True))
+        right = (objective.logits(model, Batch(inputs, targets, ANSWER_LENGTH)).argmax(-1) == targets) | (targets == IGNORED)
+        shares[kind] = float(right.view(number, -1).all(1).float().mean())
+    return shares

@@ -17,12 +17,14 @@ import torch
 from service.checkpoints.store import save
 from service.train.card import Sample, write_card
 from service.train.loop import Trainer
+from service.train.picture_stream import PictureStream, right_answers
 from service.train.plot import plot_losses
 from service.train.prepare import PreparedRun
 from service.train.run import EVALUATION_LENGTH, Outcome
 from service.train.sample import continue_ids
 
 CHECKPOINT = "checkpoint"
+PICTURE_QUESTIONS = 200
 
 
 def publish(trainer: Trainer, run: PreparedRun, outcome: Outcome, out: Path, results: Path | None) -> str:
@@ -65,6 +67,7 @@ def _row(trainer: Trainer, run: PreparedRun, outcome: Outcome) -> dict[str, Any]
         "parameters": run.spec.parameters,
         "steps": state.step,
         "tokens": state.tokens,
+        "longest": max(phase.tokens for phase in run.recipe.schedule.lengths),
         "epochs": state.tokens / len(run.train),
         "minutes": round(state.elapsed_s / 60, 2),
         "tokens_per_s": round(state.tokens / state.elapsed_s, 1) if state.elapsed_s else 0.0,
@@ -93,6 +96,14 @@ def _extras(trainer: Trainer, run: PreparedRun, outcome: Outcome) -> dict[str, A
         found["processes"] = trainer.group.size
     if run.teacher is not None:
         found["teacher"] = {"artifact": run.teacher.artifact, "parameters": run.teacher.manifest.spec.parameters}
+    if run.pictures is not None and isinstance(run.train, PictureStream):
+        found["pictures"] = {
+            "source": run.recipe.pictures.source if run.recipe.pictures else "",
+            "learned": len(run.pictures.found.train),
+            "held_out": len(run.pictures.found.held_out),
+            "questions": PICTURE_QUESTIONS,
+            "right": right_answers(trainer.model, run.train, run.pictures, PICTURE_QUESTIONS),
+        }
     if outcome.unquantised is not None:
         plain = outcome.unquantised.nats_per_token
         found["int8"] = {"unquantised_nats_per_token": round(plain, 5), "loss_ratio": round(outcome.held_out.nats_per_token / plain, 5)}

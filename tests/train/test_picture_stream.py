@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,11 @@ from service.models.build import build
 from service.models.decoder import Decoder
 from service.train.loop import Trainer
 from service.train.objective import Batch, NextToken
-from service.train.picture_stream import IGNORED, Pictured, PictureStream
+from service.train.picture_stream import IGNORED, Pictured, PictureStream, right_answers
 from service.train.prepare import PreparedRun, prepare
+from service.train.publish import publish
 from service.train.recipe import Recipe
+from service.train.run import conclude
 from service.types.catalog import V3_5
 from service.types.errors import SettingsError
 from service.types.vision import VisionSpec
@@ -134,6 +137,47 @@ def test_a_few_steps_lower_the_loss_of_answers(run: PreparedRun) -> None:
         trainer.step()
     assert loss() < 0.75 * before
     assert model.vision is not None and model.vision.patch.weight is not None and model.vision.patch.weight.isfinite().all()
+
+
+def test_answers_about_held_out_pictures_are_counted_whole(run: PreparedRun) -> None:
+    model = build(run.spec, "cpu", torch.float32)
+    Trainer(run.recipe, model, run.train, "x")
+    assert run.pictures is not None and isinstance(run.train, PictureStream)
+    asked: list[int] = []
+
+    class Knowing(torch.nn.Module):
+        """Says what the question's row says next, but for sums, where it says 9."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.spec, self.fusion, self.vision = model.spec, None, None
+            self.one = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: object, images: object) -> torch.Tensor:
+            said = tokens.roll(-1)
+            asked.append(len(tokens))
+            nine = run.tokenizer.encode(["9"])[0][0]
+            sums = run.tokenizer.encode(["What is the sum of the two digits?"])[0]
+            rows = tokens.view(-1, 64)
+            is_sum = torch.tensor([len(set(sums) - set(row.tolist())) == 0 for row in rows]).repeat_interleave(64)
+            return torch.nn.functional.one_hot(
+                torch.where(is_sum & (said != run.tokenizer.end_id), nine, said), run.spec.vocab_size
+            ).float()
+
+    shares = right_answers(Knowing(), run.train, run.pictures, 50)  # type: ignore[arg-type]
+    assert asked == [50 * 64] * 4 and set(shares) == {"digit", "parity", "larger", "sum"}
+    assert shares["digit"] == shares["parity"] == shares["larger"] == 1.0 and shares["sum"] < 0.4
+
+
+def test_the_row_and_the_card_say_how_well_pictures_are_read(run: PreparedRun, tmp_path: Path) -> None:
+    trainer = Trainer(run.recipe, build(run.spec, "cpu", torch.float32), run.train, "x")
+    assert run.pictures is not None
+    trainer.objective = Pictured(run.pictures, trainer.device, NextToken())
+    trainer.step()
+    row = json.loads(publish(trainer, run, conclude(trainer, run), tmp_path, None))
+    part, card = row["pictures"], (tmp_path / "checkpoint" / "README.md").read_text()
+    assert part["questions"] == 200 and part["learned"] + part["held_out"] == 1797 and set(part["right"]) == set(run.pictures.found.kinds)
+    assert f"digit {part['right']['digit']:.3f}" in card and "CC BY 4.0" in card and f"{part['held_out']} are held out" in card
 
 
 def test_pictures_need_a_line_that_reads_them(library: Path, recipe_with: Callable[..., Recipe]) -> None:
