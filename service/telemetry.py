@@ -62,6 +62,15 @@ METRICS: tuple[Metric, ...] = (
     Metric("generation_tokens_total", "counter", "Tokens generated and billed."),
     Metric("images_total", "counter", "Images that sequences needed in the worker: encoded, or found encoded.", ("result",)),
     Metric("image_tokens_total", "counter", "Image tokens of the images that were encoded."),
+    Metric(
+        "fusion_rows_total", "counter", "Tokens computed that had seen an image, so that their heads' gates weighed text against images."
+    ),
+    Metric(
+        "fusion_gate_total",
+        "counter",
+        "Sum of those gates (0 to 1 each); over fusion_rows_total it is a head's mean weight of a modality.",
+        ("modality", "head"),
+    ),
     Metric("requests_total", "counter", "Accepted sequences that ended, by outcome; the sum is what was accepted.", ("outcome",)),
     Metric("slo_requests_total", "counter", "Sequences that met or missed a service level: ttft, tpot, or all of them.", ("slo", "result")),
     Metric("preemptions_total", "counter", "Times a running sequence lost its blocks and was put back to be recomputed."),

@@ -331,7 +331,8 @@ class FakeBackend:
             self._compute(piece, tokens, scores)
         images = [image for opening in plan.open for image in opening.images]
         brought = [image for image in images if image.pixels]
-        work = ImageWork(len(brought), sum(image.tokens for image in brought), len(images) - len(brought), 100.0) if images else None
+        tokens_shown = sum(image.tokens for image in brought)
+        work = ImageWork(len(brought), tokens_shown, len(images) - len(brought), 100.0, 4, (3.0,), (1.0,)) if images else None
         return StepResult(plan.step, tuple(tokens), tuple(scores), self.behaviour.step_s, (("attention", "fake", 1),), images=work)
 
     def _open(self, opening: OpenSequence) -> None:

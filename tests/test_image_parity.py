@@ -245,6 +245,9 @@ async def test_a_real_worker_takes_pixels_through_its_channel(directory: Path, d
     assert all(tokens[: len(wanted)] == wanted for tokens in found)
     assert metric(telemetry, 'images_total{.*result="encoded"') == 2
     assert metric(telemetry, "image_tokens_total") == 8
+    rows = metric(telemetry, "fusion_rows_total")
+    for modality in ("text", "image"):
+        assert 0 < metric(telemetry, f'fusion_gate_total{{.*head="0".*modality="{modality}"') < rows
     await router.close()
 
 

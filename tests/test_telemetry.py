@@ -57,6 +57,8 @@ def test_outcomes_add_up_to_what_was_accepted_and_tokens_to_what_was_billed():
     assert metric(telemetry, "worker_restarts_total", reason="died") == 1
     assert metric(telemetry, "preemptions_total") > 0
     assert (metric(telemetry, "images_total", result="encoded"), metric(telemetry, "image_tokens_total")) == (1, 3)
+    gates = [metric(telemetry, "fusion_gate_total", modality=modality, head="0") for modality in ("text", "image")]
+    assert metric(telemetry, "fusion_rows_total") > 0 and gates[0] == 3 * gates[1] > 0
     generated = metric(telemetry, "generation_tokens_total")
     assert 4 * 14 + 3 <= generated < 5 * 14 + 3
     gaps = metric(telemetry, "inter_token_latency_seconds_count")

@@ -51,6 +51,7 @@ class ImageStore:
         self._rows: dict[int, _Row] = {}
         self._encoded: OrderedDict[str, _Encoded] = OrderedDict()
         self._work = ImageWork(0, 0, 0, 0.0)
+        self._gates: list[tuple[Tensor, Tensor]] = []
 
     @property
     def kept_tokens(self) -> int:
@@ -82,11 +83,16 @@ class ImageStore:
         at = torch.from_numpy(np.concatenate([*gathered.at, np.zeros(0, np.int64)])).to(self._device)
         weight = self._decoder.norm.weight
         embeddings = torch.cat(gathered.embeddings) if gathered.embeddings else weight.new_empty(0, len(weight))
-        return ImageContext(at, embeddings, rows, gathered.seen)
+        return ImageContext(at, embeddings, rows, gathered.seen, self._gates)
 
     def take_work(self) -> ImageWork | None:
         """What was done since the last call; None for nothing."""
         work, self._work = self._work, ImageWork(0, 0, 0, 0.0)
+        gates, self._gates = self._gates, []
+        if gates:
+            text, image = (torch.cat(part).float().sum(0).tolist() for part in zip(*gates, strict=True))
+            seeing = sum(len(part) for part, _ in gates)
+            work = work._replace(seeing=seeing, text_gates=tuple(text), image_gates=tuple(image))
         return work if any(work) else None
 
     def warm_up(self) -> None:
@@ -156,7 +162,7 @@ class ImageStore:
         encoded = self._encoded[image.digest] = self._encode(vision, fusion, image)
         work = self._work
         flops = work.flops + self._decoder.spec.image_flops(image.tokens)
-        self._work = ImageWork(work.encoded + 1, work.encoded_tokens + image.tokens, work.found, flops)
+        self._work = work._replace(encoded=work.encoded + 1, encoded_tokens=work.encoded_tokens + image.tokens, flops=flops)
         return encoded
 
     def _encode(self, vision: PatchEncoder, fusion: GatedFusion, image: ImageInput) -> _Encoded:

@@ -111,11 +111,14 @@ class Accounting:
             self._metrics.value("kernel_dispatch_total", op, implementation).add(calls)
 
     def _looked(self, work: ImageWork) -> None:
-        encoded, encoded_tokens, found, flops = work
-        self._metrics.value("images_total", "encoded").add(encoded)
-        self._metrics.value("images_total", "found").add(found)
-        self._metrics.value("image_tokens_total").add(encoded_tokens)
-        self._flops.value += flops
+        self._metrics.value("images_total", "encoded").add(work.encoded)
+        self._metrics.value("images_total", "found").add(work.found)
+        self._metrics.value("image_tokens_total").add(work.encoded_tokens)
+        self._metrics.value("fusion_rows_total").add(work.seeing)
+        for modality, gates in (("text", work.text_gates), ("image", work.image_gates)):
+            for head, total in enumerate(gates):
+                self._metrics.value("fusion_gate_total", modality, str(head)).add(total)
+        self._flops.value += work.flops
 
     def generated(self, tokens: int, last_s: float, now: float) -> None:
         """`tokens` were published now; of them, those counted as `lockstep` follow a token of their sequence at `last_s`."""

@@ -25,7 +25,7 @@ from service.checkpoints.manifest import Manifest, read_manifest
 from service.checkpoints.store import save
 from service.models.attention import DenseAttend
 from service.models.decoder import Decoder
-from service.types.catalog import V1_0, V2_3, V3_5, V4_8, VersionLine, find_line
+from service.types.catalog import V1_0, V2_3, V3_5, V4_8, V5_2, VersionLine, find_line
 from service.types.errors import CheckpointError
 from service.types.model_spec import ModelSpec
 
@@ -113,6 +113,12 @@ class DeepSeekV48(VersionedModel):
     """A model of line v4.8."""
 
     line = V4_8
+
+
+class DeepSeekV52(VersionedModel):
+    """A model of line v5.2. It reads all of a sequence, as in training: far blocks are how a server reads it."""
+
+    line = V5_2
 
 
 def _directory(source: str) -> Path:

@@ -119,13 +119,17 @@ class PromptLogprobs(NamedTuple):
 class ImageWork(NamedTuple):
     """What a step did for images: how many it encoded, of how many image tokens, and how many it found encoded.
 
-    `flops` are those of encoding and of the fusion.
+    `flops` are those of encoding and of the fusion. `seeing` rows went through the fusion; `text_gates` and `image_gates` are the sums of
+    their gates, head by head.
     """
 
     encoded: int
     encoded_tokens: int
     found: int
     flops: float
+    seeing: int = 0
+    text_gates: tuple[float, ...] = ()
+    image_gates: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

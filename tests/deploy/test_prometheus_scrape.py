@@ -9,7 +9,15 @@ from tests.deploy.test_prometheus_rules import RECORDED
 from tests.deploy.watched import Watched
 
 # Nothing dies here, nobody asks for `auto`, and the tiny model has neither images nor far blocks.
-NOT_SEEN = {"worker_restarts_total", "version_choices_total", "images_total", "image_tokens_total", "far_blocks_read_total"}
+NOT_SEEN = {
+    "worker_restarts_total",
+    "version_choices_total",
+    "images_total",
+    "image_tokens_total",
+    "fusion_rows_total",
+    "fusion_gate_total",
+    "far_blocks_read_total",
+}
 
 
 def sample_name(name: str, kind: str) -> str:

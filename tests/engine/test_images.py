@@ -101,6 +101,23 @@ def test_an_image_is_encoded_once_and_counted(decoder: Decoder) -> None:
 
 
 @torch.inference_mode()
+def test_gates_of_the_rows_that_see_images_are_summed_by_head(decoder: Decoder) -> None:
+    bench = Bench(decoder)
+    fusion = decoder.fusion
+    assert fusion is not None
+    bench.open(opening(0, image_of(3)), opening(1))
+    context = bench.store.context(bench.batch((0, 0, 20), (1, 0, 20)))
+    assert context is not None and len(context.rows) == 17
+    stream = torch.randn(40, decoder.spec.dim, generator=torch.Generator().manual_seed(0))
+    fusion(stream, torch.zeros_like(stream), context)
+    wanted = fusion.gates(fusion.norm(stream[3:20])).sigmoid().view(17, 2, -1).sum(0)
+    work = bench.store.take_work()
+    assert work is not None and work.seeing == 17
+    torch.testing.assert_close(torch.tensor([work.text_gates, work.image_gates]), wanted, atol=1e-4, rtol=1e-4)
+    assert bench.store.take_work() is None
+
+
+@torch.inference_mode()
 def test_the_pixels_may_come_with_another_row_of_the_plan(decoder: Decoder) -> None:
     bench = Bench(decoder)
     bench.open(opening(0, image_of(3)), opening(1, replace(image_of(5), pixels=b"")))
