@@ -62,9 +62,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("generation_tokens_total", "counter", "Tokens generated and billed."),
     Metric("images_total", "counter", "Images that sequences needed in the worker: encoded, or found encoded.", ("result",)),
     Metric("image_tokens_total", "counter", "Image tokens of the images that were encoded."),
-    Metric(
-        "fusion_rows_total", "counter", "Tokens computed that had seen an image, so that their heads' gates weighed text against images."
-    ),
+    Metric("fusion_rows_total", "counter", "Tokens computed that had seen an image: their heads' gates weighed text against images."),
     Metric(
         "fusion_gate_total",
         "counter",
