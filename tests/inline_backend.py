@@ -34,11 +34,13 @@ class InlineBackend:
         lose_at: frozenset[int] = frozenset(),
         image_tokens: int = 512,
         attention: AttentionSettings | None = None,
+        dtype: str = "float32",
     ) -> None:
         torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
         read = read_manifest(directory)
         self.manifest = replace(read, spec=adapt(read.spec, attention or AttentionSettings()))
-        self._decoder = load(self.manifest, torch.device("cpu"), torch.float32, lambda done, total: None)
+        self._dtype = getattr(torch, dtype)
+        self._decoder = load(self.manifest, torch.device("cpu"), self._dtype, lambda done, total: None)
         self.blocks = blocks
         self.max_rows = max_rows
         self.lose_at = lose_at
@@ -50,7 +52,7 @@ class InlineBackend:
         spec = self.manifest.spec
         layout = spec.kv_layout()
         group_blocks = (self.blocks,) * len(layout.groups) if isinstance(self.blocks, int) else self.blocks
-        pool = KvPool(layout, group_blocks, torch.float32, torch.device("cpu"))
+        pool = KvPool(layout, group_blocks, self._dtype, torch.device("cpu"))
         for layer in range(len(spec.layers)):
             far = pool.far_of(layer) if pool.far_group_of(layer) is not None else ()
             for tensor in (*pool.blocks_of(layer), *far):
@@ -58,6 +60,7 @@ class InlineBackend:
                     tensor.fill_(float("nan") if tensor.is_floating_point() else 119)
         tables = Tables(layout, group_blocks, self.max_rows, spec.context_tokens, spec.vocab_size)
         image_tokens = self.image_tokens if spec.vision is not None else 0
+        self.tables = tables
         self._engine = TorchBackend(self._decoder, pool, tables, Sampler(self.max_rows, spec.vocab_size), image_tokens)
         self.starts += 1
         sizes = (self.max_rows, 4096, spec.context_tokens, spec.vocab_size)

@@ -54,6 +54,7 @@ class LocalEngine:
             quantize=engine.quantize,
             quantize_cache=engine.quantize_cache,
             quantize_cache_bytes=engine.quantize_cache_bytes,
+            deterministic=engine.deterministic,
         )
         backend = WorkerBackend(request, engine)
         unhurried = replace(scheduler, prefix_cache=False, request_deadline_s=3600.0)

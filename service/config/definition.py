@@ -220,6 +220,10 @@ class EngineSection(BaseModel):
     context_tokens: Whole = Field(
         _ENGINE.context_tokens, description="longest sequence, prompt and output together; 0 takes the checkpoint's own"
     )
+    deterministic: bool = Field(
+        _ENGINE.deterministic,
+        description="give a sequence the same bits alone, in any batch, after preemption and restart; refused where that cannot hold",
+    )
     image_cache_bytes: Size = Field(
         _ENGINE.image_cache_bytes, description="memory for encoded images of a version that reads them; never less than one context needs"
     )

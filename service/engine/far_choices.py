@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from service.engine.batch import Batch
-from service.kernels.dispatch import Kernel
+from service.kernels.choices import Kernel
 from service.kernels.reference_sparse import ChosenFar, FarBlocks
 from service.types.kv_layout import FAR_POSITION, FarSpec, KvGroup, KvLayout
 

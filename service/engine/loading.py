@@ -20,12 +20,13 @@ from service.checkpoints.manifest import Manifest, read_manifest
 from service.checkpoints.quantisation import weight_bytes
 from service.checkpoints.quantised_cache import cache_in
 from service.engine.batch import Tables
+from service.engine.deterministic import require_deterministic
 from service.engine.kv_pool import KvPool
 from service.engine.limits import machine_limits
 from service.engine.memory import MemoryPlan, Usage, available_bytes, plan_memory, resident_bytes
 from service.engine.sampler import Sampler
 from service.engine.torch_backend import TorchBackend
-from service.kernels.dispatch import chosen
+from service.kernels.dispatch import chosen, require_steady
 from service.kernels.native.binding import describe
 from service.models.decoder import Decoder
 from service.types.errors import CapacityError
@@ -66,9 +67,7 @@ def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallba
     torch.set_num_threads(request.threads or len(os.sched_getaffinity(0)))
     manifest = _read_as_served(request)
     spec = manifest.spec
-    device = choose_device(request.device)
-    quantize = choose_quantize(request.quantize, spec, device)
-    dtype = choose_dtype(request.dtype, spec, device, manifest.stored_dtype, quantize)
+    device, quantize, dtype = _choose_place(request, manifest)
     element_bytes = ELEMENT_BYTES[dtype]
     layout = spec.kv_layout()
     usage = Usage(weight_bytes(spec, element_bytes, quantize), resident_bytes(), _free_bytes(device))
@@ -116,6 +115,17 @@ def _read_as_served(request: LoadRequest) -> Manifest:
     """The checkpoint's manifest with its attention as the request asks."""
     manifest = read_manifest(Path(request.directory))
     return replace(manifest, spec=adapt(manifest.spec, request.attention))
+
+
+def _choose_place(request: LoadRequest, manifest: Manifest) -> tuple[torch.device, str, str]:
+    """Device, quantisation and dtype; from here on this process computes by steady kernels only, where that is asked."""
+    spec, device = manifest.spec, choose_device(request.device)
+    quantize = choose_quantize(request.quantize, spec, device)
+    dtype = choose_dtype(request.dtype, spec, device, manifest.stored_dtype, quantize)
+    require_steady(False)
+    if request.deterministic:
+        require_deterministic(spec, device, getattr(torch, dtype), quantize)
+    return device, quantize, dtype
 
 
 def _assemble(decoder: Decoder, layout: KvLayout, memory: MemoryPlan, request: LoadRequest) -> TorchBackend:

@@ -72,21 +72,13 @@ class GatedFusion(Computed):
         x, _ = self.norm.add(update.index_select(0, context.rows), residual.index_select(0, context.rows))
         query = self.query(x).view(rows, spec.heads, spec.head_dim)
         parts = query.split([seen.rows for seen in context.seen])
-        shown = torch.cat([self._attend(part, seen) for part, seen in zip(parts, context.seen, strict=True)])
-        text_gate, image_gate = self.gates(x).float().sigmoid().to(x.dtype).view(rows, 2, spec.heads).unbind(1)
+        attend, scale = self.kernels.attend_images, spec.head_dim**-0.5
+        found = zip(parts, context.seen, strict=True)
+        shown = torch.cat([attend(part, seen.keys, seen.values, seen.counts, scale) for part, seen in found])
+        text_gate, image_gate = self.gates(x).view(rows, 2, spec.heads).unbind(1)
         if context.gates is not None:
-            context.gates.append((text_gate, image_gate))
-        mixed = text_gate[..., None] * self.text(x).view(query.shape) + image_gate[..., None] * shown
+            context.gates.append((text_gate.sigmoid(), image_gate.sigmoid()))
+        gated = self.kernels.head_gate
+        mixed = gated(self.text(x).view(query.shape), text_gate) + gated(shown, image_gate)
         added: Tensor = self.out(mixed.reshape(rows, spec.width))
         return added
-
-    def _attend(self, query: Tensor, seen: SeenImages) -> Tensor:
-        """query [rows, heads, head_dim] -> the same, read from the images."""
-        spec, rows, images = self.spec, len(query), len(seen.keys)
-        grouped = query.view(rows, spec.kv_heads, spec.heads // spec.kv_heads, spec.head_dim)
-        scores = torch.einsum("rkgd,nkd->kgrn", grouped, seen.keys).float() * spec.head_dim**-0.5
-        if seen.counts is not None:
-            hidden = torch.arange(images, device=query.device) >= seen.counts[:, None]
-            scores = scores.masked_fill(hidden, float("-inf"))
-        shown = torch.einsum("kgrn,nkd->rkgd", scores.softmax(-1).to(query.dtype), seen.values)
-        return shown.reshape(rows, spec.heads, spec.head_dim)

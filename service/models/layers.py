@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from service.kernels import elementwise, fake_quant, linear
-from service.kernels.dispatch import Kernel, resolve
-from service.kernels.linear import PlainLinear
+from service.kernels import cross_attention, elementwise, fake_quant, linear
+from service.kernels.choices import Kernel
+from service.kernels.dispatch import resolve
 from service.kernels.quantised import QuantisedWeight
 from service.types.model_spec import DenseMlp
 
@@ -34,11 +34,12 @@ class Kernels:
     swiglu: Kernel
     head_gate: Kernel
     linear: Kernel
+    attend_images: Kernel
 
     @classmethod
     def resolve(cls, device: torch.device | str, dtype: torch.dtype) -> Self:
         """What the dispatch table chooses for serving there; not necessarily differentiable."""
-        names = ("rms_norm", "add_rms_norm", "rotate", "swiglu", "head_gate", "linear")
+        names = ("rms_norm", "add_rms_norm", "rotate", "swiglu", "head_gate", "linear", "attend_images")
         return cls(*(resolve(name, device, dtype) for name in names))
 
 
@@ -49,6 +50,7 @@ DIFFERENTIABLE = Kernels(
     swiglu=elementwise.swiglu,
     head_gate=elementwise.head_gate,
     linear=linear.torch_linear,
+    attend_images=cross_attention.attend_images,
 )
 # The same with every matrix product as int8 would compute it: quantisation-aware training.
 FAKE_INT8 = replace(DIFFERENTIABLE, linear=fake_quant.fake_quantised_linear)
@@ -108,8 +110,8 @@ class Linear(Computed):
         """Turn the weight into the form that serves fastest: `weight` is None afterwards, and there are no gradients."""
         weight = self.weight
         if weight is not None:
-            large = weight.numel() >= PACK_ELEMENTS
-            self.packed = resolve("pack_linear", weight.device, weight.dtype)(weight) if large else PlainLinear(weight)
+            operation = "pack_linear" if weight.numel() >= PACK_ELEMENTS else "pack_small_linear"
+            self.packed = resolve(operation, weight.device, weight.dtype)(weight)
             self.weight = None
 
     def take(self, weight: QuantisedWeight, device: torch.device, dtype: torch.dtype) -> None:

@@ -215,7 +215,8 @@ class Backend(Protocol):
 class LoadRequest:
     """The first message to a worker: which checkpoint to load and how. `kv_bytes` 0 means: what the machine leaves, bounded.
 
-    `machine_limits` are bytes read and operations a second, 0 where the worker is to measure.
+    `machine_limits` are bytes read and operations a second, 0 where the worker is to measure. `deterministic`: a row's bits must not
+    depend on its batch.
     """
 
     directory: str
@@ -231,4 +232,5 @@ class LoadRequest:
     quantize: str = "auto"
     quantize_cache: str = "none"
     quantize_cache_bytes: int = 0
+    deterministic: bool = False
     attention: AttentionSettings = field(default_factory=AttentionSettings)

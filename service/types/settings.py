@@ -89,7 +89,8 @@ class EngineSettings:
 
     `context_tokens` 0: the checkpoint's own. `machine_bytes_per_s` and `machine_flops_per_s` are what the machine can read and compute;
     0: measured when the worker starts. `quantize` auto: what the model's own precision says; `quantize_cache` is a directory or "none".
-    `spare_worker` keeps a second process with its libraries loaded: a restart is a load only.
+    `spare_worker` keeps a second process with its libraries loaded: a restart is a load only. `deterministic` computes each row of a step
+    to the same bits whatever else the step holds, or refuses to start.
     """
 
     dtype: str = "auto"
@@ -108,6 +109,7 @@ class EngineSettings:
     quantize_cache_bytes: int = 16 * 1024 * MIB
     machine_bytes_per_s: float = 0.0
     machine_flops_per_s: float = 0.0
+    deterministic: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ LEAST = {
     "tests/train": 188,
     "tests/types": 100,
     "tests/test_config.py": 93,
+    "tests/test_deterministic.py": 8,
     "tests/test_docs.py": 104,
     "tests/test_docs_examples.py": 12,
     "tests/test_launch.py": 7,

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from service.kernels import dispatch, linear, reference
-from service.kernels.dispatch import TABLE, Dispatch, DispatchError, Implementation, Place
+from service.kernels.choices import Dispatch, DispatchError, Implementation, Place
+from service.kernels.dispatch import TABLE
 from service.kernels.native import binding
 
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from service.kernels import dispatch
-from service.kernels.dispatch import TABLE, Dispatch
+from service.kernels.choices import Dispatch
+from service.kernels.dispatch import TABLE
 from service.kernels.native import binding, elementwise
 from tests.house.source import ROOT
 from tests.kernels.conftest import needs_native

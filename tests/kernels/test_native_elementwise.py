@@ -96,3 +96,18 @@ def test_two_percent_off_is_noticed() -> None:
     x = torch.randn(4, 64)
     with pytest.raises(AssertionError):
         check_close(elementwise.swiglu(x) * 1.02, reference.swiglu(x.double()), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_gates_equal_the_reference_and_see_one_row(size: int, dtype: torch.dtype, instructions: str) -> None:
+    torch.manual_seed(size)
+    joint, logits = torch.randn(11, 5, size).to(dtype), torch.randn(11, 6).mul(4).to(dtype)
+    found = elementwise.head_gate(joint[:, :3], logits[:, :3])
+    check_close(found, reference.head_gate(joint[:, :3].double(), logits[:, :3].double()), dtype)
+    for row in range(11):
+        assert torch.equal(elementwise.head_gate(joint[row : row + 1, :3], logits[row : row + 1, :3]), found[row : row + 1])
+    turned = joint.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(elementwise.head_gate(turned[:, :3], logits[:, :3]), found)
+    with pytest.raises(ValueError, match="do not fit"):
+        elementwise.head_gate(joint, logits)

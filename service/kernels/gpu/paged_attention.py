@@ -68,9 +68,15 @@ class Work(NamedTuple):
 
 
 class AttentionPlan:
-    """The lengths of one step, kept on the host, and the work found from them: once for each shape of tiles that a layer asks for."""
+    """The lengths of one step, kept on the host, and the work found from them: once for each shape of tiles that a layer asks for.
 
-    def __init__(self, query_starts: Tensor, context_lengths: Tensor, device: torch.device, window: int | None) -> None:
+    `tiled`: sequences with one row are computed in tiles too, so that a row goes through one kernel whichever slice it is in.
+    """
+
+    def __init__(
+        self, query_starts: Tensor, context_lengths: Tensor, device: torch.device, window: int | None, *, tiled: bool = False
+    ) -> None:
+        self._alone = 0 if tiled else 1
         self._contexts = context_lengths.cpu().to(torch.int64)
         self._counts = query_starts.cpu().to(torch.int64).diff()
         self._device = device
@@ -99,7 +105,8 @@ class AttentionPlan:
         return self._found[tokens, splits]
 
     def _work(self, tiles: Tensor, splits: Tensor) -> Work:
-        totals = torch.stack((torch.where(self._counts > 1, tiles, 0).cumsum(0), torch.where(self._counts == 1, splits, 0).cumsum(0)))
+        in_tiles, in_splits = self._counts > self._alone, (self._counts == 1) & (self._alone == 1)
+        totals = torch.stack((torch.where(in_tiles, tiles, 0).cumsum(0), torch.where(in_splits, splits, 0).cumsum(0)))
         ends = totals.to(torch.int32).to(self._device, non_blocking=True)
         return Work(ends[0], ends[1], int(totals[0, -1]), int(totals[1, -1]))
 
@@ -110,6 +117,14 @@ def plan_attention(
     """The plan of one step for layers with this window. Lengths that lie on the host are used as they are; others are waited for."""
     del block_tokens
     return AttentionPlan(query_starts, context_lengths, block_tables.device, window)
+
+
+def plan_tiles(
+    block_tables: Tensor, query_starts: Tensor, context_lengths: Tensor, *, block_tokens: int, window: int | None
+) -> AttentionPlan:
+    """The same with every row in tiles of one shape: whether decoding and prefill tiles round alike is then no question."""
+    del block_tokens
+    return AttentionPlan(query_starts, context_lengths, block_tables.device, window, tiled=True)
 
 
 def paged_attention(

@@ -50,6 +50,22 @@ def plan_sparse(
     return AttentionPlan(query_starts, context_lengths, near_tables.device, window)
 
 
+def plan_sparse_tiles(
+    near_tables: Tensor,
+    query_starts: Tensor,
+    context_lengths: Tensor,
+    *,
+    far: ChosenFar | None,
+    block_tokens: int,
+    window: int,
+    refresh: int,
+    sink_blocks: int,
+) -> AttentionPlan:
+    """The same with every row in tiles of one shape, see `plan_tiles`."""
+    del far, block_tokens, refresh, sink_blocks
+    return AttentionPlan(query_starts, context_lengths, near_tables.device, window, tiled=True)
+
+
 def most_entries(window: int, refresh: int, block_tokens: int, sink_blocks: int, most: int) -> int:
     """Blocks that one row reads at most: sinks, `most` far blocks, and the window of its anchor with what follows up to the row."""
     return sink_blocks + most + (window - 1 + refresh + block_tokens - 1) // block_tokens + 1

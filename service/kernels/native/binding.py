@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 # What `NATIVE_ABI` in native.h has to be.
-ABI = 5
+ABI = 6
 # Instruction sets by level, as `native_choose` takes them.
 LEVELS = ("baseline", "avx2", "avx512")
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -36,6 +36,9 @@ SIGNATURES: dict[str, tuple[object, ...]] = {
     "native_quantised_linear": (_pointer, _pointer, _pointer, _size, _int),
     "native_rotate": (_int, _pointer, _size, _size, _pointer, _pointer, _pointer, _size, _size, _size, _size, _int),
     "native_swiglu": (_int, _pointer, _pointer, _size, _size, _int),
+    "native_head_gate": (_int, _pointer, _size, _size, _pointer, _pointer, _size, _size, _size, _int),
+    "native_linear_scratch": (),
+    "native_linear": (_int, _pointer, _size, _size, _pointer, _int, _size, _pointer, _int, _pointer, _pointer, _int),
     "native_paged_attention": (*_ATTENTION, _pointer, _size, _int),
     "native_window_sparse_attention": (
         *_ATTENTION,
@@ -54,7 +57,7 @@ SIGNATURES: dict[str, tuple[object, ...]] = {
 }
 # Functions that return something.
 RESULTS: dict[str, object] = {"native_has_quantised": _int, "native_quantised_linear": _int, "native_paged_attention": _size}
-RESULTS |= {"native_window_sparse_attention": _size, "native_choose_bytes": _size}
+RESULTS |= {"native_linear_scratch": _size, "native_window_sparse_attention": _size, "native_choose_bytes": _size}
 
 
 class Library:

@@ -83,3 +83,24 @@ static void rotate(enum element type, const void *x, int64_t row_stride, int64_t
     if (type == BFLOAT16) rotate_rows(BFLOAT16, x, row_stride, head_stride, cos, sin, out, begin, end, heads, size, half);
     if (type == FLOAT16) rotate_rows(FLOAT16, x, row_stride, head_stride, cos, sin, out, begin, end, heads, size, half);
 }
+
+INLINE void head_gate_rows(enum element type, const void *x, int64_t row_stride, int64_t head_stride, const void *logits, void *out,
+                           int64_t begin, int64_t end, int64_t heads, int64_t size) {
+    for (int64_t row = begin; row < end; row++)
+        for (int64_t head = 0; head < heads; head++) {
+            int64_t from = row * row_stride + head * head_stride, at = row * heads + head, to = at * size;
+            vfloat logit = splat(load_some(type, logits, at, 1)[0]);
+            vfloat gate = splat(1.0f) / (splat(1.0f) + vexp2(logit * splat(-LOG2_E)));
+            for (int64_t i = 0; i < size; i += WIDTH) {
+                int64_t count = size - i < WIDTH ? size - i : WIDTH;
+                store_some(type, out, to + i, load_some(type, x, from + i, count) * gate, count);
+            }
+        }
+}
+
+static void head_gate(enum element type, const void *x, int64_t row_stride, int64_t head_stride, const void *logits, void *out,
+                      int64_t begin, int64_t end, int64_t heads, int64_t size) {
+    if (type == FLOAT32) head_gate_rows(FLOAT32, x, row_stride, head_stride, logits, out, begin, end, heads, size);
+    if (type == BFLOAT16) head_gate_rows(BFLOAT16, x, row_stride, head_stride, logits, out, begin, end, heads, size);
+    if (type == FLOAT16) head_gate_rows(FLOAT16, x, row_stride, head_stride, logits, out, begin, end, heads, size);
+}

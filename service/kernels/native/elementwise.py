@@ -66,3 +66,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     where = (x.data_ptr(), *x.stride()[:2], cos.data_ptr(), sin.data_ptr(), out.data_ptr())
     functions().native_rotate(ELEMENTS[x.dtype], *where, rows, heads, size, half, torch.get_num_threads())
     return out
+
+
+def head_gate(out: Tensor, gate_logits: Tensor) -> Tensor:
+    """Attention output out [T, H, D], each head scaled by sigmoid(gate_logits [T, H]) of the same type."""
+    rows, heads, size = out.shape
+    if gate_logits.shape != (rows, heads) or gate_logits.dtype != out.dtype:
+        raise ValueError(f"gates {tuple(gate_logits.shape)} {gate_logits.dtype} do not fit heads {tuple(out.shape)} {out.dtype}")
+    out, gate_logits = (out if out.stride(-1) == 1 else out.contiguous()), gate_logits.contiguous()
+    scaled = out.new_empty(out.shape)
+    where = (out.data_ptr(), *out.stride()[:2], gate_logits.data_ptr(), scaled.data_ptr())
+    functions().native_head_gate(ELEMENTS[out.dtype], *where, rows, heads, size, torch.get_num_threads())
+    return scaled

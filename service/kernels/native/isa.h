@@ -2,6 +2,7 @@
 #include "attention.h"
 #include "choosing.h"
 #include "elementwise.h"
+#include "linear.h"
 #include "quantised.h"
 
 const struct kernels KERNELS_TABLE = {
@@ -9,6 +10,9 @@ const struct kernels KERNELS_TABLE = {
     .add_rms_norm = add_rms_norm,
     .rotate = rotate,
     .swiglu = swiglu,
+    .head_gate = head_gate,
+    .linear_scratch = linear_scratch,
+    .linear_tile = linear_tile,
 #if defined(ISA_AVX512)
     .quantise_row = quantise_row,
     .int8_strips = int8_strips,

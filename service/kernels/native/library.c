@@ -162,3 +162,46 @@ EXPORTED void native_rotate(int type, const void *x, int64_t row_stride, int64_t
     struct turned context = {type, x, row_stride, head_stride, cos, sin, out, heads, size, half};
     native_parallel_spans(turned_span, &context, rows, grain_rows(heads * size), threads);
 }
+
+struct gates {
+    int type;
+    const void *x;
+    int64_t row_stride, head_stride;
+    const void *logits;
+    void *out;
+    int64_t heads, size;
+};
+
+static void gates_span(void *context, int64_t begin, int64_t end) {
+    struct gates *g = context;
+    native_kernels->head_gate((enum element)g->type, g->x, g->row_stride, g->head_stride, g->logits, g->out, begin, end, g->heads, g->size);
+}
+
+EXPORTED void native_head_gate(int type, const void *x, int64_t row_stride, int64_t head_stride, const void *logits, void *out,
+                               int64_t rows, int64_t heads, int64_t size, int threads) {
+    struct gates context = {type, x, row_stride, head_stride, logits, out, heads, size};
+    native_parallel_spans(gates_span, &context, rows, grain_rows(heads * size), threads);
+}
+
+struct tiles {
+    const struct linear *linear;
+    int64_t tiles, each;
+    float *memory;
+};
+
+static void tile_task(void *context, int64_t index, int thread) {
+    struct tiles *t = context;
+    native_kernels->linear_tile(t->linear, index / t->tiles, index % t->tiles, t->memory + thread * t->each);
+}
+
+/* Floats of workspace that each thread needs for a linear layer. */
+EXPORTED int64_t native_linear_scratch(void) { return native_kernels->linear_scratch(); }
+
+EXPORTED void native_linear(int type, const float *x, int64_t rows, int64_t inputs, const void *weight, int packed, int64_t outputs,
+                            const float *bias, int out_type, void *out, float *workspace, int threads) {
+    struct linear linear = {.type = (enum element)type, .out_type = (enum element)out_type, .packed = packed, .x = x, .bias = bias,
+                            .weight = weight, .out = out, .rows = rows, .inputs = inputs, .outputs = outputs};
+    struct tiles context = {&linear, (rows + HEIGHT - 1) / HEIGHT, native_kernels->linear_scratch(), workspace};
+    int64_t strips = (outputs + COLUMNS - 1) / COLUMNS;
+    native_parallel(tile_task, &context, strips * context.tiles, rows * inputs * outputs < GRAIN_ELEMENTS ? 1 : threads);
+}

@@ -17,7 +17,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 /* Counted up whenever an exported function changes; binding.py names the one it speaks to. */
-#define NATIVE_ABI 5
+#define NATIVE_ABI 6
 
 /* The last two only in far blocks: integers with a scale for each token, INT4 two in a byte, the even index in the low half. */
 enum element { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, STORED_INT8 = 3, STORED_INT4 = 4 };
@@ -47,6 +47,22 @@ struct product {
     int64_t outputs;
 };
 
+/* Outputs of a panel of weights. */
+#define COLUMNS 64
+/* Rows of a tile, which share a panel that was turned. */
+#define HEIGHT 96
+
+/* A linear layer x [rows, inputs] float32 -> out [rows, outputs] of out_type. `weight` of `type` is [outputs, inputs], or packed: panels
+ * [inputs, COLUMNS] of COLUMNS outputs each, padded at the end. `bias` [outputs] is float32 or NULL. */
+struct linear {
+    enum element type, out_type;
+    int packed;
+    const float *x, *bias;
+    const void *weight;
+    void *out;
+    int64_t rows, inputs, outputs;
+};
+
 /* See attention_call.h. */
 struct attention;
 struct tile;
@@ -63,6 +79,12 @@ struct kernels {
                    int64_t begin, int64_t end, int64_t heads, int64_t size, int64_t half);
     /* gate_up [rows, 2 * size], gate first -> out [rows, size] = silu(gate) * up. */
     void (*swiglu)(enum element type, const void *gate_up, void *out, int64_t begin, int64_t end, int64_t size);
+    /* out [rows, heads, size] by its strides times sigmoid(logits [rows, heads]) -> out, contiguous. */
+    void (*head_gate)(enum element type, const void *x, int64_t row_stride, int64_t head_stride, const void *logits, void *out,
+                      int64_t begin, int64_t end, int64_t heads, int64_t size);
+    /* Floats that a thread needs for a linear layer; then one tile of rows times one panel, see linear.h. */
+    int64_t (*linear_scratch)(void);
+    void (*linear_tile)(const struct linear *linear, int64_t strip, int64_t tile, float *memory);
     /* Quantise a row, see quantised.h; these three are NULL where the instruction set has no dot products of int8. */
     float (*quantise_row)(const float *x, int64_t inputs, int64_t padded, int64_t group, int8_t *out, int32_t *sums);
     /* All rows of a product times the strips begin .. end - 1. */

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from service.kernels.gpu.int8_linear import product_tile
+from service.kernels.gpu.ordered_linear import ordered_tile
 from service.kernels.gpu.paged_attention import decode_tile, tile_of
 from service.kernels.gpu.window_sparse import sparse_tile
 
@@ -191,6 +192,15 @@ def linear_shapes() -> list[Shape]:
         name = f"{'w8a8' if exact else 'weight-only'}-{rows}"
         kinds = types if exact else types | {"p_x": "*bf16"}
         shapes.append(Shape(name, "int8_linear", "product_kernel", kinds, constants, tile.warps, tile.stages, 0, tile.rows >= 64, (chip,)))
+    ordered = types | {"p_x": "*bf16", "p_weight": "*bf16", "stride_output": "i32"}
+    for kind, dtype in TORCH_TYPES.items():
+        pointers = {name: f"*{kind}" for name in ("p_x", "p_weight", "p_bias", "p_out")}
+        tile = ordered_tile(dtype)
+        constants = {"ROWS": tile.rows, "OUTPUTS": tile.outputs, "INPUTS": tile.inputs, "BIAS": True}
+        constants["PRECISION"] = "ieee" if kind == "fp32" else "tf32"
+        limits = (FLOAT32_STACK if kind == "fp32" else 0, tile.rows >= 64)
+        options = (ordered | pointers, constants, tile.warps, tile.stages, *limits)
+        shapes.append(Shape(f"ordered-{kind}", "ordered_linear", "ordered_kernel", *options))
     return shapes
 
 

@@ -116,6 +116,22 @@ def test_alone_equals_in_a_batch_bit_for_bit() -> None:
         assert torch.equal(run(alone), together[first:last])
 
 
+@pytest.mark.parametrize("window", [None, 18])
+def test_a_plan_of_tiles_alone_decodes_in_them(window: int | None) -> None:
+    batch = batch_of(*MIXED, window=window)
+    lengths = batch.query_starts, batch.context_lengths
+    plan = kernel.plan_tiles(batch.block_tables.to(DEVICE), *lengths, block_tokens=16, window=window)
+    work = plan.dense(2, kernel.tile_of(batch.query.dtype, 16, kernel.capability(DEVICE)))
+    assert work.splits == 0 and work.tiles >= sum(count > 0 for count in MIXED[1])
+
+    def attend(*tensors: Tensor, **options: Any) -> Tensor:
+        return kernel.paged_attention(*tensors, **options, plan=plan)
+
+    found = moved(batch).run(attend).cpu()
+    check_error(found, batch.reference(), found, batch.query.dtype)
+    assert torch.equal(found, run(batch)) or ON_DEVICE
+
+
 def test_permuting_physical_blocks_changes_nothing() -> None:
     batch = batch_of(*MIXED)
     count = batch.key_blocks.shape[0]

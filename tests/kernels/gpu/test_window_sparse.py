@@ -164,12 +164,27 @@ def test_a_plan_made_ahead_gives_the_same() -> None:
     # Rows 64 … 69 and 0 … 16 in runs of 4; three decoding rows, each with splits for 1 + 2 + 5 blocks.
     assert (tile.rows, tokens, work.tile_ends.tolist(), work.split_ends.tolist()) == (16, 4, [0, 0, 2, 7, 7], [4, 8, 8, 8, 12])
 
+    assert torch.equal(run_planned(batch, plan), run(batch))
+
+
+def test_a_plan_of_tiles_alone_decodes_in_them() -> None:
+    batch = batch_of(*MIXED, refresh=4)
+    rule: dict[str, Any] = {"window": 40, "refresh": 4, "sink_blocks": 1}
+    plan = window_sparse.plan_sparse_tiles(
+        batch.near_tables.to(DEVICE), batch.query_starts, batch.context_lengths, far=None, block_tokens=16, **rule
+    )
+    work = plan.sparse(4, 2)
+    assert work.splits == 0 and work.tiles == 7 + sum(count == 1 for count in MIXED[1])
+    found = run_planned(batch, plan)
+    torch.testing.assert_close(found, run(batch), atol=1e-6, rtol=1e-5)
+
+
+def run_planned(batch: SparseBatch, plan: object) -> Tensor:
     def attend(*tensors: Tensor, **options: Any) -> Tensor:
         placed_options = options | {"far": placed(options["far"]), "plan": plan}
         return window_sparse.window_sparse_attention(*(tensor.to(DEVICE) for tensor in tensors), **placed_options)
 
-    planned = batch.run(attend)
-    assert torch.equal(planned.cpu(), run(batch))
+    return batch.run(attend).cpu()
 
 
 @pytest.mark.parametrize("fault", ["window", "scale", "choice", "far scale"])
