@@ -65,7 +65,7 @@ def write_shape(name: str, directory: Path, dtype: torch.dtype = torch.float32) 
             stem + "post_attention_layernorm.weight": torch.ones(hidden, dtype=dtype),
         }
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
-    _write_tokenizer(directory, shape["vocab"])
+    write_tokenizer(directory, shape["vocab"])
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -89,7 +89,7 @@ def write_shape(name: str, directory: Path, dtype: torch.dtype = torch.float32) 
     return directory
 
 
-def _write_tokenizer(directory: Path, vocabulary: int) -> None:
+def write_tokenizer(directory: Path, vocabulary: int) -> None:
     """A byte-level tokenizer with filler entries, so that every id decodes to some text."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     entries = ["<s>", "</s>", *letters]
