@@ -55,7 +55,12 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "machine_limit", "gauge", "What the machine can do a second, measured at start-up or given, by kind: bytes or flops.", ("kind",)
     ),
-    Metric("build_info", "gauge", "1; the labels name the program's version and the model's compute type.", ("program", "dtype")),
+    Metric(
+        "build_info",
+        "gauge",
+        "1; the labels name the program's version, the model's compute type and engine.",
+        ("program", "dtype", "backend"),
+    ),
     Metric("startup_seconds", "gauge", "Seconds of each phase of the worker's last start, and of the command's (`command_…`).", ("phase",)),
     Metric("prompt_tokens_total", "counter", "Prompt tokens of requests whose prompt was read."),
     Metric("prompt_tokens_cached_total", "counter", "Of those, tokens found in the prefix cache."),

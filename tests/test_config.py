@@ -19,7 +19,7 @@ from service.checkpoints.registry import Registry
 from service.config.bundled import bundled_source, choose_sources, listed_sources, named_source, registry_path, restored_sources
 from service.config.definition import SECTIONS, Definition
 from service.config.describe import settings_tables
-from service.config.flags import FlagParser, canonical, parse_bytes, wants_text
+from service.config.flags import FlagParser, canonical, likely_backend, parse_bytes, wants_text
 from service.config.load import ServeSettings, load_settings
 from service.types.errors import SettingsError
 from service.types.settings import EngineSettings, HttpLimits, HttpSettings, ModelSource, SchedulerSettings
@@ -72,8 +72,10 @@ def _other_value(name: str) -> tuple[str, object]:
         return "edge", "edge"
     if name == "quantize":
         return "int4", "int4"
-    if name == "quantize_cache":
+    if name in ("quantize_cache", "backend_table"):
         return "none", "none"
+    if name == "backend":
+        return "onnx", "onnx"
     if field.annotation is bool:
         return ("false", False) if field.default else ("true", True)
     if name == "run_ahead":
@@ -375,6 +377,35 @@ def test_tables_name_every_setting() -> None:
     assert all(f"| `--{name}` |" in text for name in Definition.model_fields)
     assert all(f"### {section.__doc__}" in text for section in SECTIONS)
     assert "| `--template_bytes` | SIZE | 128MiB | `DEEPSEEK_TEMPLATE_BYTES` |" in text
+
+
+def test_onnx_runtime_is_short_for_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load().engine.backend == "auto"
+    assert load("--onnx-runtime", "--threads", "16").engine.backend == "onnx"
+    monkeypatch.setenv("DEEPSEEK_ONNX_RUNTIME", "true")
+    assert load().engine.backend == "onnx"
+    assert load("--backend", "torch").engine.backend == "torch"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "expected"),
+    [
+        ([], {}, "torch"),
+        (["--backend", "auto"], {}, "torch"),
+        (["--onnx_runtime"], {}, "onnx"),
+        (["--onnx-runtime=true", "--port", "0"], {}, "onnx"),
+        (["--backend", "onnx"], {}, "onnx"),
+        (["--backend=onnx"], {}, "onnx"),
+        (["--model", "--backend", "--backend=torch"], {"DEEPSEEK_BACKEND": "onnx"}, "torch"),
+        ([], {"DEEPSEEK_BACKEND": "onnx"}, "onnx"),
+        ([], {"DEEPSEEK_ONNX_RUNTIME": "1"}, "onnx"),
+        (["--backend", "torch"], {"DEEPSEEK_ONNX_RUNTIME": "1"}, "torch"),
+    ],
+)
+def test_the_worker_that_is_started_ahead_is_the_one_that_is_named(
+    arguments: list[str], environment: dict[str, str], expected: str
+) -> None:
+    assert likely_backend(arguments, environment) == expected
 
 
 def test_a_parser_knows_its_flags() -> None:

@@ -46,5 +46,6 @@ def _entry(served: ServedVersion, name: str) -> dict[str, Any]:
         "modalities": list(served.manifest.modalities),
         "tier": info.tier if info is not None else None,
         "device": info.device if info is not None else None,
+        "backend": info.backend if info is not None else None,
         "ready": served.ready,
     }

@@ -7,7 +7,6 @@ compute is refused by name before anything is written.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from io import BufferedWriter
 from pathlib import Path
@@ -16,34 +15,34 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from onnx import NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper
 
+from service.checkpoints.digests import file_digest
 from service.checkpoints.load import Quantisation, load
 from service.checkpoints.manifest import Manifest
-from service.checkpoints.onnx_graph import ABOUT, GRAPH, WEIGHTS, OnnxGraph, Rectangle
+from service.checkpoints.onnx_graph import OnnxGraph, Rectangle
+from service.checkpoints.onnx_support import ABOUT, FORMAT, GRAPH, PRODUCT, WEIGHTS, graph_directory, queries_per_kv_head, refuse
 from service.checkpoints.quantisation import kind_of
-from service.checkpoints.stage import staged_directory, write_synced
+from service.checkpoints.stage import staged_directory, sync, write_synced
 from service.kernels.quantised import quantise_weight
 from service.models.attention import DenseAttend
 from service.models.decoder import Decoder
 from service.models.rope import attention_factor, inverse_frequencies
 from service.types.errors import CheckpointError
 from service.types.kv_layout import KvLayout
-from service.types.model_spec import ModelSpec, RopeScaling
 
-FORMAT = "deepseek-onnx-1"
 # Largest difference of a logit, relative to the largest logit. Rounding to int8 steps can fall the other way in the two implementations.
 TOLERANCES = {"none": 1e-4, "int8": 2e-2}
 _CHECKED_TOKENS = 80
 _ALIGNMENT = 4096
+_PRODUCT_WIDTH = 768
 _TYPES = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int8): TensorProto.INT8, np.dtype(np.uint8): TensorProto.UINT8}
 _CONTRIB = "com.microsoft"
 
 
 def find_or_export(manifest: Manifest, cache: Path, quantize: str) -> Path:
     """The exported directory of a checkpoint in `cache`, written now if it is not there. Raises CheckpointError for what cannot be."""
-    identity = hashlib.sha256(f"{manifest.digest} {FORMAT} {manifest.spec}".encode()).hexdigest()
-    directory = cache / f"{manifest.digest[:12]}-{identity[:12]}-{quantize}.onnx"
+    directory = graph_directory(manifest, cache, quantize)
     if not directory.is_dir():
         export(manifest, directory, quantize)
     return directory
@@ -55,39 +54,22 @@ def export(manifest: Manifest, directory: Path, quantize: str) -> None:
     decoder = load(manifest, "cpu", torch.float32, serving=False)
     with staged_directory(directory) as partial:
         with (partial / WEIGHTS).open("wb") as stream:
-            write_synced(partial / GRAPH, _Writer(decoder, quantize, stream).model())
+            writer = _Writer(decoder, quantize, stream)
+            write_synced(partial / GRAPH, writer.model())
+            write_synced(partial / PRODUCT, writer.product())
+            sync(stream)
         about = {
             "format": FORMAT,
             "digest": manifest.digest,
+            "sha256": {name: file_digest(partial / name) for name in (GRAPH, PRODUCT, WEIGHTS)},
             "inverse_frequencies": inverse_frequencies(manifest.spec.rope).tolist(),
             "rope_factor": attention_factor(manifest.spec.rope),
-            "queries_per_kv_head": [_queries(manifest.spec, group.layers[0]) for group in manifest.spec.kv_layout().groups],
+            "queries_per_kv_head": [queries_per_kv_head(manifest.spec, group.layers[0]) for group in manifest.spec.kv_layout().groups],
         }
         write_synced(partial / ABOUT, json.dumps(about).encode())
         if quantize != "none":
             decoder = load(manifest, "cpu", torch.float32, quantisation=Quantisation(quantize))
         _check(decoder, partial, TOLERANCES[quantize])
-
-
-def refuse(spec: ModelSpec, quantize: str) -> None:
-    """Raise CheckpointError for what the graph does not compute."""
-    reasons = {
-        f"{quantize} weights": quantize not in TOLERANCES,
-        "images": spec.vision is not None or spec.fusion is not None,
-        "far blocks": any(layer.attention.far is not None for layer in spec.layers),
-        "dynamic rope scaling": spec.rope.scaling is RopeScaling.DYNAMIC,
-        "layers of one cache group with different numbers of heads": any(
-            len({_queries(spec, layer) for layer in group.layers}) > 1 for group in spec.kv_layout().groups
-        ),
-    }
-    for reason, applies in reasons.items():
-        if applies:
-            raise CheckpointError(f"The ONNX graph does not support {reason}: serve this model through torch.")
-
-
-def _queries(spec: ModelSpec, layer: int) -> int:
-    attention = spec.layers[layer].attention
-    return attention.heads // attention.kv_heads
 
 
 def _check(decoder: Decoder, directory: Path, tolerance: float) -> None:
@@ -113,6 +95,11 @@ def _check(decoder: Decoder, directory: Path, tolerance: float) -> None:
             )
 
 
+def _serialised(graph: GraphProto) -> bytes:
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(_CONTRIB, 1)]
+    return bytes(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
+
+
 class _Writer:
     """One graph under way: nodes and initialisers by name, weights streamed to their file."""
 
@@ -136,9 +123,16 @@ class _Writer:
         self._nodes.append(
             helper.make_node("Identity", [self._linear(rows, "embed" if self._spec.tied_embeddings else "head")], ["logits"])
         )
-        graph = helper.make_graph(self._nodes, "decoder", self._inputs(), self._outputs(), list(self._initializers.values()))
-        opsets = [helper.make_opsetid("", 21), helper.make_opsetid(_CONTRIB, 1)]
-        return bytes(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
+        return _serialised(helper.make_graph(self._nodes, "decoder", self._inputs(), self._outputs(), list(self._initializers.values())))
+
+    def product(self) -> bytes:
+        """A graph of one square product in the kind of most weights, which is what the machine's rate is measured with."""
+        self._nodes, self._initializers = [], {}
+        weight = np.full((_PRODUCT_WIDTH, _PRODUCT_WIDTH), 0.25, np.float32)
+        self._parameters["layers.product.weight"] = torch.nn.Parameter(torch.from_numpy(weight), requires_grad=False)
+        self._nodes.append(helper.make_node("Identity", [self._linear("x", "layers.product")], ["y"]))
+        info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, _PRODUCT_WIDTH]) for name in ("x", "y")]
+        return _serialised(helper.make_graph(self._nodes, "product", info[:1], info[1:], list(self._initializers.values())))
 
     def _inputs(self) -> list[ValueInfoProto]:
         half = self._spec.rope.rotary_dim // 2

@@ -8,19 +8,31 @@ own sequence made it otherwise.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
+from service.checkpoints.digests import file_digest
+from service.checkpoints.onnx_support import ABOUT, FORMAT, GRAPH, PRODUCT
 from service.types.kv_layout import KvGroup, KvLayout
 
-GRAPH, WEIGHTS, ABOUT = "model.onnx", "weights.bin", "export.json"
+# Official builds from 1.29 on send usage data to their maker unless this is said before the library is loaded. Nothing here may phone home.
+os.putenv("ORT_DISABLE_TELEMETRY", "1")
+import onnxruntime
+
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
+_state = onnxruntime.capi.onnxruntime_pybind11_state
+_FAILURES = (_state.RuntimeException, _state.Fail)
+_REFUSALS = (*_FAILURES, _state.InvalidProtobuf, _state.InvalidGraph, _state.InvalidArgument, _state.NoSuchFile, _state.NotImplemented)
+
+
+class DamagedGraph(Exception):
+    """What lies in an exported directory is not what was written there; it is to be exported again."""
 
 
 class Rectangle(NamedTuple):
@@ -37,29 +49,34 @@ class Rectangle(NamedTuple):
 
 
 class OnnxGraph:
-    """The graph in `directory`, computing with `threads` (0: all cores) over `group_blocks` usable blocks of each group."""
+    """The graph in `directory`, computing with `threads` (0: all cores) over `group_blocks` usable blocks of each group.
+
+    Raises DamagedGraph where it is not one that this code wrote.
+    """
 
     def __init__(self, directory: Path, layout: KvLayout, group_blocks: Sequence[int], threads: int = 0) -> None:
-        about = json.loads((directory / ABOUT).read_text(encoding="utf-8"))
+        about = read_about(directory)
         self._layout = layout
         self._frequencies = np.array(about["inverse_frequencies"], np.float32)
         self._factor: float = about["rope_factor"]
         self._queries: list[int] = about["queries_per_kv_head"]
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session = onnxruntime.InferenceSession(str(directory / GRAPH), options, providers=["CPUExecutionProvider"])
+        self._session = _open(directory / GRAPH, threads)
+        self.vocab_size = int(self._session.get_outputs()[0].shape[1])
         self.caches: dict[str, Floats] = {}
         for group, count in zip(layout.groups, group_blocks, strict=True):
             tokens = (count + 1) * layout.block_tokens
             for layer in group.layers:
                 self.caches[f"keys.{layer}"] = np.zeros((group.kv_heads, tokens, group.key_dim), np.float32)
                 self.caches[f"values.{layer}"] = np.zeros((group.kv_heads, tokens, group.value_dim), np.float32)
-        # These values refer to the arrays' own memory.
-        self._bound = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in self.caches.items()}
+        self._binding = self._session.io_binding()
+        for name, array in self.caches.items():
+            # The value refers to the array's own memory, and the binding keeps it.
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(array)
+            self._binding.bind_ortvalue_input(name, value)
+            self._binding.bind_ortvalue_output(f"{name}.written", value)
 
     def logits(self, batch: Rectangle) -> Floats:
-        """Write the keys and values of all positions and give the logits [R, vocab] of `rows`."""
+        """Write the keys and values of all positions and give the logits [R, vocab] of `rows`. Raises MemoryError."""
         positions = batch.starts[:, None] + np.arange(batch.tokens.shape[1])
         angles = (positions[..., None].astype(np.float32) * self._frequencies).astype(np.float64)
         inputs: dict[str, NDArray[np.generic]] = {
@@ -70,16 +87,16 @@ class OnnxGraph:
         }
         for index, (group, table) in enumerate(zip(self._layout.groups, batch.tables, strict=True)):
             inputs |= self._group_inputs(index, group, table, positions)
-        binding = self._session.io_binding()
         for name, array in inputs.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        for name, value in self._bound.items():
-            binding.bind_ortvalue_input(name, value)
-        binding.bind_output("logits")
-        for name, value in self._bound.items():
-            binding.bind_ortvalue_output(f"{name}.written", value)
-        self._session.run_with_iobinding(binding)
-        logits: Floats = binding.get_outputs()[0].numpy()
+            self._binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        logits = np.empty((len(batch.rows), self.vocab_size), np.float32)
+        self._binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except _FAILURES as error:
+            if "allocat" in str(error).lower():
+                raise MemoryError(str(error)) from None
+            raise
         return logits
 
     def _group_inputs(self, index: int, group: KvGroup, table: NDArray[np.integer], positions: Ints) -> dict[str, NDArray[np.generic]]:
@@ -101,7 +118,8 @@ class OnnxGraph:
         return {
             f"places.{index}": places,
             f"tables.{index}": read.astype(np.int64),
-            f"mask.{index}": np.tile(mask, (1, self._queries[index], 1)),
+            # With one query a sequence the mask is the same for all heads, and the graph repeats it.
+            f"mask.{index}": mask if mask.shape[1] == 1 else np.tile(mask, (1, self._queries[index], 1)),
         }
 
     def _clear(self, group: KvGroup, blocks: Ints) -> None:
@@ -111,3 +129,47 @@ class OnnxGraph:
             for layer in group.layers:
                 self.caches[f"keys.{layer}"][:, here] = 0
                 self.caches[f"values.{layer}"][:, here] = 0
+
+
+def read_about(directory: Path) -> dict[str, Any]:
+    """What an export says of itself. Raises DamagedGraph."""
+    try:
+        about: dict[str, Any] = json.loads((directory / ABOUT).read_text(encoding="utf-8"))
+        found = about["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedGraph(f"{directory.name}/{ABOUT} cannot be read: {error}") from None
+    if found != FORMAT:
+        raise DamagedGraph(f"{directory.name} is written as {found} and {FORMAT} is read")
+    return about
+
+
+def verify(directory: Path) -> None:
+    """Compare every file with the digest written at export; some 2 GB a second. Raises DamagedGraph."""
+    about = read_about(directory)
+    for name, digest in about["sha256"].items():
+        try:
+            found = file_digest(directory / name)
+        except OSError as error:
+            raise DamagedGraph(f"{directory.name}/{name} cannot be read: {error.strerror}") from None
+        if found != digest:
+            raise DamagedGraph(f"{directory.name}/{name} has other contents than were written")
+
+
+def product(directory: Path, threads: int) -> tuple[Callable[[], object], float]:
+    """A square product as the graph computes them, to be timed, and its operations."""
+    session = _open(directory / PRODUCT, threads)
+    width = int(session.get_inputs()[0].shape[1])
+    rows = np.full((width, width), 0.5, np.float32)
+    return lambda: session.run(None, {"x": rows}), 2.0 * width**3
+
+
+def _open(path: Path, threads: int) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Threads wait busily for each other within a step (docs/log.md) and sleep between steps: the front end shares the cores.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except _REFUSALS as error:
+        raise DamagedGraph(f"{path.parent.name}/{path.name} cannot be opened: {str(error).splitlines()[0]}") from None

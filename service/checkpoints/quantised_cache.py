@@ -7,7 +7,6 @@ is never used: reading ends in `Damaged`, whatever was read before; the director
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from service.checkpoints.cache_room import make_room, touch
 from service.checkpoints.manifest import Manifest
 from service.checkpoints.pieces import parameter_shapes
 from service.checkpoints.quantisation import kind_of
@@ -63,20 +63,10 @@ class QuantisedCache:
             return None
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            self._make_room(size)
+            make_room(self._directory, size, self._most_bytes)
             return CacheWriter(path, layout)
         except OSError:
             return None
-
-    def _make_room(self, size: int) -> None:
-        """Remove what was used longest ago until `size` more bytes fit."""
-        found = [(path.stat(), path) for path in self._directory.glob(f"*{SUFFIX}")]
-        taken = sum(status.st_size for status, _ in found)
-        for status, path in sorted(found, key=lambda entry: entry[0].st_mtime):
-            if taken + size <= self._most_bytes:
-                return
-            path.unlink(missing_ok=True)
-            taken -= status.st_size
 
 
 def layout_of(manifest: Manifest, quantize: str, dtype: torch.dtype) -> Layout:
@@ -174,8 +164,7 @@ class CacheWriter:
 def read_parameters(path: Path, shapes: Mapping[str, tuple[int, ...]], layout: Layout, quantize: str) -> Iterator[tuple[str, Stored]]:
     """(name, parameter) of a file of the cache, in order. Raises Damaged at the latest after the last, FileNotFoundError at once."""
     with path.open("rb", buffering=0) as stream:
-        with contextlib.suppress(OSError):
-            os.utime(path)
+        touch(path)
         head, digest_at = _header(layout)
         found = stream.read(len(head))
         digest = found[digest_at : digest_at + 64]

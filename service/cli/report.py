@@ -81,7 +81,7 @@ def memory_table(artifact: str, info: BackendInfo, full_context_tokens: int) -> 
     context = f"context {info.context_tokens} tokens"
     if info.context_tokens < full_context_tokens:
         context += f" of the checkpoint's {full_context_tokens}: --kv_bytes and --context_tokens set it"
-    head = f"memory of {artifact} ({info.dtype} on {info.device}, {context}, {info.max_rows} sequences)"
+    head = f"memory of {artifact} ({info.dtype} through {info.backend} on {info.device}, {context}, {info.max_rows} sequences)"
     blocks = dict(zip((f"kv:{group.name}" for group in info.kv_layout.groups), info.group_blocks, strict=True))
     lines = [head]
     for name, size in info.memory_bytes:

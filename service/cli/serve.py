@@ -42,9 +42,11 @@ def _serve(arguments: Sequence[str], began_s: float) -> int:
 
 async def _start(arguments: Sequence[str], times: StartTimes) -> int:
     """Spawn, read the settings and hand over. The worker imports its libraries meanwhile, on another core."""
-    from service.engine.supervisor import spawn_worker
+    from service.config.flags import likely_backend
+    from service.engine.supervisor import Blank, spawn_worker
 
-    child = await spawn_worker()
+    backend = likely_backend(arguments)
+    child = await spawn_worker(backend)
     times.mark("spawn")
     try:
         from service.config.load import load_settings
@@ -54,7 +56,7 @@ async def _start(arguments: Sequence[str], times: StartTimes) -> int:
         from service.cli.wiring import serve
 
         times.mark("import")
-        return await serve(settings, child, times)
+        return await serve(settings, Blank(backend, child), times)
     finally:
         child.kill("closed")
         await child.wait_lost()

@@ -23,8 +23,9 @@ from service.checkpoints.registry import Registry
 from service.cli.budget import plan_demand, share_kv
 from service.cli.report import LoadProgress, StartTimes, client_url, example_request, memory_table, parent_memory_line
 from service.config.load import ServeSettings
+from service.engine.backend_choice import choose_backend
 from service.engine.memory import available_bytes
-from service.engine.supervisor import WorkerBackend
+from service.engine.supervisor import Blank, WorkerBackend
 from service.inputs.tokens import TokenCodec
 from service.processes import ChildProcess
 from service.schedulers.router import Model, Router
@@ -35,13 +36,13 @@ from service.types.plan import LoadRequest
 INTERRUPTED = 130
 
 
-async def serve(settings: ServeSettings, child: ChildProcess, times: StartTimes) -> int:
-    """Serve until a signal; returns the exit code. `child` is a blank worker for the first model. Raises StartupError."""
+async def serve(settings: ServeSettings, blank: Blank, times: StartTimes) -> int:
+    """Serve until a signal; returns the exit code. `blank` is a worker for the first model. Raises StartupError."""
     listener = bind(settings.http)
     try:
         progress = LoadProgress()
         try:
-            models = build_models(settings, child, progress)
+            models = build_models(settings, blank, progress)
             times.mark("models")
             telemetry = Telemetry(settings.http.metrics_compat)
             fleet = settings.fleet
@@ -55,21 +56,31 @@ async def serve(settings: ServeSettings, child: ChildProcess, times: StartTimes)
         listener.close()
 
 
-def build_models(settings: ServeSettings, child: ChildProcess | None, progress: LoadProgress) -> list[Model]:
+def build_models(settings: ServeSettings, blank: Blank | None, progress: LoadProgress) -> list[Model]:
     """Read every model directory (not its weights) and give each a backend. Raises StartupError."""
     manifests = [_read(source.directory, settings) for source in settings.models]
     plans = _plan(settings, manifests)
     models = []
     for index, (source, manifest, (kv_bytes, planned_bytes)) in enumerate(zip(settings.models, manifests, plans, strict=True)):
-        request = load_request(settings, manifest, kv_bytes)
+        choice = choose_backend(manifest.spec, settings.engine, settings.scheduler.batch_size)
+        log_event("backend_chosen", version=source.name, backend=choice.backend, reason=choice.reason)
+        request = replace(load_request(settings, manifest, kv_bytes), backend=choice.backend)
         _report_lock(manifest)
 
         def moved(phase: str, fraction: float, name: str = source.name) -> None:
             progress.update(name, phase, fraction)
 
-        backend = WorkerBackend(request, settings.engine, child=child if index == 0 else None, on_progress=moved)
+        backend = WorkerBackend(request, settings.engine, child=_fitting(blank, choice.backend) if index == 0 else None, on_progress=moved)
         models.append(Model(source.name, manifest, TokenCodec.load(manifest.directory), backend, planned_bytes))
     return models
+
+
+def _fitting(blank: Blank | None, backend: str) -> ChildProcess | None:
+    """The child if its libraries are those of `backend`; another one is ended, since nobody will need it."""
+    if blank is None or blank.backend == backend:
+        return blank.child if blank is not None else None
+    blank.child.kill("other_backend")
+    return None
 
 
 def _read(directory: str, settings: ServeSettings) -> Manifest:

@@ -15,7 +15,8 @@ from service.config.flags import parse_bytes
 from service.types.settings import AttentionSettings, EngineSettings, FleetSettings, HttpLimits, HttpSettings, SchedulerSettings
 
 ENVIRONMENT_PREFIX = "DEEPSEEK_"
-SHORT_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
+# Flags that are short for a choice of another one.
+SHORT_FORMS = {"fp16": ("dtype", "float16"), "bf16": ("dtype", "bfloat16"), "onnx_runtime": ("backend", "onnx")}
 
 _HTTP, _LIMITS, _SCHEDULER = HttpSettings(), HttpLimits(), SchedulerSettings()
 _ENGINE, _ATTENTION, _FLEET = EngineSettings(), AttentionSettings(), FleetSettings()
@@ -66,6 +67,7 @@ Pause = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1e7, allow_in
 Milliseconds = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1e9, allow_inf_nan=False), Unit("MS", "a number of milliseconds")]
 Rate = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1e18, allow_inf_nan=False), Unit("R", "a number a second, such as 27e9,")]
 Size = Annotated[int, BeforeValidator(to_bytes), Field(ge=0, le=1 << 50)]
+Backend = Literal["auto", "torch", "onnx"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize = Literal["auto", "none", "int8", "int4"]
 Load = Literal["auto", "start", "demand"]
@@ -197,6 +199,14 @@ class SchedulerSection(BaseModel):
 class EngineSection(BaseModel):
     """Engine"""
 
+    backend: Backend = Field(
+        cast(Backend, _ENGINE.backend),
+        description="what computes: torch, or onnx for a graph in ONNX Runtime (CPU); auto takes what was measured to be faster",
+    )
+    onnx_runtime: bool = Field(False, description="short for --backend onnx")
+    backend_table: str = Field(
+        _ENGINE.backend_table, description="file of measurements that auto asks instead of those that come with the package"
+    )
     dtype: Dtype = Field(
         cast(Dtype, _ENGINE.dtype), description="type of weights and activations; auto takes what the device computes fast"
     )

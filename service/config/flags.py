@@ -11,7 +11,8 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import NoReturn
 
 from service.types.errors import SettingsError
@@ -40,6 +41,18 @@ def canonical(argument: str) -> str:
 def wants_text(arguments: Sequence[str]) -> bool:
     """Whether the argument list only asks for text (`--help`, `-h`, `--about`), so that nothing need be started."""
     return any(argument in ("-h", "--help", "--about") for argument in arguments)
+
+
+def likely_backend(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
+    """The backend that flags or environment name, for a worker that is started before they are checked: onnx, or else torch."""
+    environment = os.environ if environment is None else environment
+    named = dict(canonical(argument).partition("=")[::2] for argument in arguments)
+    for argument, following in pairwise((*arguments, "")):
+        if canonical(argument) == "--backend":
+            named["--backend"] = following
+    backend = named.get("--backend") or environment.get("DEEPSEEK_BACKEND", "")
+    short = "--onnx_runtime" in named or environment.get("DEEPSEEK_ONNX_RUNTIME", "")
+    return "onnx" if backend == "onnx" or (short and not backend) else "torch"
 
 
 class FlagParser(argparse.ArgumentParser):

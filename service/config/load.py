@@ -21,7 +21,7 @@ from pydantic_settings import EnvSettingsSource
 
 import service
 from service.config.bundled import choose_sources, registry_path
-from service.config.definition import ENVIRONMENT_PREFIX, SECTIONS, SHORT_DTYPES, Definition
+from service.config.definition import ENVIRONMENT_PREFIX, SECTIONS, SHORT_FORMS, Definition
 from service.config.describe import default_note, expectation, is_list, metavar
 from service.config.flags import FlagParser
 from service.types.errors import SettingsError
@@ -93,13 +93,13 @@ class _Origin:
 
     def __init__(self, values: Mapping[str, Any], spell: Callable[[str], str]) -> None:
         self.values, self.spell = dict(values), spell
-        for short, dtype in SHORT_DTYPES.items():
+        for short, (name, value) in SHORT_FORMS.items():
             if str(self.values.get(short, "false")).lower() in ("false", "no", "off", "0"):
                 self.values.pop(short, None)
                 continue
-            if self.values.get("dtype", dtype) != dtype:
-                raise SettingsError(f"{spell(short)} contradicts another choice of dtype ({self.values['dtype']}): give only one of them.")
-            self.values["dtype"] = dtype
+            if self.values.get(name, value) != value:
+                raise SettingsError(f"{spell(short)} contradicts another choice of {name} ({self.values[name]}): give only one of them.")
+            self.values[name] = value
 
 
 def _join(origins: Sequence[_Origin]) -> Definition:

@@ -6,23 +6,19 @@ Only the worker imports this. Invariant: what is reported is what was taken: byt
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from service.checkpoints.load import Quantisation, load
-from service.checkpoints.long_context import adapt
-from service.checkpoints.manifest import Manifest, read_manifest
+from service.checkpoints.manifest import Manifest
 from service.checkpoints.quantisation import weight_bytes
 from service.checkpoints.quantised_cache import cache_in
 from service.engine.batch import Tables
 from service.engine.deterministic import require_deterministic
 from service.engine.kv_pool import KvPool
 from service.engine.limits import machine_limits
+from service.engine.loaded import WARM_UP_TOKENS, Loaded, Phases, ProgressCallback, read_as_served
 from service.engine.memory import MemoryPlan, Usage, available_bytes, plan_memory, resident_bytes
 from service.engine.sampler import Sampler
 from service.engine.torch_backend import TorchBackend
@@ -34,38 +30,12 @@ from service.types.kv_layout import KvLayout
 from service.types.model_spec import ELEMENT_BYTES, ModelSpec
 from service.types.plan import BackendInfo, LoadRequest
 
-WARM_UP_TOKENS = 16
-ProgressCallback = Callable[[str, float], None]
-
-
-class Loaded(NamedTuple):
-    """A backend that can execute plans, what it says of itself, and the cost model's coefficients (see `messages.Ready`)."""
-
-    backend: TorchBackend
-    info: BackendInfo
-    token_flops: float
-    context_flops: float
-
-
-class _Phases:
-    """Times of consecutive phases in seconds."""
-
-    def __init__(self, import_s: float) -> None:
-        self.seconds: list[tuple[str, float]] = [("import", import_s)]
-        self._began_s = time.perf_counter()
-
-    def end(self, name: str) -> None:
-        """The phase that ran until now was `name`."""
-        now = time.perf_counter()
-        self.seconds.append((name, now - self._began_s))
-        self._began_s = now
-
 
 def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallback) -> Loaded:
     """Load it all. Raises CheckpointError or CapacityError."""
-    phases = _Phases(import_s)
+    phases = Phases(import_s)
     torch.set_num_threads(request.threads or len(os.sched_getaffinity(0)))
-    manifest = _read_as_served(request)
+    manifest = read_as_served(request)
     spec = manifest.spec
     device, quantize, dtype = _choose_place(request, manifest)
     element_bytes = ELEMENT_BYTES[dtype]
@@ -109,12 +79,6 @@ def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallba
         kernels=describe() if device.type == "cpu" else "",
     )
     return Loaded(backend, info, spec.flops(1, 0.0), spec.flops(1, 1.0) - spec.flops(1, 0.0))
-
-
-def _read_as_served(request: LoadRequest) -> Manifest:
-    """The checkpoint's manifest with its attention as the request asks."""
-    manifest = read_manifest(Path(request.directory))
-    return replace(manifest, spec=adapt(manifest.spec, request.attention))
 
 
 def _choose_place(request: LoadRequest, manifest: Manifest) -> tuple[torch.device, str, str]:

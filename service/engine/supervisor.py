@@ -20,7 +20,7 @@ from service.types.errors import CapacityError, CheckpointError, StartupError
 from service.types.plan import BackendHealth, BackendInfo, BatchPlan, LoadRequest, StepResult, WorkerLost
 from service.types.settings import EngineSettings
 
-WORKER = "service.engine.worker"
+WORKERS = {"torch": "service.engine.worker", "onnx": "service.engine.onnx_worker"}
 OUTSTANDING = 2
 # A step may take this many times what the steps before it predict, when that is longer than the deadline set.
 DEADLINE_FACTOR = 10.0
@@ -38,9 +38,16 @@ _STARTUP_ERRORS: dict[str, type[StartupError]] = {"CapacityError": CapacityError
 ProgressCallback = Callable[[str, float], None]
 
 
-async def spawn_worker() -> ChildProcess:
-    """A blank worker: it loads its libraries at once and waits to be told what to serve."""
-    return await ChildProcess.spawn(WORKER, ToSupervisor, environment=_ENVIRONMENT, frame_bytes=FRAME_BYTES)
+async def spawn_worker(backend: str = "torch") -> ChildProcess:
+    """A blank worker of `backend`: it loads its libraries at once and waits to be told what to serve."""
+    return await ChildProcess.spawn(WORKERS[backend], ToSupervisor, environment=_ENVIRONMENT, frame_bytes=FRAME_BYTES)
+
+
+class Blank(NamedTuple):
+    """A blank worker and the backend whose libraries it loads."""
+
+    backend: str
+    child: ChildProcess
 
 
 class _Step(NamedTuple):
@@ -54,8 +61,8 @@ class _Step(NamedTuple):
 class WorkerBackend:
     """One worker process as the loop sees it. All methods are called from the event loop's thread.
 
-    `child` is a blank worker that was spawned ahead; with `settings.spare_worker` another one is kept ready, so that a restart costs a load
-    and not an import (some 200 MB of memory). `on_progress(phase, fraction)` hears how loading goes.
+    `child` is a blank worker of the request's backend that was spawned ahead; with `settings.spare_worker` another one is kept ready, so
+    that a restart costs a load and not an import (some 200 MB of memory). `on_progress(phase, fraction)` hears how loading goes.
     """
 
     def __init__(
@@ -90,7 +97,7 @@ class WorkerBackend:
         began_s = time.monotonic()
         child, self._blank = self._blank, None
         if child is None or not child.alive:
-            child = await spawn_worker()
+            child = await spawn_worker(self._request.backend)
         self._child = child
         ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self._starting = ready
@@ -115,7 +122,7 @@ class WorkerBackend:
             self._starting = None
         self._cost, self._state, self._seconds_per_flop = answer, "ready", 0.0
         if self._settings.spare_worker:
-            self._blank = await spawn_worker()
+            self._blank = await spawn_worker(self._request.backend)
             self._blank.listen(_ignore)  # else its beats would be kept for the day when it is needed
         tier = answer.info.tier if self._settings.tier == "auto" else self._settings.tier
         phases = (*answer.info.phases_s, ("start", time.monotonic() - began_s))

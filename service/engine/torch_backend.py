@@ -6,7 +6,6 @@ Invariant: a step that runs out of memory is computed in halves, and nothing tha
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Sequence
@@ -24,12 +23,11 @@ from service.engine.kv_pool import KvPool
 from service.engine.memory import SCORED_ROWS
 from service.engine.paged_attend import PagedAttend
 from service.engine.sampler import Sampler
+from service.engine.scores import joined, prompt_scores, sampled_tokens
 from service.kernels.dispatch import take_counts
 from service.models.decoder import Decoder
 from service.types.plan import BatchPlan, PromptLogprobs, SampledToken, Slice, StepResult, Want
 from service.types.request import TokenLogprob
-
-NUMERICAL_FAILURE = "numerical_failure"
 
 
 class TorchBackend:
@@ -68,7 +66,7 @@ class TorchBackend:
         counts = tuple((op, name, count) for (op, name), count in take_counts().items())
         self._idle.set()
         work, far_blocks_read = self._images.take_work(), self._far_blocks_read
-        return StepResult(plan.step, tuple(tokens), _joined(scores), time.perf_counter() - began_s, counts, far_blocks_read, work)
+        return StepResult(plan.step, tuple(tokens), joined(scores), time.perf_counter() - began_s, counts, far_blocks_read, work)
 
     def rest(self) -> None:
         """No step is at hand: what can wait may be done in the background until the next one."""
@@ -128,10 +126,7 @@ class TorchBackend:
             positions = batch.starts[batch.sampled] + batch.lengths[batch.sampled]
             samples = draw_tokens(self._sampler, logits, rows, positions, self._tables.tokens)
             self._tables.record(rows, positions, samples.tokens)
-            entries = zip(rows.tolist(), samples.tokens.tolist(), strict=True)
-            tokens = [SampledToken(row, token, None, None if token >= 0 else NUMERICAL_FAILURE) for row, token in entries]
-            for index, entry in samples.logprobs.items():
-                tokens[index] = tokens[index]._replace(logprob=entry)
+            tokens = sampled_tokens(rows, samples)
         return tokens, scores
 
     def _hidden(self, batch: Batch) -> Tensor:
@@ -160,9 +155,7 @@ class TorchBackend:
             logits = self._decoder.logits(hidden[first + at : first + end]).float().cpu().numpy()
             targets = self._tables.tokens[row, start + at + 1 : start + end + 1].astype(np.int64)
             found += log_probs(logits, targets, np.full(end - at, sequence.prompt_logprobs))
-        if not all(math.isfinite(entry.logprob) for entry in found):
-            return PromptLogprobs(row, start + 1, (), NUMERICAL_FAILURE)
-        return PromptLogprobs(row, start + 1, tuple(found))
+        return prompt_scores(row, start + 1, found)
 
 
 def _halves(slices: Sequence[Slice]) -> tuple[Sequence[Slice], Sequence[Slice]]:
@@ -175,16 +168,6 @@ def _halves(slices: Sequence[Slice]) -> tuple[Sequence[Slice], Sequence[Slice]]:
         raise MemoryError("one token does not fit into memory")
     half = only.length // 2
     return [only._replace(length=half, want=only.want & ~Want.TOKEN)], [only._replace(start=only.start + half, length=only.length - half)]
-
-
-def _joined(parts: Sequence[PromptLogprobs]) -> tuple[PromptLogprobs, ...]:
-    """One entry a row: a slice that was computed in parts gave several, in order. A row with a failed part failed."""
-    rows: dict[int, PromptLogprobs] = {}
-    for part in parts:
-        before = rows.setdefault(part.row, part)
-        if before is not part and before.failure is None:
-            rows[part.row] = part if part.failure else before._replace(logprobs=before.logprobs + part.logprobs)
-    return tuple(rows.values())
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -1,6 +1,7 @@
 """The child: loads its libraries at once, then what it is told to, then executes plans one after the other and answers.
 
-Run as `python -m service.engine.worker` by the supervisor. It decides nothing and remembers nothing that the parent could not send again.
+Run as `python -m service.engine.worker` by the supervisor for torch, and through `onnx_worker` for exported graphs, without torch. It
+decides nothing and remembers nothing that the parent could not send again.
 Invariant: it beats once a second from its own thread as long as the process lives; a fault is reported and then ends the process with
 a code other than 0.
 """
@@ -16,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 
+from service.engine.loaded import Loader
 from service.engine.messages import Beat, CannotStart, Execute, Fault, Hello, Load, Progress, Ready, Result, ToWorker
 from service.processes import ChannelClosed, ChildChannel
 from service.types.errors import StartupError
@@ -41,13 +43,18 @@ class _Pulse:
 
 
 def main() -> int:
-    """Serve one parent until it closes the channel; the exit code."""
+    """Serve one parent with torch until it closes the channel; the exit code."""
+    return run(_import_torch)
+
+
+def run(libraries: Callable[[], Loader]) -> int:
+    """Serve one parent until it closes the channel; the exit code. `libraries` imports what loading needs."""
     began_s = time.perf_counter()
     channel = ChildChannel.open(ToWorker)
     pulse = _Pulse(channel)
     try:
         with contextlib.suppress(ChannelClosed):
-            return _serve(channel, pulse, began_s)
+            return _serve(channel, pulse, libraries, began_s)
     except Exception as fault:  # The one broad except of the worker: whatever it is, the parent is told and a new process takes over.
         traceback.print_exc()
         with contextlib.suppress(ChannelClosed):
@@ -56,11 +63,16 @@ def main() -> int:
     return 0
 
 
-def _serve(channel: ChildChannel, pulse: _Pulse, began_s: float) -> int:
-    # Collecting garbage while a thousand modules are being created finds nothing and takes a tenth of the time.
-    gc.disable()
+def _import_torch() -> Loader:
     from service.engine.loading import load_backend
 
+    return load_backend
+
+
+def _serve(channel: ChildChannel, pulse: _Pulse, libraries: Callable[[], Loader], began_s: float) -> int:
+    # Collecting garbage while a thousand modules are being created finds nothing and takes a tenth of the time.
+    gc.disable()
+    load_backend = libraries()
     gc.enable()
     import_s = time.perf_counter() - began_s
     channel.send(Hello(import_s))

@@ -66,7 +66,7 @@ class Accounting:
         """The worker is ready: bind what is read when somebody looks."""
         metrics, memory = self._metrics, dict(info.memory_bytes)
         metrics.value("model_loaded").set(1)
-        metrics.value("build_info", program, info.dtype).set(1)
+        metrics.value("build_info", program, info.dtype, info.backend).set(1)
         for phase, seconds in info.phases_s:
             metrics.value("startup_seconds", phase).set(seconds)
         for kind, limit in info.limits:

@@ -156,7 +156,8 @@ class BackendInfo:
     `group_blocks` are the usable block ids per KV group: 1 … n (0 is the null block). `memory_bytes` names what was taken
     (weights, kv:<group>, images, workspace, runtime). `phases_s` are the start-up phases in order with their seconds. `limits` are what the
     machine can do a second, by kind (bytes, flops). `kernels` says whether the compiled kernels are in use, and for which instruction set.
-    `image_tokens` is the most image tokens of all running sequences together, 0 for a model that reads no images.
+    `image_tokens` is the most image tokens of all running sequences together, 0 for a model that reads no images. `backend` is the
+    engine: torch, or onnx for an exported graph.
     """
 
     kv_layout: KvLayout
@@ -176,6 +177,7 @@ class BackendInfo:
     kernels: str = ""
     quantize: str = "none"
     image_tokens: int = 0
+    backend: str = "torch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +217,7 @@ class Backend(Protocol):
 class LoadRequest:
     """The first message to a worker: which checkpoint to load and how. `kv_bytes` 0 means: what the machine leaves, bounded.
 
+    `backend` torch or onnx decides which worker it is sent to.
     `machine_limits` are bytes read and operations a second, 0 where the worker is to measure. `deterministic`: a row's bits must not
     depend on its batch.
     """
@@ -234,3 +237,4 @@ class LoadRequest:
     quantize_cache_bytes: int = 0
     deterministic: bool = False
     attention: AttentionSettings = field(default_factory=AttentionSettings)
+    backend: str = "torch"

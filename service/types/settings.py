@@ -90,9 +90,12 @@ class EngineSettings:
     `context_tokens` 0: the checkpoint's own. `machine_bytes_per_s` and `machine_flops_per_s` are what the machine can read and compute;
     0: measured when the worker starts. `quantize` auto: what the model's own precision says; `quantize_cache` is a directory or "none".
     `spare_worker` keeps a second process with its libraries loaded: a restart is a load only. `deterministic` computes each row of a step
-    to the same bits whatever else the step holds, or refuses to start.
+    to the same bits whatever else the step holds, or refuses to start. `backend` is torch, onnx (an exported graph in ONNX Runtime) or
+    auto, which asks the measured table `backend_table` ("": the one that comes with this package).
     """
 
+    backend: str = "auto"
+    backend_table: str = ""
     dtype: str = "auto"
     device: str = "auto"
     tier: str = "auto"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -139,3 +140,11 @@ def _far(spec: Any) -> Any:
 def test_running_a_graph_needs_no_torch() -> None:
     code = "import service.checkpoints.onnx_graph, sys; sys.exit('torch' in sys.modules or 'onnx' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_the_runtime_sends_nothing_to_its_maker(tmp_path: Path) -> None:
+    """Its reporting begins with an identifier in the directory for temporary files, when the library is loaded."""
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"} | {"TMPDIR": str(tmp_path)}
+    code = "import service.checkpoints.onnx_graph, sys; sys.exit('onnxruntime' not in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=environment)
+    assert list(tmp_path.iterdir()) == []

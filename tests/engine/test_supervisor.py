@@ -68,7 +68,7 @@ async def test_steps_complete_in_order_and_two_may_be_outstanding() -> None:
 
 
 async def test_a_start_after_a_close_is_no_restart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "spawn_worker", lambda: ChildProcess.spawn("tests.engine.scripted_worker", ToSupervisor))
+    monkeypatch.setattr(supervisor, "spawn_worker", lambda _: ChildProcess.spawn("tests.engine.scripted_worker", ToSupervisor))
     backend = WorkerBackend(LoadRequest("works"), EngineSettings())
     for _ in range(2):
         await backend.start()
@@ -186,7 +186,7 @@ async def test_a_cancelled_start_leaves_nothing_behind() -> None:
 
 
 async def test_what_a_spare_worker_says_while_it_waits_is_not_kept(monkeypatch) -> None:
-    async def spawn() -> ChildProcess:
+    async def spawn(backend: str) -> ChildProcess:
         return await ChildProcess.spawn("tests.engine.scripted_worker", ToSupervisor)
 
     monkeypatch.setattr(supervisor, "spawn_worker", spawn)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import ast
 from dataclasses import fields
 
-from service.config.definition import SHORT_DTYPES, Definition
+from service.config.definition import SHORT_FORMS, Definition
 from service.types.settings import AttentionSettings, EngineSettings, FleetSettings, HttpLimits, HttpSettings, SchedulerSettings
 from tests.house.source import ROOT, SourceTree
 
 ROOMS = (HttpSettings, HttpLimits, SchedulerSettings, EngineSettings, AttentionSettings, FleetSettings)
 # Flags that are no field of a room: they choose models, are short for another flag, or are named in the singular because they repeat.
-OF_CONFIG = {"model", "version", "restore", "registry", "api_key", *SHORT_DTYPES}
+OF_CONFIG = {"model", "version", "restore", "registry", "api_key", *SHORT_FORMS}
 OF_ROOMS_ONLY = {"limits", "api_keys"}
 
 

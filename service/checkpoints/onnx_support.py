@@ -1,0 +1,56 @@
+"""What an exported graph can compute, and where exported graphs lie on disk. No torch, no ONNX: the front end asks here first.
+
+It does not know how a graph is written or run. Invariants: what is refused is refused by name in one sentence; a graph's name follows from
+the checkpoint, its weight files, the spec served, the format and the kind of weights, so a graph that is found is the one that was meant.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from service.checkpoints.manifest import Manifest
+from service.checkpoints.stored_tensors import find_weight_files
+from service.types.errors import CheckpointError
+from service.types.model_spec import ModelSpec, RopeScaling
+
+FORMAT = "deepseek-onnx-2"
+# The files of an exported graph: the decoder, one square product in its kind of weights, all weights, and what else a reader must know.
+GRAPH, PRODUCT, WEIGHTS, ABOUT = "model.onnx", "product.onnx", "weights.bin", "export.json"
+SUFFIX = ".onnx"
+KINDS = ("none", "int8")
+
+
+def unsupported(spec: ModelSpec, quantize: str) -> str:
+    """The first thing of this model that the graph does not compute, or nothing."""
+    reasons = {
+        f"{quantize} weights": quantize not in KINDS,
+        "images": spec.vision is not None or spec.fusion is not None,
+        "far blocks": any(layer.attention.far is not None for layer in spec.layers),
+        "dynamic rope scaling": spec.rope.scaling is RopeScaling.DYNAMIC,
+        "layers of one cache group with different numbers of heads": any(
+            len({queries_per_kv_head(spec, layer) for layer in group.layers}) > 1 for group in spec.kv_layout().groups
+        ),
+    }
+    return next((reason for reason, applies in reasons.items() if applies), "")
+
+
+def refuse(spec: ModelSpec, quantize: str) -> None:
+    """Raise CheckpointError for what the graph does not compute."""
+    if reason := unsupported(spec, quantize):
+        raise CheckpointError(f"The ONNX graph does not support {reason}: serve this model through torch (--backend torch).")
+
+
+def queries_per_kv_head(spec: ModelSpec, layer: int) -> int:
+    """Query heads that share one K/V head in a layer."""
+    attention = spec.layers[layer].attention
+    return attention.heads // attention.kv_heads
+
+
+def graph_directory(manifest: Manifest, cache: Path, quantize: str) -> Path:
+    """Where the graph of a checkpoint lies in `cache`, whether it is there or not."""
+    identity = hashlib.sha256(f"{manifest.digest} {FORMAT} {manifest.spec}".encode())
+    for file in find_weight_files(manifest.directory).files:
+        status = file.stat()
+        identity.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return cache / f"{manifest.digest[:12]}-{identity.hexdigest()[:12]}-{quantize}{SUFFIX}"

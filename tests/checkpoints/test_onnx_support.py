@@ -1,0 +1,39 @@
+"""Names of exported graphs: equal for what is equal, different for whatever changes the result."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from service.checkpoints.manifest import read_manifest
+from service.checkpoints.onnx_support import graph_directory, queries_per_kv_head, unsupported
+from tests.tiny_models import build_tiny
+
+
+def test_a_name_follows_from_everything_that_matters(tmp_path: Path) -> None:
+    manifest = read_manifest(build_tiny(tmp_path / "model"))
+    name = graph_directory(manifest, tmp_path, "none")
+    assert name == graph_directory(read_manifest(tmp_path / "model"), tmp_path, "none")
+    assert name.suffix == ".onnx" and name.parent == tmp_path
+    other = {
+        graph_directory(manifest, tmp_path, "int8"),
+        graph_directory(replace(manifest, spec=replace(manifest.spec, context_tokens=64)), tmp_path, "none"),
+        graph_directory(read_manifest(build_tiny(tmp_path / "other", seed=1)), tmp_path, "none"),
+    }
+    os.utime(tmp_path / "model" / "model.safetensors", (1, 1))
+    other.add(graph_directory(manifest, tmp_path, "none"))
+    assert len(other) == 4 and name not in other
+
+
+def test_a_plain_model_lacks_nothing(tmp_path: Path) -> None:
+    spec = read_manifest(build_tiny(tmp_path / "model")).spec
+    assert [unsupported(spec, kind) for kind in ("none", "int8", "int4")] == ["", "", "int4 weights"]
+    assert queries_per_kv_head(spec, 0) == spec.layers[0].attention.heads // spec.layers[0].attention.kv_heads
+
+
+def test_the_front_end_may_ask(tmp_path: Path) -> None:
+    code = "import service.checkpoints.onnx_support, sys; sys.exit(bool({'torch', 'onnx', 'onnxruntime'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60, cwd=tmp_path).returncode == 0

@@ -1,0 +1,103 @@
+"""`deepseek-serve --onnx_runtime` as a process: the bundled model's greedy text equals torch's, and the worker has no torch."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+from tests.cli.conftest import Command, Start
+from tests.cli.test_serve import SERVE, failure
+from tests.tiny_models import build_tiny_line
+
+PROMPTS = ["def fibonacci(n):", "import os\n\n", 'class Reader:\n    """', "for line in", "    return self."]
+
+
+def start_bundled(cache: Path, *flags: str) -> tuple[str, Command]:
+    command = Command(SERVE, ["--version", "v2.3", "--port", "0", "--quantize_cache", str(cache), *flags], {})
+    url = command.read_until("serving v2.3 on ")
+    command.read_until("try: ")
+    return url, command
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[tuple[str, Command], tuple[str, Command]]]:
+    """The bundled model through ONNX Runtime and through torch, both in float32."""
+    cache = tmp_path_factory.mktemp("cache")
+    started = [start_bundled(cache, "--onnx_runtime", "--threads", "1")]
+    try:
+        started.append(start_bundled(cache, "--backend", "torch", "--dtype", "float32", "--threads", "1"))
+        yield started[0], started[1]
+        for _, command in started:
+            command.signal(signal.SIGINT)
+            code, _, error = command.end()
+            assert code == 0 and "Traceback" not in error, error
+    finally:
+        for _, command in started:
+            if command.process.poll() is None:
+                command.process.kill()
+                command.process.communicate()
+
+
+def complete(url: str, **body: object) -> list[dict]:
+    answer = httpx.post(url + "/v1/completions", json={"max_tokens": 24, "temperature": 0, "logprobs": 2, **body}, timeout=60)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"]
+
+
+def test_greedy_texts_equal_torchs_where_the_margin_allows(pair) -> None:
+    """All prompts at once, then each alone. Tokens may differ only from one on whose two best are nearer than rounding."""
+    (graph, _), (torch, _) = pair
+    batch, expected = complete(graph, prompt=PROMPTS), complete(torch, prompt=PROMPTS)
+    compared = 0
+    for index, prompt in enumerate(PROMPTS):
+        (alone,) = complete(graph, prompt=prompt)
+        assert alone["text"] == batch[index]["text"]
+        mine, theirs = (choice["logprobs"] for choice in (batch[index], expected[index]))
+        for token, value, wanted, reference, best in zip(
+            mine["tokens"], mine["token_logprobs"], theirs["tokens"], theirs["token_logprobs"], theirs["top_logprobs"], strict=False
+        ):
+            ranked = sorted(best.values(), reverse=True)
+            if token != wanted:
+                assert ranked[0] - ranked[1] < 1e-3
+                break
+            assert abs(value - reference) < 1e-3
+            compared += 1
+    assert compared > 60
+
+
+def test_sampled_texts_are_repeatable_and_equal_torchs(pair) -> None:
+    (graph, _), (torch, _) = pair
+    asked = {"prompt": "def ", "temperature": 0.8, "seed": 7, "max_tokens": 12}
+    texts = {complete(url, **asked)[0]["text"] for url in (graph, graph, torch)}
+    assert len(texts) == 1
+
+
+def test_the_choice_is_shown_and_the_worker_has_no_torch(pair) -> None:
+    for (url, command), backend in zip(pair, ("onnx", "torch"), strict=True):
+        entry = httpx.get(url + "/v1/models/v2.3").json()
+        metrics = httpx.get(url + "/metrics").text
+        assert entry["backend"] == backend and f'backend="{backend}"' in metrics
+        assert ('op="decoder"' in metrics) == (backend == "onnx")
+        assert any(f"through {backend} on cpu" in line for line in command.lines)
+        children = subprocess.run(["pgrep", "-P", str(command.process.pid)], capture_output=True, text=True, check=True).stdout.split()
+        loaded = [Path(f"/proc/{child}/maps").read_text() for child in children]
+        assert any("/torch/lib/" in text for text in loaded) == (backend == "torch")
+        assert any("onnxruntime" in text for text in loaded) == (backend == "onnx")
+
+
+def test_what_cannot_go_that_way_is_refused_before_a_worker_loads(start: Start, tmp_path: Path) -> None:
+    seeing = build_tiny_line(tmp_path / "seeing")
+    sentence = failure(start(SERVE, "--model", str(seeing), "--port", "0", "--onnx_runtime"))
+    assert "images" in sentence and "--backend torch" in sentence
+
+
+def test_a_contradiction_is_refused(start: Start) -> None:
+    assert "--onnx_runtime contradicts" in failure(start(SERVE, "--onnx_runtime", "--backend", "torch"))
