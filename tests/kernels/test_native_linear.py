@@ -91,7 +91,9 @@ def test_a_packed_weight_is_a_copy() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     packed = OrderedLinear(drawn(8, 12))
-    with pytest.raises(ValueError, match=r"rows \(3, 11\) do not fit a weight of 8 outputs and 12 inputs"):
+    with pytest.raises(ValueError, match=r"rows \(3, 11\) .* do not fit a torch.float32 weight of 8 outputs and 12 inputs"):
         packed.apply(drawn(3, 11))
     with pytest.raises(ValueError, match="or its bias"):
         ordered_linear(drawn(3, 12), drawn(8, 12), drawn(7))
+    with pytest.raises(ValueError, match=r"float32 do not fit a torch\.bfloat16 weight"):
+        ordered_linear(drawn(3, 12), drawn(8, 12, dtype=torch.bfloat16))

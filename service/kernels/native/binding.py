@@ -38,7 +38,8 @@ SIGNATURES: dict[str, tuple[object, ...]] = {
     "native_swiglu": (_int, _pointer, _pointer, _size, _size, _int),
     "native_head_gate": (_int, _pointer, _size, _size, _pointer, _pointer, _size, _size, _size, _int),
     "native_linear_scratch": (),
-    "native_linear": (_int, _pointer, _size, _size, _pointer, _int, _size, _pointer, _int, _pointer, _pointer, _int),
+    "native_has_pairs": (),
+    "native_linear": (_int, _int, _pointer, _size, _size, _pointer, _int, _size, _pointer, _int, _pointer, _pointer, _int),
     "native_paged_attention": (*_ATTENTION, _pointer, _size, _int),
     "native_window_sparse_attention": (
         *_ATTENTION,
@@ -57,7 +58,7 @@ SIGNATURES: dict[str, tuple[object, ...]] = {
 }
 # Functions that return something.
 RESULTS: dict[str, object] = {"native_has_quantised": _int, "native_quantised_linear": _int, "native_paged_attention": _size}
-RESULTS |= {"native_linear_scratch": _size, "native_window_sparse_attention": _size, "native_choose_bytes": _size}
+RESULTS |= {"native_has_pairs": _int, "native_linear_scratch": _size, "native_window_sparse_attention": _size, "native_choose_bytes": _size}
 
 
 class Library:

@@ -12,6 +12,7 @@ const struct kernels KERNELS_TABLE = {
     .swiglu = swiglu,
     .head_gate = head_gate,
     .linear_scratch = linear_scratch,
+    .has_pairs = HAS_PAIRS,
     .linear_tile = linear_tile,
 #if defined(ISA_AVX512)
     .quantise_row = quantise_row,

@@ -197,9 +197,18 @@ static void tile_task(void *context, int64_t index, int thread) {
 /* Floats of workspace that each thread needs for a linear layer. */
 EXPORTED int64_t native_linear_scratch(void) { return native_kernels->linear_scratch(); }
 
-EXPORTED void native_linear(int type, const float *x, int64_t rows, int64_t inputs, const void *weight, int packed, int64_t outputs,
+/* Whether bfloat16 can be multiplied in pairs here. */
+EXPORTED int native_has_pairs(void) {
+#if defined(HAS_X86_KERNELS)
+    return native_kernels->has_pairs && __builtin_cpu_supports("avx512bf16");
+#else
+    return 0;
+#endif
+}
+
+EXPORTED void native_linear(int type, int pairs, const void *x, int64_t rows, int64_t inputs, const void *weight, int packed, int64_t outputs,
                             const float *bias, int out_type, void *out, float *workspace, int threads) {
-    struct linear linear = {.type = (enum element)type, .out_type = (enum element)out_type, .packed = packed, .x = x, .bias = bias,
+    struct linear linear = {.type = (enum element)type, .out_type = (enum element)out_type, .packed = packed, .pairs = pairs, .x = x, .bias = bias,
                             .weight = weight, .out = out, .rows = rows, .inputs = inputs, .outputs = outputs};
     struct tiles context = {&linear, (rows + HEIGHT - 1) / HEIGHT, native_kernels->linear_scratch(), workspace};
     int64_t strips = (outputs + COLUMNS - 1) / COLUMNS;

@@ -22,6 +22,57 @@ INLINE void multiply_panel(enum element type, int rows, int64_t vectors, int64_t
     if (type == FLOAT16) multiply_float16(rows, vectors, 0, inputs, x, x_stride, panel, stride, sums, COLUMNS, factors, ahead);
 }
 
+#if defined(ISA_AVX512) && defined(__GNUC__) && !defined(__clang__)
+#define HAS_PAIRS 1
+#define WITH_PAIRS __attribute__((target("avx512bf16")))
+
+/* c [rows, vectors * 16] += x [rows, pairs] * panel [pairs, vectors * 16], an element of both being two bfloat16; not carried, c begins at 0. */
+WITH_PAIRS INLINE void multiply_pair_tile(const int rows, const int vectors, int64_t pairs, const int32_t *restrict x, int64_t x_stride,
+                                          const char *restrict panel, int64_t stride, float *restrict c, int carried,
+                                          struct upcoming *ahead) {
+    __m512 sum[ROWS][VECTORS];
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) sum[r][v] = carried ? _mm512_loadu_ps(c + r * COLUMNS + 16 * v) : _mm512_setzero_ps();
+    for (int64_t k = 0; k < pairs; k++) {
+        __m512i column[VECTORS];
+        fetch_upcoming(ahead, 4);
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) column[v] = _mm512_loadu_si512(panel + (k * stride + 16 * v) * 4);
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; r++) {
+            const __m512i value = _mm512_set1_epi32(x[r * x_stride + k]);
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], (__m512bh)value, (__m512bh)column[v]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) _mm512_storeu_ps(c + r * COLUMNS + 16 * v, sum[r][v]);
+}
+
+WITH_PAIRS INLINE void multiply_pair_rows(const int rows, int64_t vectors, int64_t pairs, const int32_t *x, int64_t x_stride,
+                                          const char *panel, int64_t stride, float *c, int carried, struct upcoming *ahead) {
+    int64_t v = 0;
+    for (; vectors - v >= 4; v += 4) multiply_pair_tile(rows, 4, pairs, x, x_stride, panel + 64 * v, stride, c + 16 * v, carried, ahead);
+    for (; v < vectors; v++) multiply_pair_tile(rows, 1, pairs, x, x_stride, panel + 64 * v, stride, c + 16 * v, carried, ahead);
+}
+
+WITH_PAIRS static void multiply_pairs(int rows, int64_t vectors, int64_t pairs, const int32_t *x, int64_t x_stride, const char *panel,
+                                      int64_t stride, float *c, int carried, struct upcoming *ahead) {
+    if (rows == 1) multiply_pair_rows(1, vectors, pairs, x, x_stride, panel, stride, c, carried, ahead);
+    if (rows == 2) multiply_pair_rows(2, vectors, pairs, x, x_stride, panel, stride, c, carried, ahead);
+    if (rows == 3) multiply_pair_rows(3, vectors, pairs, x, x_stride, panel, stride, c, carried, ahead);
+    if (rows == 4) multiply_pair_rows(4, vectors, pairs, x, x_stride, panel, stride, c, carried, ahead);
+    if (rows == 5) multiply_pair_rows(5, vectors, pairs, x, x_stride, panel, stride, c, carried, ahead);
+    if (rows == 6) multiply_pair_rows(6, vectors, pairs, x, x_stride, panel, stride, c, carried, ahead);
+}
+#else
+#define HAS_PAIRS 0
+#endif
+
 static void linear_tile(const struct linear *p, int64_t strip, int64_t tile, float *memory) {
     static const float ones[ROWS] = {1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f};
     const int64_t begin = tile * HEIGHT, end = begin + HEIGHT < p->rows ? begin + HEIGHT : p->rows, bytes = p->type == FLOAT32 ? 4 : 2;
@@ -36,7 +87,15 @@ static void linear_tile(const struct linear *p, int64_t strip, int64_t tile, flo
         if (!p->packed) pack_keys(p->type, panel, p->inputs * bytes, count, inputs, turned, stride, &ahead);
         for (int64_t row = begin; row < end; row += ROWS) {
             int rows = end - row < ROWS ? (int)(end - row) : ROWS;
-            multiply_panel(p->packed ? p->type : FLOAT32, rows, vectors, inputs, p->x + row * p->inputs + from, p->inputs,
+            const float *x = (const float *)p->x + row * p->inputs + from;
+#if HAS_PAIRS
+            if (p->pairs) {
+                multiply_pairs(rows, vectors, inputs, (const int32_t *)x, p->inputs, p->packed ? panel : (const char *)turned, stride,
+                               sums + (row - begin) * COLUMNS, from > 0, &ahead);
+                continue;
+            }
+#endif
+            multiply_panel(p->packed ? p->type : FLOAT32, rows, vectors, inputs, x, p->inputs,
                            p->packed ? (const void *)panel : turned, stride, sums + (row - begin) * COLUMNS, from ? ones : NULL, &ahead);
         }
     }

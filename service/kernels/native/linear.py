@@ -1,10 +1,13 @@
 """Linear layers by the compiled kernels whose sums have one order: the same bits of a row alone, in any batch and from either layout.
 
 What torch's and oneDNN's products give depends on the number of rows, since they choose tiles and orders of sums by it. It does not know
-layers. No gradients. Invariant: an output is one chain of products added input by input, in float32, and the bias comes last.
+layers. No gradients. Invariant: an output is one chain of products added input by input, in float32, and the bias comes last;
+where the processor multiplies pairs of bfloat16, pair by pair.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,47 +22,71 @@ COLUMNS = 64
 _WORKSPACE = Workspace()
 
 
-def ordered_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, in] times weight [out, in] transposed, plus bias [out]: [T, out] in the type of x.
+class _Weight(NamedTuple):
+    """What is multiplied: `values` as the library reads them, and what they stand for."""
 
-    The weight is float32, bfloat16 or float16, and turned on the way, which an `OrderedLinear` has done before. Raises ValueError for
-    shapes that do not fit.
+    values: Tensor
+    packed: bool
+    pairs: bool
+    outputs: int
+    inputs: int
+    dtype: torch.dtype
+
+
+def ordered_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, in] times weight [out, in] of the same type transposed, plus bias [out]: [T, out] in that type.
+
+    float32, bfloat16 or float16; the weight is turned on the way, which an `OrderedLinear` has done before. Raises ValueError for shapes
+    or types that do not fit.
     """
-    return _multiply(x, weight.contiguous(), weight.shape[0], False, bias)
+    return _multiply(x, _read(weight), bias)
 
 
 class OrderedLinear:
-    """A weight laid out in panels [in, COLUMNS] of its own type; the caller lets the plain one go."""
+    """A weight laid out in panels [in, COLUMNS]; the caller lets the plain one go."""
 
     def __init__(self, weight: Tensor) -> None:
         """Lay out weight [out, in], of any of the three types, on a CPU."""
         self.outputs, self.inputs = weight.shape
         with torch.no_grad():
-            padded = pad(weight.detach(), (0, 0, 0, -self.outputs % COLUMNS))
-            self._panels = padded.view(-1, COLUMNS, self.inputs).transpose(1, 2).contiguous()
+            plain = _read(weight.detach())
+            padded = pad(plain.values, (0, 0, 0, -self.outputs % COLUMNS))
+            panels = padded.view(-1, COLUMNS, padded.shape[1]).transpose(1, 2).contiguous()
+        self._weight = plain._replace(values=panels, packed=True)
 
     @property
     def bytes(self) -> int:
         """Bytes of the weight, padding to whole panels not counted."""
-        return self.outputs * self.inputs * self._panels.element_size()
+        return self.outputs * self.inputs * self._weight.dtype.itemsize
 
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [T, in] -> [T, out] in the type of x."""
-        return _multiply(x, self._panels, self.outputs, True, bias)
+        """x [T, in] -> [T, out] in the type of x, which is that of the weight."""
+        return _multiply(x, self._weight, bias)
 
 
-def _multiply(x: Tensor, weight: Tensor, outputs: int, packed: bool, bias: Tensor | None) -> Tensor:
-    rows, inputs = x.shape
-    expected = weight.shape[1]
-    if inputs != expected or (bias is not None and bias.shape != (outputs,)):
-        raise ValueError(f"rows {tuple(x.shape)} do not fit a weight of {outputs} outputs and {expected} inputs, or its bias")
+def _words(x: Tensor) -> Tensor:
+    """bfloat16 rows [T, in] as words of two, [T, in / 2 rounded up] int32."""
+    return (pad(x, (0, 1)) if x.shape[1] % 2 else x.contiguous()).view(torch.int32)
+
+
+def _read(weight: Tensor) -> _Weight:
+    """A plain weight, in pairs where the processor multiplies these."""
+    pairs = weight.dtype == torch.bfloat16 and bool(functions().native_has_pairs())
+    outputs, inputs = weight.shape
+    return _Weight(_words(weight) if pairs else weight.contiguous(), False, pairs, outputs, inputs, weight.dtype)
+
+
+def _multiply(x: Tensor, weight: _Weight, bias: Tensor | None) -> Tensor:
+    if x.shape[1] != weight.inputs or x.dtype != weight.dtype or (bias is not None and bias.shape != (weight.outputs,)):
+        asked = f"{weight.dtype} weight of {weight.outputs} outputs and {weight.inputs} inputs"
+        raise ValueError(f"rows {tuple(x.shape)} {x.dtype} do not fit a {asked}, or its bias")
     library, threads = functions(), torch.get_num_threads()
-    wide = x.float().contiguous()
+    rows = _words(x) if weight.pairs else x.float().contiguous()
     offset = None if bias is None else bias.detach().float().contiguous()
-    out = torch.empty(rows, outputs, dtype=x.dtype)
+    out = torch.empty(len(x), weight.outputs, dtype=x.dtype)
     workspace = _WORKSPACE.take("linear", threads * library.native_linear_scratch())
-    where = (ELEMENTS[weight.dtype], wide.data_ptr(), rows, inputs, weight.data_ptr(), int(packed), outputs)
-    library.native_linear(
-        *where, None if offset is None else offset.data_ptr(), ELEMENTS[x.dtype], out.data_ptr(), workspace.data_ptr(), threads
-    )
+    kind = ELEMENTS[torch.float32 if weight.pairs else weight.dtype]
+    where = (kind, int(weight.pairs), rows.data_ptr(), *rows.shape, weight.values.data_ptr(), int(weight.packed), weight.outputs)
+    offset_at = None if offset is None else offset.data_ptr()
+    library.native_linear(*where, offset_at, ELEMENTS[x.dtype], out.data_ptr(), workspace.data_ptr(), threads)
     return out

@@ -53,11 +53,13 @@ struct product {
 #define HEIGHT 96
 
 /* A linear layer x [rows, inputs] float32 -> out [rows, outputs] of out_type. `weight` of `type` is [outputs, inputs], or packed: panels
- * [inputs, COLUMNS] of COLUMNS outputs each, padded at the end. `bias` [outputs] is float32 or NULL. */
+ * [inputs, COLUMNS] of COLUMNS outputs each, padded at the end. `bias` [outputs] is float32 or NULL. With `pairs` an input is a word of two
+ * bfloat16 in x and weight alike, multiplied by the processor's own dot products, and `type` is FLOAT32: words are moved as such. */
 struct linear {
     enum element type, out_type;
-    int packed;
-    const float *x, *bias;
+    int packed, pairs;
+    const void *x;
+    const float *bias;
     const void *weight;
     void *out;
     int64_t rows, inputs, outputs;
@@ -82,8 +84,9 @@ struct kernels {
     /* out [rows, heads, size] by its strides times sigmoid(logits [rows, heads]) -> out, contiguous. */
     void (*head_gate)(enum element type, const void *x, int64_t row_stride, int64_t head_stride, const void *logits, void *out,
                       int64_t begin, int64_t end, int64_t heads, int64_t size);
-    /* Floats that a thread needs for a linear layer; then one tile of rows times one panel, see linear.h. */
+    /* Floats that a thread needs for a linear layer, whether it takes pairs, and one tile of rows times one panel, see linear.h. */
     int64_t (*linear_scratch)(void);
+    int has_pairs;
     void (*linear_tile)(const struct linear *linear, int64_t strip, int64_t tile, float *memory);
     /* Quantise a row, see quantised.h; these three are NULL where the instruction set has no dot products of int8. */
     float (*quantise_row)(const float *x, int64_t inputs, int64_t padded, int64_t group, int8_t *out, int32_t *sums);
