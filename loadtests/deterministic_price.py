@@ -1,9 +1,10 @@
 """What `--deterministic` costs: prefill and decode of one model with it and without, in alternating rounds of two workers, without HTTP.
 
-    python -m loadtests.deterministic_price --cache DIR [--shape llama-60m] [--dtype float32 bfloat16] [--batches 1 8 32] [--rounds 5] [--keep]
+    python -m loadtests.deterministic_price --cache DIR [--shape llama-60m] [--dtype float32 bfloat16] [--batches 1 8 32] [--rounds 5]
+        [--keep]
 
-A round is `--prompt` random tokens for each of B sequences and `--generate` greedy ones. The price is the ratio of times (deterministic over
-plain) in rounds that follow each other, so that whatever else the machine does meets both.
+A round is `--prompt` random tokens for each of B sequences and `--generate` greedy ones. The price is the ratio of times (deterministic
+over plain) in rounds that follow each other, so that whatever else the machine does meets both.
 """
 
 from __future__ import annotations
