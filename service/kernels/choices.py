@@ -139,12 +139,13 @@ class Dispatch:
 
     def _choose(self, operation: str, place: Place) -> Implementation:
         forced = self._forced.get(operation)
+        refusal: str | None = "not with the same bits in every batch"
         for implementation in self._implementations(operation):
             if (forced is not None and implementation.name != forced) or (self._steady_only and not implementation.steady):
                 continue
             refusal = implementation.refuses(place)
             if refusal is None:
                 return implementation
-            if forced is not None:
-                raise DispatchError(f"{operation}: {forced} was asked for, but {refusal}")
+        if forced is not None:
+            raise DispatchError(f"{operation}: {forced} was asked for, but {refusal}")
         raise DispatchError(f"{operation}: nothing computes it on {place.device} in {place.dtype}")

@@ -55,6 +55,10 @@ def _native_quantised(place: Place) -> str | None:
     return _on_cpu(place) or native_quantised.unsupported()
 
 
+def _native_is_faster(place: Place) -> str | None:
+    return _native(place) or native_linear.slower(place.dtype)
+
+
 @cache
 def _triton() -> bool:
     return find_spec("triton") is not None
@@ -204,6 +208,7 @@ TABLE: Mapping[str, tuple[Implementation, ...]] = {
         Implementation("reference", reference.linear, _anywhere),
     ),
     "pack_linear": (
+        Implementation("ordered", native_linear.OrderedLinear, _native_is_faster, steady=True),
         Implementation("onednn", linear.PackedLinear, _onednn_float32),
         Implementation("widened", linear.WidenedLinear, _onednn_sixteen_bits),
         Implementation("plain", linear.PlainLinear, _anywhere),
@@ -211,6 +216,7 @@ TABLE: Mapping[str, tuple[Implementation, ...]] = {
         _gpu(linear.PlainLinear, "ordered_linear", "OrderedLinear", label="triton_ordered"),
     ),
     "pack_small_linear": (
+        Implementation("ordered", native_linear.OrderedLinear, _native_is_faster, steady=True),
         Implementation("plain", linear.PlainLinear, _anywhere),
         Implementation("ordered", native_linear.OrderedLinear, _native, steady=True),
         _gpu(linear.PlainLinear, "ordered_linear", "OrderedLinear", label="triton_ordered"),

@@ -41,8 +41,17 @@ def onednn_available() -> bool:
 
 def computes_bfloat16() -> bool:
     """Whether this CPU has products of bfloat16 (AVX512_BF16 or AMX), which torch then uses; False where torch cannot say."""
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(asked()) for name in names if (asked := getattr(torch.cpu, name, None)) is not None)
+    return _cpu_says("_is_avx512_bf16_supported") or multiplies_tiles()
+
+
+def multiplies_tiles() -> bool:
+    """Whether this CPU has matrix units (AMX); False where torch cannot say."""
+    return _cpu_says("_is_amx_tile_supported")
+
+
+def _cpu_says(name: str) -> bool:
+    asked = getattr(torch.cpu, name, None)
+    return asked is not None and bool(asked())
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

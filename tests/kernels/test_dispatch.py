@@ -11,6 +11,7 @@ from service.kernels import dispatch, linear, reference
 from service.kernels.choices import Dispatch, DispatchError, Implementation, Place
 from service.kernels.dispatch import TABLE
 from service.kernels.native import binding
+from service.kernels.native import linear as native_linear
 
 
 def only_cpu(place: Place) -> str | None:
@@ -89,11 +90,22 @@ def test_sixteen_bits_never_reach_the_float32_product() -> None:
 
 def test_without_onednn_the_next_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_onednn", lambda: False)
+    monkeypatch.setattr(native_linear, "slower", lambda dtype: "as on another machine")
     choices = Dispatch(TABLE)
     packed = choices.resolve("pack_linear", "cpu", torch.float32)(torch.eye(3))
     choices.resolve("linear", "cpu", torch.float32)
     assert choices.chosen() == {"linear[cpu,float32]": "torch", "pack_linear[cpu,float32]": "plain"}
     assert torch.equal(packed.apply(torch.ones(1, 3)), torch.ones(1, 3))
+
+
+def test_one_order_of_sums_is_taken_where_it_is_faster_too() -> None:
+    choices = Dispatch(TABLE)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        choices.resolve("pack_linear", "cpu", dtype), choices.resolve("pack_small_linear", "cpu", dtype)
+        fast = binding.absent() is None and native_linear.slower(dtype) is None
+        kind = str(dtype).removeprefix("torch.")
+        assert (choices.chosen()[f"pack_linear[cpu,{kind}]"] == "ordered") == fast
+        assert choices.chosen()[f"pack_small_linear[cpu,{kind}]"] == ("ordered" if fast else "plain")
 
 
 @pytest.mark.parametrize(
@@ -103,6 +115,7 @@ def test_bfloat16_is_widened_only_where_the_cpu_cannot_multiply_it(
     units: bool, chosen: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(linear, "computes_bfloat16", lambda: units)
+    monkeypatch.setattr(native_linear, "slower", lambda dtype: "as on another machine")
     choices = Dispatch(TABLE)
     for operation, name in chosen.items():
         choices.resolve(operation, "cpu", torch.bfloat16), choices.resolve(operation, "cpu", torch.float16)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 # What `NATIVE_ABI` in native.h has to be.
-ABI = 6
+ABI = 7
 # Instruction sets by level, as `native_choose` takes them.
 LEVELS = ("baseline", "avx2", "avx512")
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

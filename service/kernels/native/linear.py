@@ -13,13 +13,24 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from service.kernels.native.binding import ELEMENTS, functions
+from service.kernels.linear import multiplies_tiles
+from service.kernels.native.binding import ELEMENTS, compiled, functions
 from service.kernels.workspace import Workspace
 
 # Outputs of a panel: COLUMNS in native.h.
 COLUMNS = 64
 
 _WORKSPACE = Workspace()
+
+
+def slower(dtype: torch.dtype) -> str | None:
+    """Why the libraries' packed products are taken to be faster than these where nobody asks for one order, or None: rows of 2026-11-25."""
+    library = compiled()
+    if isinstance(library, str) or library.name != "avx512":
+        return "it was measured to be faster with AVX-512 only"
+    if dtype == torch.bfloat16 and (not library.functions.native_has_pairs() or multiplies_tiles()):
+        return "without dot products of bfloat16, or beside matrix units, the libraries' products take less time"
+    return "float16 was not measured" if dtype == torch.float16 else None
 
 
 class _Weight(NamedTuple):
@@ -50,8 +61,11 @@ class OrderedLinear:
         self.outputs, self.inputs = weight.shape
         with torch.no_grad():
             plain = _read(weight.detach())
-            padded = pad(plain.values, (0, 0, 0, -self.outputs % COLUMNS))
-            panels = padded.view(-1, COLUMNS, padded.shape[1]).transpose(1, 2).contiguous()
+            whole, rest = divmod(self.outputs, COLUMNS)
+            inputs = plain.values.shape[1]
+            panels = plain.values.new_zeros(whole + (rest > 0), inputs, COLUMNS)
+            panels[:whole] = plain.values[: whole * COLUMNS].view(whole, COLUMNS, inputs).transpose(1, 2)
+            panels[whole:, :, :rest] = plain.values[whole * COLUMNS :].t()
         self._weight = plain._replace(values=panels, packed=True)
 
     @property
