@@ -108,7 +108,10 @@ class ChatShape:
                 return before + encode(event.text) + after
         chunk = self._chunk(index, {"content": event.text}, None)
         if self.logprobs:
-            chunk["choices"][0]["logprobs"] = {"content": [chat_entry(self.frame.codec, entry) for entry in event.logprobs], "refusal": None}
+            chunk["choices"][0]["logprobs"] = {
+                "content": [chat_entry(self.frame.codec, entry) for entry in event.logprobs],
+                "refusal": None,
+            }
         return b"data: " + encode(chunk) + b"\n\n"
 
     def closing(self, index: int, result: ChoiceResult) -> bytes:

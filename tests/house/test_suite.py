@@ -27,6 +27,7 @@ LEAST = {
     "tests/schedulers": 251,
     "tests/train": 188,
     "tests/types": 100,
+    "tests/test_agreement.py": 5,
     "tests/test_config.py": 93,
     "tests/test_deterministic.py": 8,
     "tests/test_docs.py": 104,
