@@ -56,27 +56,29 @@ def null_server(given: argparse.Namespace) -> Iterator[str]:
 
 
 def ours(url: str, given: argparse.Namespace, number: int) -> dict[str, float]:
-    """Our row of round `number`, in milliseconds. Raises RuntimeError where a request failed."""
-    flags = ["--requests", str(given.requests), "--rate", str(given.rate), "--endpoint", "chat", "--model", given.model, "--ignore_eos"]
-    lengths = ["--prompt_tokens", str(given.prompt_tokens), "--output_tokens", str(given.tokens), "--seed", str(number)]
-    command = [sys.executable, "-m", "service.cli.benchmark", "--url", url, *flags, *lengths]
+    """Our row of round `number`, in milliseconds, and the tokens that the server counted in a prompt. Raises RuntimeError on a failure."""
+    load = ["--concurrency", str(given.concurrency)] if given.concurrency else ["--rate", str(given.rate)]
+    flags = ["--requests", str(given.requests), "--endpoint", "chat", "--model", given.model, "--ignore_eos", "--seed", str(number)]
+    lengths = ["--prompt_tokens", str(given.prompt_tokens), "--output_tokens", str(given.tokens)]
+    command = [sys.executable, "-m", "service.cli.benchmark", "--url", url, *load, *flags, *lengths]
     done = _run(command)
     row = json.loads(done.splitlines()[-1])
     if row["completed"] != given.requests:
         raise RuntimeError(f"our generator completed {row['completed']} of {given.requests} requests: {row['failures']}")
-    return {name: row[measure.ours[0]][measure.ours[1]] for name, measure in MEASURES.items()}
+    counted = round(row["prompt_tokens"] / given.requests)
+    return {**{name: row[measure.ours[0]][measure.ours[1]] for name, measure in MEASURES.items()}, "prompt_tokens": counted}
 
 
-def theirs(url: str, given: argparse.Namespace, number: int) -> dict[str, float]:
-    """guidellm's report of round `number`, in milliseconds. Raises RuntimeError where a request failed."""
+def theirs(url: str, given: argparse.Namespace, number: int, prompt_tokens: float) -> dict[str, float]:
+    """guidellm's report of round `number`, in milliseconds, of prompts of so many tokens. Raises RuntimeError where a request failed."""
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory) / "report.json"
         settings = {
             "--backend": f"kind=openai_http,target={url},model={given.model}",
-            "--profile": f"kind=poisson,rate={given.rate}",
+            "--profile": f"kind=concurrent,streams={given.concurrency}" if given.concurrency else f"kind=poisson,rate={given.rate}",
             "--constraint": f"kind=max_requests,count={given.requests}",
             "--tokenizer": f"kind=huggingface_auto,model={given.tokenizer}",
-            "--data": f"kind=synthetic_text,prompt_tokens={given.prompt_tokens},output_tokens={given.tokens}",
+            "--data": f"kind=synthetic_text,prompt_tokens={prompt_tokens:.0f},output_tokens={given.tokens}",
             "--output": f"kind=json,path={report}",
             "--seed": f"kind=static,value={number}",
         }
@@ -113,8 +115,9 @@ def _flags() -> argparse.Namespace:
     parser.add_argument("--label", default="", help="words kept in the row: which model, which flags")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=60)
-    parser.add_argument("--rate", type=float, default=10.0)
-    parser.add_argument("--prompt_tokens", type=int, default=64)
+    parser.add_argument("--rate", type=float, default=10.0, help="open loop; guidellm's processes draw their arrivals from one seed each")
+    parser.add_argument("--concurrency", type=int, default=0, help="clients of a closed loop in place of the rate")
+    parser.add_argument("--prompt_tokens", type=int, default=64, help="words of our prompts; guidellm's have as many tokens as these")
     parser.add_argument("--tokens", type=int, default=40, help="tokens of each answer")
     parser.add_argument("--first_ms", type=float, default=100.0, help="of the null server")
     parser.add_argument("--gap_ms", type=float, default=10.0, help="of the null server")
@@ -129,9 +132,10 @@ def main() -> int:
     with contextlib.nullcontext(given.url) if given.url else null_server(given) as url:
         for number in range(given.rounds):
             found["ours"].append(ours(url, given, number))
-            found["guidellm"].append(theirs(url, given, number))
+            found["guidellm"].append(theirs(url, given, number, found["ours"][-1]["prompt_tokens"]))
     clock = () if given.url else ("first_ms", "gap_ms")
-    asked = {name: getattr(given, name) for name in ("requests", "rate", "prompt_tokens", "tokens", *clock)}
+    asked = {name: getattr(given, name) for name in ("requests", "concurrency" if given.concurrency else "rate", "tokens", *clock)}
+    asked["prompt_tokens"] = round(found["ours"][0]["prompt_tokens"])
     named = {"server": "running" if given.url else "null", "model": given.model, "label": given.label}
     version = _run([given.guidellm, "--version"]).strip().removeprefix("guidellm version: ")
     row: dict[str, Any] = {**rows.surroundings(), **named, **asked, "guidellm_version": version, **agreement(found)}

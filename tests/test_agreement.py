@@ -52,7 +52,7 @@ def test_both_are_asked_for_the_same_and_agree(tmp_path: Path, monkeypatch: pyte
     calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
     assert [call["--seed"] for call in calls] == ["kind=static,value=0", "kind=static,value=1"]
     assert calls[0]["--profile"] == "kind=poisson,rate=20.0" and calls[0]["--constraint"].endswith("count=6")
-    assert ",model=fake" in calls[0]["--backend"] and "prompt_tokens=64,output_tokens=4" in calls[0]["--data"]
+    assert ",model=fake" in calls[0]["--backend"] and "prompt_tokens=8,output_tokens=4" in calls[0]["--data"]
 
 
 def test_another_server_is_measured_where_one_is_named(
@@ -62,14 +62,17 @@ def test_another_server_is_measured_where_one_is_named(
 
     def measured(url: str, given: Any, number: int) -> dict[str, float]:
         asked.append((url, given.model))
-        return {"ttft_ms": 30.0, "tpot_ms": 20.0, "itl_ms": 20.0, "latency_ms": 110.0 + number}
+        return {"ttft_ms": 30.0, "tpot_ms": 20.0, "itl_ms": 20.0, "latency_ms": 110.0 + number, "prompt_tokens": 70}
 
     monkeypatch.setattr(agreement, "ours", measured)
-    assert run(tmp_path, monkeypatch, "--url", "http://127.0.0.1:1", "--model", "m") == 0
+    assert run(tmp_path, monkeypatch, "--url", "http://127.0.0.1:1", "--model", "m", "--concurrency", "2") == 0
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert asked == [("http://127.0.0.1:1", "m")] * 2
-    assert row["server"] == "running" and "first_ms" not in row
-    assert "target=http://127.0.0.1:1,model=m" in json.loads((tmp_path / "calls").read_text().splitlines()[0])["--backend"]
+    assert row["server"] == "running" and "first_ms" not in row and "rate" not in row
+    assert (row["concurrency"], row["prompt_tokens"]) == (2, 70)
+    call = json.loads((tmp_path / "calls").read_text().splitlines()[0])
+    assert "target=http://127.0.0.1:1,model=m" in call["--backend"] and call["--profile"] == "kind=concurrent,streams=2"
+    assert "prompt_tokens=70," in call["--data"]
 
 
 def test_numbers_that_do_not_meet_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
