@@ -108,7 +108,7 @@ def compare_rounds(first: Sequence[Mapping[str, Any]], other: Sequence[Mapping[s
     found = []
     for measure, more_is_better in MEASURES:
         pairs = [(_value(left, measure), _value(right, measure)) for left, right in zip(first, other, strict=True)]
-        ratios = [right / left for left, right in pairs if left and right is not None]
+        ratios = [round(right / left, 4) for left, right in pairs if left and right is not None]
         if ratios:
             found.append(RoundRatio(measure, _side(ratios), _verdict(ratios, more_is_better)))
     return found
