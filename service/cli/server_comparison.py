@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-import msgspec
-
 from service.cli.server_load import is_server, measure_server, surroundings
 from service.loadgen.compare import MEASURES, compare_rounds, scenario_of, side_of
 from service.loadgen.scenario import Ready
@@ -60,10 +58,9 @@ async def measure_rounds(given: Namespace, ready: Ready, servers: Sequence[Conte
     """The row of each server (in the order of `servers`) in each of `--rounds` rounds. Raises StartupError where none is completed."""
     rounds = []
     for number in range(given.rounds):
-        load = msgspec.structs.replace(ready.load, seed=ready.load.seed + number)
         rows: dict[str, dict[str, Any]] = {}
         for server in (*servers[number % len(servers) :], *servers[: number % len(servers)]):
-            row = await measure_server(given, msgspec.structs.replace(ready, load=load), server.url, server.model)
+            row = await measure_server(given, ready.of_round(number), server.url, server.model)
             if not row["completed"]:
                 raise StartupError(f"{server.name} completed no request of round {number + 1}: {row['failures'] or row['errors']}.")
             rows[server.name] = {**row, "label": f"{server.name}, round {number + 1}"}
