@@ -61,6 +61,7 @@ METRICS: tuple[Metric, ...] = (
         "1; the labels name the program's version, the model's compute type and engine.",
         ("program", "dtype", "backend"),
     ),
+    Metric("tier_info", "gauge", "1; how the tier was chosen (given, detected) and the defaults that its profile set.", ("how", "flags")),
     Metric("startup_seconds", "gauge", "Seconds of each phase of the worker's last start, and of the command's (`command_…`).", ("phase",)),
     Metric("prompt_tokens_total", "counter", "Prompt tokens of requests whose prompt was read."),
     Metric("prompt_tokens_cached_total", "counter", "Of those, tokens found in the prefix cache."),
@@ -296,9 +297,10 @@ def _family(name: str, metric: Metric, labels: _Labels, numbers: Sequence[tuple[
 
 
 class Telemetry:
-    """Every metric of the process. `compat` "vllm" shows the numbers that vLLM has under its names too."""
+    """Every metric of the process. `compat` "vllm" shows vLLM's numbers under its names too; `tier` are the labels of tier_info."""
 
-    def __init__(self, compat: str = "none") -> None:
+    def __init__(self, compat: str = "none", tier: tuple[str, str] = ("detected", "")) -> None:
+        self.tier = tier
         self._series = {metric.name: _Series(metric) for metric in METRICS}
         self._versions: dict[_Labels, VersionMetrics] = {}
         self._aliases = VLLM_NAMES if compat == "vllm" else {}

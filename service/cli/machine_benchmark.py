@@ -15,7 +15,7 @@ from typing import Any
 
 from service.cli.quality import BOUNDS, measure_quality
 from service.cli.server_load import surroundings
-from service.cli.tiers import PROFILES, measure_tier
+from service.cli.tiers import MEASUREMENTS, measure_tier
 from service.cli.version_comparison import Comparison, compare_versions
 from service.cli.version_table import version_table
 from service.config.bundled import bundled_source, listed_sources, registry_path
@@ -31,7 +31,7 @@ def add_machine_flags(parser: FlagParser, count: Callable[[str], int], whole: Ca
     """The flags of these measurements; `count` reads a number from 1 up, `whole` one from 0 up."""
     machine = parser.add_argument_group("This machine (starts engines itself; --url and the load's flags do not matter)")
     machine.add_argument(
-        "--tier", choices=tuple(PROFILES), default=None, help="what the flags recommended for a tier gain over float32 without them"
+        "--tier", choices=tuple(MEASUREMENTS), default=None, help="what the flags recommended for a tier gain over float32 without them"
     )
     machine.add_argument(
         "--quality", metavar="KINDS", default="", help="int8, int4 or both by comma, against float32; or far, against full attention"

@@ -10,10 +10,10 @@ from dataclasses import replace
 import pytest
 
 from service.cli import report
-from service.cli.report import LoadProgress, StartTimes, client_url, example_request, memory_table, parent_memory_line
+from service.cli.report import LoadProgress, StartTimes, client_url, example_request, memory_table, parent_memory_line, tier_line
 from service.types.kv_layout import KvGroup, KvLayout
 from service.types.plan import BackendInfo
-from service.types.settings import HttpSettings
+from service.types.settings import HttpSettings, TierChoice
 
 
 def test_phases_add_up_and_are_said_in_order() -> None:
@@ -25,6 +25,12 @@ def test_phases_add_up_and_are_said_in_order() -> None:
     assert times.total_s >= sum(seconds for _, seconds in times.phases_s)
     line = times.line([("weights", 1.25)])
     assert line.startswith("parse 2.0") and " · import 0.0" in line and "worker (weights 1.25 s)" in line and " · ready 2.0" in line
+
+
+def test_the_tier_says_why_and_what_naming_it_would_set() -> None:
+    detected = tier_line(TierChoice("cpu", "detected", "there is no GPU", "", "--quantize int8"))
+    assert detected == "tier cpu, detected (there is no GPU): no defaults of its own; --tier cpu would set --quantize int8"
+    assert tier_line(TierChoice("edge", "given", "", "--batch_size 4", "")) == "tier edge, given: --batch_size 4"
 
 
 def test_the_budget_has_a_line_for_each_use() -> None:

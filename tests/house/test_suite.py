@@ -30,6 +30,7 @@ LEAST = {
     "tests/test_agreement.py": 5,
     "tests/test_config.py": 93,
     "tests/test_deterministic.py": 8,
+    "tests/test_config_tiers.py": 25,
     "tests/test_docs.py": 104,
     "tests/test_docs_examples.py": 12,
     "tests/test_launch.py": 7,
