@@ -38,7 +38,7 @@ def test_the_budget_has_a_line_for_each_use() -> None:
     lines = (("weights", 10 << 20), ("kv:full", 4 << 20), ("kv:window8", 1 << 20), ("runtime", 5 << 20))
     info = BackendInfo(layout, (128, 16), 8, 512, 2048, 100, "float32", "cpu", "x86", lines)
     rows = memory_table("v2.3@0123456789ab", info, info.context_tokens).splitlines()
-    assert rows[0] == "memory of v2.3@0123456789ab (float32 on x86, context 2048 tokens, 8 sequences)"
+    assert rows[0] == "memory of v2.3@0123456789ab (float32 through torch on x86, context 2048 tokens, 8 sequences)"
     assert [row.split()[:2] for row in rows[1:]] == [
         ["weights", "10.0"],
         ["kv:full", "4.0"],
