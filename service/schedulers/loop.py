@@ -184,7 +184,6 @@ class Loop:
         self._metrics = metrics
         self._accounting = Accounting(self._metrics, identity.spec, info.dtype, settings)
         self._accounting.ready(info, __version__, self._planner)
-        self._metrics.value("tier_info", *self._telemetry.tier).set(1)
         self._metrics.watch("worker_silent_seconds", lambda: self.backend.health().silent_s)
         self._application = Application(self._planner, self._accounting, self._end)
         if self.state in ("loading", "restarting"):
