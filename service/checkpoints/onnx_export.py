@@ -15,25 +15,21 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from service.checkpoints.digests import file_digest
 from service.checkpoints.load import Quantisation, load
 from service.checkpoints.manifest import Manifest
-from service.checkpoints.onnx_graph import OnnxGraph, Rectangle
+from service.checkpoints.onnx_check import TOLERANCES, Probe, check_layers, check_logits, check_quantised
 from service.checkpoints.onnx_support import ABOUT, FORMAT, GRAPH, PRODUCT, WEIGHTS, graph_directory, queries_per_kv_head, refuse
 from service.checkpoints.quantisation import kind_of
 from service.checkpoints.stage import staged_directory, sync, write_synced
 from service.kernels.quantised import quantise_weight
-from service.models.attention import DenseAttend
 from service.models.decoder import Decoder
 from service.models.rope import attention_factor, inverse_frequencies
-from service.types.errors import CheckpointError
 from service.types.kv_layout import KvLayout
 
-# Largest difference of a logit, relative to the largest logit. Rounding to int8 steps can fall the other way in the two implementations.
-TOLERANCES = {"none": 1e-4, "int8": 2e-2}
-_CHECKED_TOKENS = 80
+_WATCHED = "watched.onnx"
 _ALIGNMENT = 4096
 _PRODUCT_WIDTH = 768
 _TYPES = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int8): TensorProto.INT8, np.dtype(np.uint8): TensorProto.UINT8}
@@ -67,32 +63,22 @@ def export(manifest: Manifest, directory: Path, quantize: str) -> None:
             "queries_per_kv_head": [queries_per_kv_head(manifest.spec, group.layers[0]) for group in manifest.spec.kv_layout().groups],
         }
         write_synced(partial / ABOUT, json.dumps(about).encode())
-        if quantize != "none":
-            decoder = load(manifest, "cpu", torch.float32, quantisation=Quantisation(quantize))
-        _check(decoder, partial, TOLERANCES[quantize])
+        _check(manifest, decoder, partial, quantize, writer.watched())
 
 
-def _check(decoder: Decoder, directory: Path, tolerance: float) -> None:
-    """A prompt in two steps, two sequences side by side, against the decoder over the whole."""
-    spec = decoder.spec
-    layout = spec.kv_layout()
-    count = min(_CHECKED_TOKENS, spec.context_tokens)
-    tokens = np.random.default_rng(1).integers(0, spec.vocab_size, (2, count))
-    with torch.inference_mode():
-        flat, positions = torch.from_numpy(tokens.reshape(-1)), torch.arange(count).repeat(2)
-        expected = decoder(flat, positions, DenseAttend(2, count, spec.layers)).numpy().reshape(2, count, -1)
-    blocks = -(-count // layout.block_tokens)
-    graph = OnnxGraph(directory, layout, [2 * blocks] * len(layout.groups))
-    table = np.arange(1, 2 * blocks + 1).reshape(2, blocks)
-    for start, end in ((0, count // 2), (count // 2, count)):
-        every = np.arange(2 * (end - start))
-        found = graph.logits(Rectangle(tokens[:, start:end], np.full(2, start), (table,) * len(layout.groups), every))
-        here = expected[:, start:end]
-        difference = float(np.abs(found.reshape(here.shape) - here).max() / max(np.abs(here).max(), 1e-9))
-        if not difference <= tolerance:
-            raise CheckpointError(
-                f"The exported graph differs from the model by {difference:.1e} of its largest logit: serve it through torch."
-            )
+def _check(manifest: Manifest, decoder: Decoder, directory: Path, quantize: str, watched: bytes) -> None:
+    """Raise CheckpointError unless the graph computes what the decoder does; `watched` is it with its residual streams as outputs."""
+    probe = Probe(manifest.spec)
+    plain = probe.decoded(decoder)
+    logits, _ = probe.graphed(directory, GRAPH)
+    if quantize == "none":
+        check_logits(plain, logits)
+        return
+    decoder = load(manifest, "cpu", torch.float32, quantisation=Quantisation(quantize))
+    (directory / _WATCHED).write_bytes(watched)
+    check_layers(decoder, probe, *probe.graphed(directory, _WATCHED), TOLERANCES[quantize])
+    (directory / _WATCHED).unlink()
+    check_quantised(plain, probe.decoded(decoder), logits)
 
 
 def _serialised(graph: GraphProto) -> bytes:
@@ -109,6 +95,8 @@ class _Writer:
         self._stream = stream
         self._parameters = dict(decoder.named_parameters())
         self._nodes: list[NodeProto] = []
+        self._streams: list[str] = []
+        self._model = b""
         self._initializers: dict[str, TensorProto] = {}
         self._layout: KvLayout = decoder.spec.kv_layout()
         self._group_of = {layer: index for index, group in enumerate(self._layout.groups) for layer in group.layers}
@@ -116,14 +104,26 @@ class _Writer:
     def model(self) -> bytes:
         """The whole graph, serialised."""
         x = self._embedding()
+        self._streams.append(x)
         for layer in range(len(self._spec.layers)):
             x = self._layer(layer, x)
+            self._streams.append(x)
         normed = self._norm(x, "norm")
         rows = self._op("Gather", self._op("Reshape", normed, self._shape(-1, self._spec.dim)), "rows", axis=0)
         self._nodes.append(
             helper.make_node("Identity", [self._linear(rows, "embed" if self._spec.tied_embeddings else "head")], ["logits"])
         )
-        return _serialised(helper.make_graph(self._nodes, "decoder", self._inputs(), self._outputs(), list(self._initializers.values())))
+        self._model = _serialised(
+            helper.make_graph(self._nodes, "decoder", self._inputs(), self._outputs(), list(self._initializers.values()))
+        )
+        return self._model
+
+    def watched(self) -> bytes:
+        """The same with the residual stream after the embedding and after each layer as further outputs."""
+        model = ModelProto.FromString(self._model)
+        for name in self._streams:
+            model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["S", "L", self._spec.dim]))
+        return bytes(model.SerializeToString())
 
     def product(self) -> bytes:
         """A graph of one square product in the kind of most weights, which is what the machine's rate is measured with."""
@@ -239,11 +239,12 @@ class _Writer:
         values = self._weight(f"{module}.values", np.ascontiguousarray(stored.values.numpy().T))
         scales = self._weight(f"{module}.scales", stored.scales.numpy())
         one, middle = self._constant(np.array(1, np.float32)), self._constant(np.array(128, np.uint8))
+        most = self._constant(np.array(127, np.float32))
         peak = self._op("ReduceMax", self._op("Abs", x), self._shape(-1), keepdims=1)
-        step = self._op(
-            "Div", self._op("Max", peak, self._constant(np.array(1e-30, np.float32))), self._constant(np.array(127, np.float32))
-        )
-        shifted = self._op("Add", self._op("Round", self._op("Div", x, step)), self._constant(np.array(128, np.float32)))
+        step = self._op("Div", peak, most)
+        # The same products, in the same order, as the decoder's, so that the same steps come out; a row of zeros stays one.
+        inverse = self._op("Div", most, self._op("Max", peak, self._constant(np.array(1e-30, np.float32))))
+        shifted = self._op("Add", self._op("Round", self._op("Mul", x, inverse)), self._constant(np.array(128, np.float32)))
         codes = self._op("Cast", shifted, to=TensorProto.UINT8)
         return self._op("Mul", self._op("MatMulIntegerToFloat", codes, values, one, scales, middle, domain=_CONTRIB), step)
 

@@ -51,16 +51,17 @@ class Rectangle(NamedTuple):
 class OnnxGraph:
     """The graph in `directory`, computing with `threads` (0: all cores) over `group_blocks` usable blocks of each group.
 
-    Raises DamagedGraph where it is not one that this code wrote.
+    `name` is its file; outputs beyond logits and caches are `watched`, in their order. Raises DamagedGraph where it is not one that this
+    code wrote.
     """
 
-    def __init__(self, directory: Path, layout: KvLayout, group_blocks: Sequence[int], threads: int = 0) -> None:
+    def __init__(self, directory: Path, layout: KvLayout, group_blocks: Sequence[int], threads: int = 0, name: str = GRAPH) -> None:
         about = read_about(directory)
         self._layout = layout
         self._frequencies = np.array(about["inverse_frequencies"], np.float32)
         self._factor: float = about["rope_factor"]
         self._queries: list[int] = about["queries_per_kv_head"]
-        self._session = _open(directory / GRAPH, threads)
+        self._session = _open(directory / name, threads)
         self.vocab_size = int(self._session.get_outputs()[0].shape[1])
         self.caches: dict[str, Floats] = {}
         for group, count in zip(layout.groups, group_blocks, strict=True):
@@ -69,11 +70,13 @@ class OnnxGraph:
                 self.caches[f"keys.{layer}"] = np.zeros((group.kv_heads, tokens, group.key_dim), np.float32)
                 self.caches[f"values.{layer}"] = np.zeros((group.kv_heads, tokens, group.value_dim), np.float32)
         self._binding = self._session.io_binding()
-        for name, array in self.caches.items():
+        for cache, array in self.caches.items():
             # The value refers to the array's own memory, and the binding keeps it.
             value = onnxruntime.OrtValue.ortvalue_from_numpy(array)
-            self._binding.bind_ortvalue_input(name, value)
-            self._binding.bind_ortvalue_output(f"{name}.written", value)
+            self._binding.bind_ortvalue_input(cache, value)
+            self._binding.bind_ortvalue_output(f"{cache}.written", value)
+        self._watching = [output.name for output in self._session.get_outputs()[1 + len(self.caches) :]]
+        self.watched: list[Floats] = []
 
     def logits(self, batch: Rectangle) -> Floats:
         """Write the keys and values of all positions and give the logits [R, vocab] of `rows`. Raises MemoryError."""
@@ -91,12 +94,15 @@ class OnnxGraph:
             self._binding.bind_cpu_input(name, np.ascontiguousarray(array))
         logits = np.empty((len(batch.rows), self.vocab_size), np.float32)
         self._binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        for name in self._watching:
+            self._binding.bind_output(name)
         try:
             self._session.run_with_iobinding(self._binding)
         except _FAILURES as error:
             if "allocat" in str(error).lower():
                 raise MemoryError(str(error)) from None
             raise
+        self.watched = [value.numpy() for value in self._binding.get_outputs()[-len(self._watching) :]] if self._watching else []
         return logits
 
     def _group_inputs(self, index: int, group: KvGroup, table: NDArray[np.integer], positions: Ints) -> dict[str, NDArray[np.generic]]:

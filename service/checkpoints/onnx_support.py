@@ -14,7 +14,7 @@ from service.checkpoints.stored_tensors import find_weight_files
 from service.types.errors import CheckpointError
 from service.types.model_spec import ModelSpec, RopeScaling
 
-FORMAT = "deepseek-onnx-2"
+FORMAT = "deepseek-onnx-3"
 # The files of an exported graph: the decoder, one square product in its kind of weights, all weights, and what else a reader must know.
 GRAPH, PRODUCT, WEIGHTS, ABOUT = "model.onnx", "product.onnx", "weights.bin", "export.json"
 SUFFIX = ".onnx"
