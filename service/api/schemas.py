@@ -46,7 +46,6 @@ class StreamOptions(StrictModel):
     """`stream_options`."""
 
     include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
 
 
 class SamplingBody(StrictModel):

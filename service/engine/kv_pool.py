@@ -28,7 +28,7 @@ REST_S = 0.05
 
 
 class KvPool:
-    """Blocks of all groups. `group_blocks` are the usable ids: 1 … n."""
+    """Blocks of all groups. `group_blocks` are the usable ids: 1 … n. `groups` and `stores`: `group_of` and `blocks_of` of every layer."""
 
     def __init__(self, layout: KvLayout, group_blocks: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self.layout = layout
@@ -45,6 +45,9 @@ class KvPool:
             places = self._places if group.source is None else self._far_places
             places.update({layer: (index, at) for at, layer in enumerate(group.layers)})
         self._demote = resolve("demote", device, dtype)
+        layers = range(len(self._places))
+        self.groups = tuple(self.group_of(layer) for layer in layers)
+        self.stores = tuple(self.blocks_of(layer) for layer in layers)
 
     def group_of(self, layer: int) -> int:
         """The index of the layer's group in the layout: the near one where there are two."""

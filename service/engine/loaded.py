@@ -22,7 +22,9 @@ ProgressCallback = Callable[[str, float], None]
 class Executor(Protocol):
     """What a worker runs plans with."""
 
-    layers_done: int
+    @property
+    def layers_done(self) -> int:
+        """Layers computed since the start: it grows while a step gets on."""
 
     def execute(self, plan: BatchPlan) -> StepResult:
         """Run one step. Raises PlanError for a contradictory plan, MemoryError when not even one token fits."""

@@ -11,10 +11,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from service.engine.batch import Batch
+from service.engine.batch import Batch, Ints
 from service.engine.far_choices import FarChoices, StepChoices, find_anchors
 from service.engine.kv_pool import KvPool
 from service.kernels.dispatch import resolve
+from service.kernels.native.decoder import PagedStep
 from service.types.kv_layout import FarSpec, KvGroup
 from service.types.model_spec import GroupedQueryAttention, ModelSpec
 
@@ -61,6 +62,14 @@ class PagedAttend:
         scoring = {"scale": _scale(spec), "window": spec.window, "softcap": spec.softcap}
         seen: Tensor = self._attention(query, keys, values, tables, starts, lengths, **scoring, plan=self._plans[group])
         return seen
+
+    def step(self, done: Ints) -> PagedStep:
+        """Where the step stands in the cache, for a kernel that computes all layers: it then does what calls of this object would.
+
+        `done` [1] counts the layers that such a call has computed.
+        """
+        where = self._offsets, self._query_starts, self._context_lengths
+        return PagedStep(self._pool.stores, self._pool.groups, self._tables, self._block_ids, *where, torch.from_numpy(done))
 
     def keep_choices(self) -> None:
         """The step succeeded: later steps go on with what its rows chose last."""

@@ -41,7 +41,8 @@ class TorchBackend:
         self._device = decoder.device
         self._choices = FarChoices(pool.layout, len(tables.known), self._device)
         self._far_blocks_read = 0
-        self.layers_done = 0
+        # Counted from compiled code too, while a call that computes all layers runs.
+        self._done = np.zeros(1, np.int64)
         self._images = ImageStore(decoder, image_tokens, self._count_layer)
         self._idle = threading.Event()
         pool.populate(self._idle)
@@ -133,13 +134,18 @@ class TorchBackend:
         attend = PagedAttend(self._decoder.spec, self._pool, batch, self._choices, self._count_layer)
         tokens = torch.from_numpy(batch.tokens).to(self._device)
         positions = torch.from_numpy(batch.positions).to(self._device)
-        hidden = self._decoder.hidden(tokens, positions, attend, self._images.context(batch))
+        hidden = self._decoder.hidden(tokens, positions, attend, self._images.context(batch), attend.step(self._done))
         attend.keep_choices()
         self._far_blocks_read += attend.far_blocks_read
         return hidden
 
+    @property
+    def layers_done(self) -> int:
+        """Layers computed since the start."""
+        return int(self._done[0])
+
     def _count_layer(self) -> None:
-        self.layers_done += 1
+        self._done[0] += 1
 
     def _score(self, batch: Batch, index: int, hidden: Tensor) -> PromptLogprobs:
         """Log-probs of the prompt tokens that follow the positions of one slice, a bounded number of logits rows at a time."""

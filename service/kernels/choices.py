@@ -103,6 +103,10 @@ class Dispatch:
                 found[operation] = "; ".join(dict.fromkeys(map(str, reasons))) or "nothing that computes it is steady"
         return found
 
+    def forced(self, operation: str) -> str | None:
+        """The implementation that `force` named, or None."""
+        return self._forced.get(operation)
+
     def chosen(self) -> dict[str, str]:
         """What was resolved so far, for logs and metrics: `operation[device,dtype]` -> implementation."""
         return {

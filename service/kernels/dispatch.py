@@ -31,6 +31,7 @@ from service.kernels.choices import Dispatch, Implementation, Kernel, Place
 from service.kernels.native import attention as native_attention
 from service.kernels.native import binding as native
 from service.kernels.native import cross_attention as native_cross_attention
+from service.kernels.native import decoder as native_decoder
 from service.kernels.native import elementwise as native_elementwise
 from service.kernels.native import linear as native_linear
 from service.kernels.native import quantised as native_quantised
@@ -57,6 +58,11 @@ def _native_quantised(place: Place) -> str | None:
 
 def _native_is_faster(place: Place) -> str | None:
     return _native(place) or native_linear.slower(place.dtype)
+
+
+def _native_layers(place: Place) -> str | None:
+    other = next((name for name in WHOLE_LAYERS if _PROCESS.forced(name) not in (None, "native")), None)
+    return _native_quantised(place) or (f"{other} is forced to {_PROCESS.forced(other)}" if other else None)
 
 
 @cache
@@ -114,6 +120,9 @@ def _onednn_sixteen_bits(place: Place) -> str | None:
         return "this CPU multiplies bfloat16 itself, which takes half the time"
     return _on_cpu(place) or (None if _onednn() else "this torch has no oneDNN linear")
 
+
+# What the call for all layers computes in the place of these.
+WHOLE_LAYERS = ("rms_norm", "add_rms_norm", "rotate", "swiglu", "write_kv", "paged_attention", "pack_quantised")
 
 TABLE: Mapping[str, tuple[Implementation, ...]] = {
     "rms_norm": (
@@ -206,6 +215,10 @@ TABLE: Mapping[str, tuple[Implementation, ...]] = {
         Implementation("ordered", native_linear.ordered_linear, _native, steady=True),
         _gpu(reference.linear, "ordered_linear", "ordered_linear", label="triton_ordered"),
         Implementation("reference", reference.linear, _anywhere),
+    ),
+    "decoder_layers": (
+        Implementation("native", native_decoder.decoder_layers, _native_layers, steady=True),
+        Implementation("separate", native_decoder.layer_by_layer, _anywhere, steady=True),
     ),
     "pack_linear": (
         Implementation("ordered", native_linear.OrderedLinear, _native_is_faster, steady=True),

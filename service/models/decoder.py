@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from service.kernels.native.decoder import BoundLayers, PagedStep
 from service.models.attention import Attend, GroupedAttention
 from service.models.fusion import GatedFusion, ImageContext
 from service.models.layers import Computed, Embedding, Kernels, Linear, RmsNorm, SwigluMlp
 from service.models.rope import RopeTable
 from service.models.vision import PatchEncoder
+from service.models.whole_layers import Sublayers, bind_layers
 from service.types.model_spec import ModelSpec
 
 
@@ -37,6 +39,11 @@ class DecoderLayer(nn.Module):
             self.sublayers = (self.attention, self.mlp)
         else:
             self.sublayers = owner.sublayers
+
+    @property
+    def parts(self) -> Sublayers:
+        """Norm and attention, norm and feed-forward, as the layer computes them."""
+        return self.attention_norm, self.sublayers[0], self.mlp_norm, self.sublayers[1]
 
     def forward(self, update: Tensor, residual: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, Tensor]:
         """(pending update, residual) -> the same after this layer, all [T, dim]; the stream's value is their sum.
@@ -62,6 +69,7 @@ class Decoder(Computed):
             layers.append(DecoderLayer(index, spec, owner, device, dtype))
         self.layers = nn.ModuleList(layers)
         self._recompute = False
+        self._whole: BoundLayers | None = None
         self.norm = RmsNorm(spec.dim, spec.norm_eps, device, dtype)
         self.head = None if spec.tied_embeddings else Linear(spec.dim, spec.vocab_size, False, device, dtype)
         self.rope = RopeTable(spec.rope, spec.context_tokens)
@@ -78,13 +86,37 @@ class Decoder(Computed):
         hidden = self.hidden(tokens, positions, attend, images)
         return self.logits(hidden if rows is None else hidden.index_select(0, rows))
 
-    def hidden(self, tokens: Tensor, positions: Tensor, attend: Attend, images: ImageContext | None = None) -> Tensor:
-        """Final normalised states [T, dim]. `images`: what the step's sequences show and see (None: no images anywhere)."""
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        images: ImageContext | None = None,
+        step: PagedStep | None = None,
+    ) -> Tensor:
+        """Final normalised states [T, dim]. `images`: what the step's sequences show and see (None: no images anywhere).
+
+        With a `step`, which says where in the cache `attend` would read and write, all layers may be computed by one call.
+        """
         rotation = self.rope.rows(positions)
         update = self.embed(tokens)
         if images is not None:
             update = update.index_copy(0, images.at, images.embeddings.to(update.dtype))
         residual = torch.zeros_like(update)
+        fused_in = images is not None and self.fusion is not None
+        if (
+            step is None
+            or self._whole is None
+            or fused_in
+            or not self.kernels.decoder_layers(self._whole, update, residual, rotation, step)
+        ):
+            update, residual = self._each_layer(update, residual, rotation, attend, images)
+        normed, _ = self.norm.add(update, residual)
+        return normed
+
+    def _each_layer(
+        self, update: Tensor, residual: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend, images: ImageContext | None
+    ) -> tuple[Tensor, Tensor]:
         for index, layer in enumerate(self.layers):
             if images is not None and self.fusion is not None and index == self.fusion.spec.after_layers:
                 residual = residual.index_add(0, images.rows, self.fusion(update, residual, images).to(residual.dtype))
@@ -92,8 +124,7 @@ class Decoder(Computed):
                 update, residual = checkpoint(layer, update, residual, rotation, attend, use_reentrant=False)
             else:
                 update, residual = layer(update, residual, rotation, attend)
-        normed, _ = self.norm.add(update, residual)
-        return normed
+        return update, residual
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, dim] final states -> [R, vocab]. A tied head multiplies with the embedding as it is, so that no second copy is kept."""
@@ -112,6 +143,10 @@ class Decoder(Computed):
         for module in self.modules():
             if isinstance(module, Computed):
                 module.kernels = kernels
+        self._whole = bind_layers([layer.parts for layer in self._layers()], self.spec.norm_eps)
+
+    def _layers(self) -> list[DecoderLayer]:
+        return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
 
     @property
     def device(self) -> torch.device:

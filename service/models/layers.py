@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from service.kernels import cross_attention, elementwise, fake_quant, linear
 from service.kernels.choices import Kernel
 from service.kernels.dispatch import resolve
+from service.kernels.native.decoder import layer_by_layer
 from service.kernels.quantised import QuantisedWeight
 from service.types.model_spec import DenseMlp
 
@@ -35,11 +36,12 @@ class Kernels:
     head_gate: Kernel
     linear: Kernel
     attend_images: Kernel
+    decoder_layers: Kernel
 
     @classmethod
     def resolve(cls, device: torch.device | str, dtype: torch.dtype) -> Self:
         """What the dispatch table chooses for serving there; not necessarily differentiable."""
-        names = ("rms_norm", "add_rms_norm", "rotate", "swiglu", "head_gate", "linear", "attend_images")
+        names = ("rms_norm", "add_rms_norm", "rotate", "swiglu", "head_gate", "linear", "attend_images", "decoder_layers")
         return cls(*(resolve(name, device, dtype) for name in names))
 
 
@@ -51,6 +53,7 @@ DIFFERENTIABLE = Kernels(
     head_gate=elementwise.head_gate,
     linear=linear.torch_linear,
     attend_images=cross_attention.attend_images,
+    decoder_layers=layer_by_layer,
 )
 # The same with every matrix product as int8 would compute it: quantisation-aware training.
 FAKE_INT8 = replace(DIFFERENTIABLE, linear=fake_quant.fake_quantised_linear)

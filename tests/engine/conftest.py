@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
 
-from service.checkpoints.load import load
-from service.checkpoints.manifest import read_manifest
+from service.checkpoints.load import Quantisation, load
+from service.checkpoints.manifest import Manifest, read_manifest
 from service.engine.batch import Tables
 from service.engine.kv_pool import KvPool
 from service.engine.sampler import Sampler
 from service.engine.torch_backend import TorchBackend
+from service.kernels.dispatch import force
+from service.kernels.native import quantised as native_quantised
 from service.models.attention import DenseAttend
+from service.models.decoder import Decoder
 from tests.tiny_models import build_tiny
 
 WINDOW = 70
@@ -65,6 +70,27 @@ class Dense:
         for _ in range(count):
             tokens.append(int(self.logits(tokens)[-1].argmax()))
         return tokens[len(prompt) :]
+
+
+@pytest.fixture
+def whole_or_separate():
+    """make(manifest, name) -> the model in int8 whose layers are computed by `name` of decoder_layers."""
+    if native_quantised.unsupported() is not None:
+        pytest.skip("no compiled integer products here")
+
+    def make(manifest, name: str) -> Quantised:
+        force("decoder_layers", name)
+        return Quantised(manifest, load(manifest, "cpu", torch.float32, quantisation=Quantisation("int8")))
+
+    yield make
+    force("decoder_layers", None)
+
+
+class Quantised(NamedTuple):
+    """A quantised decoder, where `Dense` has a plain one."""
+
+    manifest: Manifest
+    decoder: Decoder
 
 
 @pytest.fixture(scope="session")

@@ -156,11 +156,11 @@ def test_a_step_that_does_not_fit_is_computed_in_halves(full_dense, backend_of, 
     driver = Driver(backend, pool, 1)
     sizes, hidden = [], full_dense.decoder.hidden
 
-    def scarce(tokens, positions, attend, images):
+    def scarce(tokens, *rest):
         if len(tokens) > 20:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate")
         sizes.append(len(tokens))
-        return hidden(tokens, positions, attend, images)
+        return hidden(tokens, *rest)
 
     monkeypatch.setattr(full_dense.decoder, "hidden", scarce)
     prompts = [prompt(50, 9), prompt(10, 10)]
@@ -181,10 +181,10 @@ def test_the_log_probs_of_a_prompt_computed_in_halves_are_one_list(full_dense, b
     driver = Driver(backend, pool, 1)
     hidden, tokens = full_dense.decoder.hidden, prompt(50, 9)
 
-    def scarce(flat, positions, attend, images):
+    def scarce(flat, *rest):
         if len(flat) > 20:
             raise torch.OutOfMemoryError
-        return hidden(flat, positions, attend, images)
+        return hidden(flat, *rest)
 
     monkeypatch.setattr(full_dense.decoder, "hidden", scarce)
     (scores,) = driver.run([Slice(0, 0, 50, SCORES | TOKEN)], [opened(0, tokens, prompt_logprobs=0)]).prompt_logprobs
@@ -202,6 +202,26 @@ def test_kernel_calls_are_counted_since_the_last_step(full_dense, backend_of) ->
     layers = len(full_dense.manifest.spec.layers)
     assert [(op, count) for op, _, count in result.dispatch if op == "paged_attention"] == [("paged_attention", layers)]
     assert backend.layers_done == 2 * layers
+
+
+@pytest.mark.parametrize("model", ["full", "mixed"])
+def test_quantised_layers_in_one_call_give_the_bits_of_layers_one_by_one(request, model, backend_of, whole_or_separate) -> None:
+    """Prompts in slices, decode of several rows beside a prompt, in two KV groups where there are windows."""
+    manifest = request.getfixturevalue(f"{model}_dense").manifest
+    results = {}
+    for name in ("native", "separate"):
+        decoder = whole_or_separate(manifest, name)
+        backend, pool, _ = backend_of(decoder)
+        driver = Driver(backend, pool, len(pool.layout.groups))
+        first, second = prompt(100, 3), prompt(37, 4)
+        entries = [(0, first), (1, second)]
+        driver.run([Slice(0, 0, 64, NOTHING)], [opened(0, first, prompt_logprobs=1)])
+        found = [driver.run([Slice(0, 64, 36, SCORES | TOKEN), Slice(1, 0, 37, TOKEN)], [opened(1, second)])]
+        found += [driver.run([Slice(row, len(tokens) + i, 1, TOKEN) for row, tokens in entries]) for i in range(5)]
+        results[name] = [(step.tokens, step.prompt_logprobs) for step in found]
+        assert ("decoder_layers", name, 1) in found[-1].dispatch
+        assert backend.layers_done == 7 * len(manifest.spec.layers)
+    assert results["native"] == results["separate"]
 
 
 @pytest.mark.parametrize(

@@ -18,21 +18,14 @@ struct task {
     int64_t split;
 };
 
-struct batch {
-    const struct attention *attention;
-    const struct task *tasks;
-    int64_t count;
-    float *scratch;
-    int64_t scratch_floats;
-};
-
-static void run_task(void *context, int64_t index, int thread) {
-    struct batch *batch = context;
+void run_attention_task(const struct batch *batch, int64_t index, int thread) {
     /* From the end on: the last tiles of a slice have the most to read, and what is long is best begun first. */
     const struct task *task = batch->tasks + batch->count - 1 - index / batch->attention->kv_heads;
     native_kernels->attention_task(batch->attention, task->tile, index % batch->attention->kv_heads, task->split,
                                    batch->scratch + thread * batch->scratch_floats);
 }
+
+static void run_task(void *context, int64_t index, int thread) { run_attention_task(context, index, thread); }
 
 struct sizes {
     int64_t tiles, tasks, parts;
@@ -70,11 +63,6 @@ static struct tile fill_tile(const struct attention *a, const struct sparse *spa
     return tile;
 }
 
-struct rows {
-    const int32_t *tables, *starts, *contexts;
-    int64_t table_stride, sequences;
-};
-
 /* Tiles and tasks of the batch, counted (tiles NULL) or filled in; rows that see nothing are set to 0 when filled in. */
 static struct sizes lay_out(const struct attention *a, const struct sparse *sparse, const struct rows *rows, struct tile *tiles,
                             struct task *tasks, float *parts, atomic_llong *pending) {
@@ -107,8 +95,14 @@ static struct sizes lay_out(const struct attention *a, const struct sparse *spar
 
 static char *aligned(char *p) { return (char *)(((uintptr_t)p + 63) / 64 * 64); }
 
-static int64_t attend(struct attention *a, const struct sparse *sparse, const struct rows *rows, void *workspace, int64_t workspace_bytes,
-                      int threads) {
+void cut_attention(struct attention *a) {
+    a->split_blocks = maximum(1, SPLIT_TOKENS / a->block_tokens);
+    a->task_splits = 1;
+    a->tile_rows = maximum(TILE_ROWS, a->group);
+}
+
+int64_t lay_out_attention(struct attention *a, const struct sparse *sparse, const struct rows *rows, void *workspace,
+                          int64_t workspace_bytes, int threads, struct batch *batch) {
     struct sizes sizes = lay_out(a, sparse, rows, NULL, NULL, NULL, NULL);
     threads = threads > 1 ? threads : 1;
     if (sizes.tasks * a->kv_heads > TASKS_PER_THREAD * threads) {
@@ -124,8 +118,16 @@ static int64_t attend(struct attention *a, const struct sparse *sparse, const st
     int64_t needed = (char *)(scratch + threads * scratch_floats) - (char *)workspace;
     if (needed > workspace_bytes) return needed;
     lay_out(a, sparse, rows, tiles, tasks, parts, pending);
-    struct batch batch = {a, tasks, sizes.tasks, scratch, scratch_floats};
-    native_parallel(run_task, &batch, sizes.tasks * a->kv_heads, threads);
+    *batch = (struct batch){a, tasks, sizes.tasks, scratch, scratch_floats};
+    return needed;
+}
+
+static int64_t attend(struct attention *a, const struct sparse *sparse, const struct rows *rows, void *workspace, int64_t workspace_bytes,
+                      int threads) {
+    cut_attention(a);
+    struct batch batch;
+    int64_t needed = lay_out_attention(a, sparse, rows, workspace, workspace_bytes, threads, &batch);
+    if (needed <= workspace_bytes) native_parallel(run_task, &batch, batch.count * a->kv_heads, threads);
     return needed;
 }
 
@@ -140,8 +142,7 @@ static int64_t attend(struct attention *a, const struct sparse *sparse, const st
     {.query_type = query_type, .kv_type = kv_type, .query = query, .keys = keys, .values = values, .out = out, .sinks = sinks,             \
      .query_strides = {query_row, query_head}, .key_strides = {key_block, key_head, key_token},                                            \
      .value_strides = {value_block, value_head, value_token}, .kv_heads = kv_heads, .group = group, .key_size = key_size,                  \
-     .value_size = value_size, .block_tokens = block_tokens, .window = window, .scale = scale, .softcap = softcap,                         \
-     .split_blocks = maximum(1, SPLIT_TOKENS / block_tokens), .task_splits = 1, .tile_rows = maximum(TILE_ROWS, group)}
+     .value_size = value_size, .block_tokens = block_tokens, .window = window, .scale = scale, .softcap = softcap}
 
 /* See `paged_attention` in reference.py. Strides count elements. Gives the bytes of workspace that the call needs; where that is more than
  * workspace_bytes nothing is computed. */

@@ -46,6 +46,33 @@ struct sparse {
     const int64_t *anchors;
 };
 
+/* Rows of a batch: tables [sequences, table_stride], starts [sequences + 1], contexts [sequences]. */
+struct rows {
+    const int32_t *tables, *starts, *contexts;
+    int64_t table_stride, sequences;
+};
+
+struct task;
+
+/* A call laid out in its workspace: `tasks` tasks for each K/V head, which may run in any order. */
+struct batch {
+    const struct attention *attention;
+    const struct task *tasks;
+    int64_t count;
+    float *scratch;
+    int64_t scratch_floats;
+};
+
+/* Lay the call out in `workspace`; the bytes that it needs. Where that is more than workspace_bytes nothing is done. */
+int64_t lay_out_attention(struct attention *a, const struct sparse *sparse, const struct rows *rows, void *workspace,
+                          int64_t workspace_bytes, int threads, struct batch *batch);
+
+/* Task `index`, below count * kv_heads, of a call; `thread` is below `threads` of its layout. */
+void run_attention_task(const struct batch *batch, int64_t index, int thread);
+
+/* The constants of the cutting, see attention.c. */
+void cut_attention(struct attention *a);
+
 /* One call that chooses far blocks. query [A, kv_heads * group, size]; bounds int8 [F, kv_heads, 1 + parts, 2, size] with scales float16
  * [F, kv_heads]; sequences [A], ends and budgets [A]; choices [A, kv_heads, most]. Candidates are the entries sink_blocks .. end - 1. */
 struct choosing {

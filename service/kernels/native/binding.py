@@ -14,10 +14,12 @@ from pathlib import Path
 import torch
 
 # What `NATIVE_ABI` in native.h has to be.
-ABI = 7
+ABI = 8
 # Instruction sets by level, as `native_choose` takes them.
 LEVELS = ("baseline", "avx2", "avx512")
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 
 _pointer, _size, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 # What both kinds of attention take: queries, keys, values, tables, sizes, scoring, output.
@@ -33,6 +35,7 @@ _ATTENTION = (
 SIGNATURES: dict[str, tuple[object, ...]] = {
     "native_has_quantised": (),
     "native_add_rms_norm": (_int, _pointer, _pointer, _pointer, _float, _pointer, _pointer, _size, _size, _int),
+    "native_decoder_layers": (_pointer, _pointer, _size, _int),
     "native_quantised_linear": (_pointer, _pointer, _pointer, _size, _int),
     "native_rotate": (_int, _pointer, _size, _size, _pointer, _pointer, _pointer, _size, _size, _size, _size, _int),
     "native_swiglu": (_int, _pointer, _pointer, _size, _size, _int),
@@ -59,6 +62,7 @@ SIGNATURES: dict[str, tuple[object, ...]] = {
 # Functions that return something.
 RESULTS: dict[str, object] = {"native_has_quantised": _int, "native_quantised_linear": _int, "native_paged_attention": _size}
 RESULTS |= {"native_has_pairs": _int, "native_linear_scratch": _size, "native_window_sparse_attention": _size, "native_choose_bytes": _size}
+RESULTS["native_decoder_layers"] = _size
 
 
 class Library:
@@ -72,8 +76,8 @@ class Library:
             function.argtypes, function.restype = arguments, RESULTS.get(name)
         entries = _openmp_entries()
         self.threaded = entries is not None
-        loaded.native_use_threads.argtypes, loaded.native_use_threads.restype = [ctypes.c_void_p] * 2, None
-        loaded.native_use_threads(*(entries or (None, None)))
+        loaded.native_use_threads.argtypes, loaded.native_use_threads.restype = [ctypes.c_void_p] * 3, None
+        loaded.native_use_threads(*(entries or (None,) * 3))
         self.name = self.choose(LEVELS[-1])
 
     def choose(self, level: str) -> str:
@@ -83,21 +87,22 @@ class Library:
         return self.name
 
 
-def _openmp_entries() -> tuple[int, int] | None:
-    """Addresses of GOMP_parallel and omp_get_thread_num as torch's own library resolves them; None where it has no OpenMP.
+def _openmp_entries() -> tuple[int, ...] | None:
+    """Addresses of the _OPENMP functions as torch's own library resolves them; None where it has no OpenMP.
 
     Looking a name up through a library searches it and what it depends on: the runtime that torch links against, whichever others are
-    loaded. LLVM's runtime has the same two names.
+    loaded. LLVM's runtime has the same names.
     """
     libraries = sorted((Path(torch.__file__).parent / "lib").glob("*torch_cpu.*"))
     for path in libraries:
         try:
             runtime = ctypes.CDLL(str(path))
-            addresses = [ctypes.cast(getattr(runtime, name), ctypes.c_void_p).value for name in ("GOMP_parallel", "omp_get_thread_num")]
+            addresses = [ctypes.cast(getattr(runtime, name), ctypes.c_void_p).value for name in _OPENMP]
         except (OSError, AttributeError):
             continue
-        if addresses[0] and addresses[1]:
-            return addresses[0], addresses[1]
+        found = tuple(address for address in addresses if address)
+        if len(found) == len(_OPENMP):
+            return found
     return None
 
 

@@ -104,3 +104,16 @@ static void head_gate(enum element type, const void *x, int64_t row_stride, int6
     if (type == BFLOAT16) head_gate_rows(BFLOAT16, x, row_stride, head_stride, logits, out, begin, end, heads, size);
     if (type == FLOAT16) head_gate_rows(FLOAT16, x, row_stride, head_stride, logits, out, begin, end, heads, size);
 }
+
+INLINE void narrow_to(enum element type, const float *x, void *out, int64_t count) {
+    for (int64_t i = 0; i < count; i += WIDTH) {
+        int64_t some = count - i < WIDTH ? count - i : WIDTH;
+        store_some(type, out, i, load_some(FLOAT32, x, i, some), some);
+    }
+}
+
+static void narrow(enum element type, const float *x, void *out, int64_t count) {
+    if (type == FLOAT32) memcpy(out, x, count * sizeof *x);
+    if (type == BFLOAT16) narrow_to(BFLOAT16, x, out, count);
+    if (type == FLOAT16) narrow_to(FLOAT16, x, out, count);
+}

@@ -10,6 +10,7 @@ const struct kernels KERNELS_TABLE = {
     .add_rms_norm = add_rms_norm,
     .rotate = rotate,
     .swiglu = swiglu,
+    .narrow = narrow,
     .head_gate = head_gate,
     .linear_scratch = linear_scratch,
     .has_pairs = HAS_PAIRS,

@@ -4,15 +4,16 @@
  * and this library needs no OpenMP to be built. Without them everything runs on the calling thread.
  */
 #include <stdatomic.h>
+#include <string.h>
 
-#include "native.h"
+#include "team.h"
 
 const struct kernels *native_kernels = NULL;
 
 typedef void (*parallel_entry)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
 typedef int (*thread_number_entry)(void);
 static parallel_entry parallel = NULL;
-static thread_number_entry thread_number = NULL;
+static thread_number_entry thread_number = NULL, team_size = NULL;
 
 EXPORTED int native_abi(void) { return NATIVE_ABI; }
 
@@ -22,10 +23,11 @@ EXPORTED int native_abi(void) { return NATIVE_ABI; }
 #endif
 EXPORTED const char *native_sources(void) { return NATIVE_SOURCES; }
 
-/* GOMP_parallel and omp_get_thread_num of the runtime to use, or NULL for one thread. */
-EXPORTED void native_use_threads(void *parallel_address, void *thread_number_address) {
+/* GOMP_parallel, omp_get_thread_num and omp_get_num_threads of the runtime to use, or NULL for one thread. */
+EXPORTED void native_use_threads(void *parallel_address, void *thread_number_address, void *team_size_address) {
     parallel = (parallel_entry)parallel_address;
     thread_number = (thread_number_entry)thread_number_address;
+    team_size = (thread_number_entry)team_size_address;
 }
 
 /* 0 baseline, 1 AVX2, 2 AVX-512: the best that this machine can run. */
@@ -54,7 +56,7 @@ EXPORTED const char *native_choose(int level) {
     return native_kernels->name;
 }
 
-struct team {
+struct tasks {
     native_task task;
     void *context;
     int64_t count;
@@ -62,12 +64,12 @@ struct team {
 };
 
 static void work(void *data) {
-    struct team *team = data;
+    struct tasks *tasks = data;
     int thread = thread_number();
     for (;;) {
-        int64_t index = atomic_fetch_add_explicit(&team->next, 1, memory_order_relaxed);
-        if (index >= team->count) return;
-        team->task(team->context, index, thread);
+        int64_t index = atomic_fetch_add_explicit(&tasks->next, 1, memory_order_relaxed);
+        if (index >= tasks->count) return;
+        tasks->task(tasks->context, index, thread);
     }
 }
 
@@ -76,10 +78,32 @@ void native_parallel(native_task task, void *context, int64_t count, int threads
         for (int64_t index = 0; index < count; index++) task(context, index, 0);
         return;
     }
-    struct team team = {.task = task, .context = context, .count = count};
-    atomic_init(&team.next, 0);
+    struct tasks tasks = {.task = task, .context = context, .count = count};
+    atomic_init(&tasks.next, 0);
     /* Always the whole team: a pool that changes its size starts and ends threads. */
-    parallel(work, &team, (unsigned)threads, 0);
+    parallel(work, &tasks, (unsigned)threads, 0);
+}
+
+struct member_call {
+    native_member member;
+    void *context;
+    struct team *team;
+};
+
+static void join_team(void *data) {
+    struct member_call *call = data;
+    call->member(call->context, call->team, thread_number(), team_size());
+}
+
+void native_team(native_member member, void *context, int threads) {
+    struct team team;
+    memset(&team, 0, sizeof team);
+    if (!parallel || threads < 2) {
+        member(context, &team, 0, 1);
+        return;
+    }
+    struct member_call call = {member, context, &team};
+    parallel(join_team, &call, (unsigned)threads, 0);
 }
 
 struct spans {

@@ -5,12 +5,14 @@
  */
 #include <stdlib.h>
 
-#include "native.h"
+#include "quantised_call.h"
 
 /* Rows below which quantising is not worth a second thread, and how many pieces each thread's share of the strips is cut into: a thread
  * that the system holds up then delays a piece and not its half. */
 #define GRAIN_ELEMENTS 32768
 #define PIECES 4
+/* What is fetched of a piece before its product begins: what memory gives while a few rows are normalised. */
+#define ANNOUNCED_BYTES 32768
 
 static _Thread_local struct {
     char *bytes;
@@ -29,55 +31,82 @@ static char *take_scratch(size_t size) {
 /* Whether the chosen instruction set has these products. */
 EXPORTED int native_has_quantised(void) { return native_kernels->int8_strips != NULL; }
 
+size_t quantised_bytes(const struct weights *weights, int64_t rows) {
+    int64_t groups = weights->kind == INT8 ? 1 : weights->padded / GROUP;
+    size_t values = ((size_t)(rows * weights->padded) + 63) / 64 * 64;
+    return values + (size_t)rows * (4 + 4 * (size_t)groups);
+}
+
+struct product start_product(const struct weights *weights, int64_t rows, char *memory, float *out) {
+    char *scales = memory + ((size_t)(rows * weights->padded) + 63) / 64 * 64;
+    return (struct product){
+        .kind = weights->kind, .x = (int8_t *)memory, .x_scales = (float *)scales, .x_sums = (int32_t *)scales + rows, .rows = rows,
+        .padded = weights->padded, .weight = weights->values, .scales = weights->scales, .bias = weights->bias, .out = out,
+        .outputs = weights->outputs,
+    };
+}
+
+void quantise_into(const struct product *p, const struct weights *weights, const float *x, int64_t row) {
+    int64_t group = p->kind == INT8 ? p->padded : GROUP;
+    int8_t *values = (int8_t *)p->x + row * p->padded;
+    int32_t *sums = (int32_t *)p->x_sums + row * (p->padded / group);
+    ((float *)p->x_scales)[row] = native_kernels->quantise_row(x, weights->inputs, p->padded, group, values, sums);
+}
+
+/* Pieces begin at multiples of 12 strips, which suits tiles of 2, 3 and 4. */
+static int64_t blocks_of(int64_t outputs) { return (outputs + 191) / 192; }
+
+int64_t product_pieces(const struct product *product, int threads) {
+    int64_t blocks = blocks_of(product->outputs), count = (int64_t)threads * PIECES;
+    return count < blocks ? count : blocks;
+}
+
+void multiply_piece(const struct product *product, int64_t index, int64_t count) {
+    int64_t strips = (product->outputs + 15) / 16, blocks = blocks_of(product->outputs);
+    int64_t begin = blocks * index / count * 12, end = blocks * (index + 1) / count * 12;
+    if (end > strips) end = strips;
+    if (begin >= end) return;
+    (product->kind == INT8 ? native_kernels->int8_strips : native_kernels->int4_strips)(product, begin, end);
+}
+
+void announce_piece(const struct weights *weights, int64_t index, int64_t count) {
+    int64_t strip = blocks_of(weights->outputs) * index / count * 12;
+    int64_t strip_bytes = weights->kind == INT8 ? 16 * weights->padded : weights->padded / GROUP * 288;
+    const char *at = (const char *)weights->values + strip * strip_bytes;
+    for (int64_t byte = 0; byte < ANNOUNCED_BYTES; byte += 64) __builtin_prefetch(at + byte, 0, 2);
+}
+
 struct rows {
     const float *x;
     const struct weights *weights;
-    int64_t group;
-    int8_t *out;
-    float *scales;
-    int32_t *sums;
+    const struct product *product;
 };
 
 static void quantise_span(void *context, int64_t begin, int64_t end) {
     const struct rows *r = context;
-    int64_t inputs = r->weights->inputs, padded = r->weights->padded, groups = padded / r->group;
-    for (int64_t row = begin; row < end; row++)
-        r->scales[row] =
-            native_kernels->quantise_row(r->x + row * inputs, inputs, padded, r->group, r->out + row * padded, r->sums + row * groups);
+    for (int64_t row = begin; row < end; row++) quantise_into(r->product, r->weights, r->x + row * r->weights->inputs, row);
 }
 
 struct pieces {
     const struct product *product;
-    int64_t strips, count;
+    int64_t count;
 };
 
-static void multiply_piece(void *context, int64_t index, int thread) {
+static void run_piece(void *context, int64_t index, int thread) {
     (void)thread;
     const struct pieces *pieces = context;
-    /* Begins at multiples of 12 strips suit tiles of 2, 3 and 4. */
-    int64_t blocks = (pieces->strips + 11) / 12;
-    int64_t begin = blocks * index / pieces->count * 12, end = blocks * (index + 1) / pieces->count * 12;
-    if (end > pieces->strips) end = pieces->strips;
-    if (begin >= end) return;
-    (pieces->product->kind == INT8 ? native_kernels->int8_strips : native_kernels->int4_strips)(pieces->product, begin, end);
+    multiply_piece(pieces->product, index, pieces->count);
 }
 
 /* x [rows, inputs] times the weights, plus the bias: out [rows, outputs], all float32. 0, or -1 where there is no memory. */
 EXPORTED int native_quantised_linear(const struct weights *weights, const float *x, float *out, int64_t rows, int threads) {
-    int64_t padded = weights->padded, group = weights->kind == INT8 ? padded : GROUP, groups = padded / group;
-    size_t values = ((size_t)(rows * padded) + 63) / 64 * 64;
-    char *bytes = take_scratch(values + (size_t)rows * (4 + 4 * (size_t)groups));
-    if (!bytes) return -1;
-    struct rows quantised = {x, weights, group, (int8_t *)bytes, (float *)(bytes + values), (int32_t *)(bytes + values) + rows};
-    int64_t grain = GRAIN_ELEMENTS / padded;
+    char *memory = take_scratch(quantised_bytes(weights, rows));
+    if (!memory) return -1;
+    struct product product = start_product(weights, rows, memory, out);
+    struct rows quantised = {x, weights, &product};
+    int64_t grain = GRAIN_ELEMENTS / weights->padded;
     native_parallel_spans(quantise_span, &quantised, rows, grain > 1 ? grain : 1, threads);
-    struct product product = {
-        .kind = weights->kind, .x = quantised.out, .x_scales = quantised.scales, .x_sums = quantised.sums, .rows = rows,
-        .padded = padded, .weight = weights->values, .scales = weights->scales, .bias = weights->bias, .out = out,
-        .outputs = weights->outputs,
-    };
-    int64_t strips = (weights->outputs + 15) / 16, blocks = (strips + 11) / 12, count = (int64_t)threads * PIECES;
-    struct pieces pieces = {&product, strips, count < blocks ? count : blocks};
-    native_parallel(multiply_piece, &pieces, pieces.count, threads);
+    struct pieces pieces = {&product, product_pieces(&product, threads)};
+    native_parallel(run_piece, &pieces, pieces.count, threads);
     return 0;
 }

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from service.kernels.large_memory import LargeMemory
 from service.kernels.native.binding import absent, functions
 from service.kernels.quantised import GROUP, QuantisedWeight
 
 STRIP = 16
 # Bytes of an int4 strip for each group: pairs of steps, and a float16 scale for each output.
 _GROUP_BYTES = STRIP * GROUP // 2 + STRIP * 2
+
+_MEMORY = LargeMemory()
 
 
 class Weights(ctypes.Structure):
@@ -48,7 +51,8 @@ class NativeQuantisedLinear:
         self._int8 = weight.kind == "int8"
         self._values: Tensor
         self._scales: Tensor | None
-        self._values, self._scales = _int8_strips(weight) if self._int8 else _int4_strips(weight)
+        values, self._scales = _int8_strips(weight) if self._int8 else _int4_strips(weight)
+        self._values = _MEMORY.keep(values)
         self._bias: Tensor | None = None
         self._kept_bias: Tensor | None = None
         multiple = 4 if self._int8 else GROUP
@@ -60,6 +64,16 @@ class NativeQuantisedLinear:
         self._call = functions().native_quantised_linear
 
     @property
+    def bias(self) -> Tensor | None:
+        """What is added in every product."""
+        return self._bias
+
+    @property
+    def address(self) -> int:
+        """Where its `struct weights` lies, for calls that multiply with several weights. The bias of the last `apply` or `set_bias`."""
+        return self._address
+
+    @property
     def bytes(self) -> int:
         """Bytes of values and scales, padding to whole strips included."""
         return self._values.nbytes + (0 if self._scales is None else self._scales.nbytes)
@@ -68,15 +82,19 @@ class NativeQuantisedLinear:
         """x [T, in] -> [T, out] in the type of x, computed in float32."""
         if x.shape[-1] != self.inputs or x.device.type != "cpu":
             raise ValueError(f"x {tuple(x.shape)} on {x.device} does not fit a weight of {self.inputs} inputs on a CPU")
-        if bias is not self._bias:
-            self._bias = bias
-            self._kept_bias = None if bias is None else bias.detach().float().contiguous()
-            self._layout.bias = None if self._kept_bias is None else self._kept_bias.data_ptr()
+        self.set_bias(bias)
         wide = x.float().contiguous()
         out = torch.empty(x.shape[0], self.outputs)
         if self._call(self._address, wide.data_ptr(), out.data_ptr(), x.shape[0], torch.get_num_threads()):
             raise MemoryError("no memory for the rows of a product")
         return out if x.dtype == torch.float32 else out.to(x.dtype)
+
+    def set_bias(self, bias: Tensor | None) -> None:
+        """Add this bias [out] in every product from now on."""
+        if bias is not self._bias:
+            self._bias = bias
+            self._kept_bias = None if bias is None else bias.detach().float().contiguous()
+            self._layout.bias = None if self._kept_bias is None else self._kept_bias.data_ptr()
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows ids [T] of the weight, [T, in] in `dtype`."""

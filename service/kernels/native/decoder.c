@@ -1,0 +1,193 @@
+/* All layers of a decoder for one step, in one parallel region: norms, quantised products, rotation, paged attention and SwiGLU.
+ *
+ * A step of few rows is short calls: some 160 parallel regions for 20 layers took as long as their work. Here the threads stay in one
+ * region and go from stage to stage together; while one ends a stage the others fetch the weights that they will multiply next. It
+ * knows neither sequences nor where blocks come from. Invariant: every stage runs the kernel of the separate call on the same values, so
+ * the results have the same bits.
+ */
+#include <string.h>
+
+#include "attention_call.h"
+#include "quantised_call.h"
+#include "team.h"
+
+/* One layer: norm weights [dim] and [head_dim] (NULL where heads are not normed), quantised products, and its keys and values with
+ * strides [block, head, token]. decoder.py has its twin. */
+struct layer {
+    const float *attention_norm, *mlp_norm, *query_norm, *key_norm;
+    const struct weights *qkv, *out, *gate_up, *down;
+    int64_t heads, kv_heads, head_dim, hidden, window, group;
+    float scale, softcap;
+    void *keys, *values;
+    int64_t key_strides[3], value_strides[3];
+};
+
+/* Where the rows of one KV group stand: table [sequences, stride] and the block of each row. */
+struct group {
+    const int32_t *table;
+    int64_t stride;
+    const int64_t *block_ids;
+};
+
+/* One step. update [rows, dim] is replaced; residual [rows, dim] is added to; their sum is the result. cos and sin [rows, half]; `done`
+ * counts layers. */
+struct step {
+    const struct layer *layers;
+    const struct group *groups;
+    int64_t layer_count, rows, dim, half, sequences, block_tokens, kv_type;
+    float eps;
+    float *update, *residual;
+    const float *cos, *sin;
+    const int64_t *offsets;
+    const int32_t *starts, *contexts;
+    int64_t *done;
+};
+
+/* Memory of a step: float rows for the widest layer, quantised rows, and attention's own. */
+struct memory {
+    float *normed, *qkv, *turned, *seen, *gate_up;
+    char *quantised, *attention;
+    int64_t attention_bytes;
+};
+
+struct run {
+    const struct step *step;
+    struct memory memory;
+    struct attention attention;
+    struct batch batch;
+};
+
+static int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
+static int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+static struct attention attention_of(const struct step *s, const struct layer *l, const struct memory *m) {
+    struct attention a = {
+        .query_type = FLOAT32, .kv_type = (enum element)s->kv_type, .query = m->turned, .keys = l->keys, .values = l->values,
+        .out = m->seen, .query_strides = {(l->heads + l->kv_heads) * l->head_dim, l->head_dim}, .kv_heads = l->kv_heads,
+        .group = l->heads / l->kv_heads, .key_size = l->head_dim, .value_size = l->head_dim, .block_tokens = s->block_tokens,
+        .window = l->window, .scale = l->scale, .softcap = l->softcap,
+    };
+    memcpy(a.key_strides, l->key_strides, sizeof a.key_strides);
+    memcpy(a.value_strides, l->value_strides, sizeof a.value_strides);
+    cut_attention(&a);
+    return a;
+}
+
+static int64_t lay_out_layer(struct run *run, const struct layer *l, int threads) {
+    const struct step *s = run->step;
+    const struct group *group = s->groups + l->group;
+    struct rows rows = {group->table, s->starts, s->contexts, group->stride, s->sequences};
+    run->attention = attention_of(s, l, &run->memory);
+    return lay_out_attention(&run->attention, NULL, &rows, run->memory.attention, run->memory.attention_bytes, threads, &run->batch);
+}
+
+/* The bytes that a step needs; `run` gets its places in `workspace`. */
+static int64_t place_memory(struct run *run, char *workspace, int64_t bytes, int threads) {
+    const struct step *s = run->step;
+    int64_t heads = 0, turned = 0, seen = 0, hidden = 0, quantised = 0, attention = 0;
+    for (int64_t i = 0; i < s->layer_count; i++) {
+        const struct layer *l = s->layers + i;
+        heads = largest(heads, (l->heads + 2 * l->kv_heads) * l->head_dim);
+        turned = largest(turned, (l->heads + l->kv_heads) * l->head_dim);
+        seen = largest(seen, l->heads * l->head_dim);
+        hidden = largest(hidden, l->hidden);
+        const struct weights *products[] = {l->qkv, l->out, l->gate_up, l->down};
+        for (int p = 0; p < 4; p++) quantised = largest(quantised, (int64_t)quantised_bytes(products[p], s->rows));
+        attention = largest(attention, lay_out_layer(run, l, threads));
+    }
+    char *at = (char *)(((uintptr_t)workspace + 63) / 64 * 64), *begin = at;
+    float **rows[] = {&run->memory.normed, &run->memory.qkv, &run->memory.turned, &run->memory.seen, &run->memory.gate_up};
+    int64_t sizes[] = {s->dim, heads, turned, seen, 2 * hidden};
+    for (int i = 0; i < 5; i++) *rows[i] = (float *)at, at += whole_lines(s->rows * sizes[i] * 4);
+    run->memory.quantised = at, at += whole_lines(quantised);
+    run->memory.attention = at, at += attention + 64;
+    run->memory.attention_bytes = bytes >= at - begin + 64 ? attention + 64 : 0;
+    return at - begin + 64;
+}
+
+/* Rotate queries and keys of one row and write its keys and values into their blocks. */
+static void turn_row(const struct run *run, const struct layer *l, int64_t row) {
+    const struct step *s = run->step;
+    int64_t size = l->head_dim, turning = l->heads + l->kv_heads, bytes = s->kv_type == FLOAT32 ? 4 : 2;
+    float *heads = run->memory.qkv + row * (turning + l->kv_heads) * size, *turned = run->memory.turned + row * turning * size;
+    if (l->query_norm) {
+        native_kernels->add_rms_norm(FLOAT32, heads, NULL, l->query_norm, s->eps, heads, NULL, 0, l->heads, size);
+        float *keys = heads + l->heads * size;
+        native_kernels->add_rms_norm(FLOAT32, keys, NULL, l->key_norm, s->eps, keys, NULL, 0, l->kv_heads, size);
+    }
+    native_kernels->rotate(FLOAT32, heads, 0, size, s->cos + row * s->half, s->sin + row * s->half, turned, 0, 1, turning, size, s->half);
+    int64_t block = s->groups[l->group].block_ids[row], token = s->offsets[row];
+    for (int64_t head = 0; head < l->kv_heads; head++) {
+        int64_t key = block * l->key_strides[0] + head * l->key_strides[1] + token * l->key_strides[2];
+        int64_t value = block * l->value_strides[0] + head * l->value_strides[1] + token * l->value_strides[2];
+        native_kernels->narrow((enum element)s->kv_type, turned + (l->heads + head) * size, (char *)l->keys + key * bytes, size);
+        native_kernels->narrow((enum element)s->kv_type, heads + (turning + head) * size, (char *)l->values + value * bytes, size);
+    }
+}
+
+/* residual += update; the norm of the sum of one row becomes a row of the product. */
+static void norm_row(const struct run *run, const float *norm, const struct product *product, const struct weights *weights, int64_t row) {
+    const struct step *s = run->step;
+    float *update = s->update + row * s->dim, *residual = s->residual + row * s->dim, *normed = run->memory.normed + row * s->dim;
+    native_kernels->add_rms_norm(FLOAT32, update, residual, norm, s->eps, normed, residual, 0, 1, s->dim);
+    quantise_into(product, weights, normed, row);
+}
+
+static void announce(const struct product *product, const struct weights *weights, int thread, int threads) {
+    announce_piece(weights, thread, product_pieces(product, threads));
+}
+
+static void multiply(struct team *team, const struct product *product, int thread, int threads) {
+    int64_t count = product_pieces(product, threads);
+    SHARE_STAGE(piece, count) multiply_piece(product, piece, count);
+    end_stage(team, threads);
+}
+
+static void run_step(void *context, struct team *team, int thread, int threads) {
+    struct run *run = context;
+    const struct step *s = run->step;
+    struct memory *m = &run->memory;
+    for (int64_t i = 0; i < s->layer_count; i++) {
+        const struct layer *l = s->layers + i;
+        struct product qkv = start_product(l->qkv, s->rows, m->quantised, m->qkv);
+        struct product out = start_product(l->out, s->rows, m->quantised, s->update);
+        struct product gate_up = start_product(l->gate_up, s->rows, m->quantised, m->gate_up);
+        struct product down = start_product(l->down, s->rows, m->quantised, s->update);
+
+        announce(&qkv, l->qkv, thread, threads);
+        SHARE_STAGE(row, s->rows) norm_row(run, l->attention_norm, &qkv, l->qkv, row);
+        if (thread == threads - 1) lay_out_layer(run, l, threads);
+        end_stage(team, threads);
+        multiply(team, &qkv, thread, threads);
+        SHARE_STAGE(row, s->rows) turn_row(run, l, row);
+        end_stage(team, threads);
+        announce(&out, l->out, thread, threads);
+        SHARE_STAGE(task, run->batch.count * l->kv_heads) run_attention_task(&run->batch, task, thread);
+        end_stage(team, threads);
+        SHARE_STAGE(row, s->rows) quantise_into(&out, l->out, m->seen + row * l->heads * l->head_dim, row);
+        end_stage(team, threads);
+        multiply(team, &out, thread, threads);
+        announce(&gate_up, l->gate_up, thread, threads);
+        SHARE_STAGE(row, s->rows) norm_row(run, l->mlp_norm, &gate_up, l->gate_up, row);
+        end_stage(team, threads);
+        multiply(team, &gate_up, thread, threads);
+        announce(&down, l->down, thread, threads);
+        SHARE_STAGE(row, s->rows) {
+            float *both = m->gate_up + row * 2 * l->hidden;
+            native_kernels->swiglu(FLOAT32, both, both, 0, 1, l->hidden);
+            quantise_into(&down, l->down, both, row);
+        }
+        end_stage(team, threads);
+        multiply(team, &down, thread, threads);
+        if (thread == 0) *s->done += 1;
+    }
+}
+
+/* Compute a step. Gives the bytes of workspace that it needs; where that is more than workspace_bytes nothing is computed. */
+EXPORTED int64_t native_decoder_layers(const struct step *step, void *workspace, int64_t workspace_bytes, int threads) {
+    struct run run = {.step = step};
+    threads = threads > 1 ? threads : 1;
+    int64_t needed = place_memory(&run, workspace, workspace_bytes, threads);
+    if (needed <= workspace_bytes) native_team(run_step, &run, threads);
+    return needed;
+}

@@ -1,0 +1,154 @@
+"""All layers of a decoder in one call of the compiled kernels: quantised products, paged attention and what lies between them.
+
+A step of few rows is bound by the calls and not by their work; here its threads stay in one parallel region from the first layer to the
+last. It does not know modules or who owns a block. Invariant: the results have the same bits as the separate compiled kernels give.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from service.kernels.native.attention import NO_WINDOW
+from service.kernels.native.binding import ELEMENTS, functions
+from service.kernels.native.quantised import NativeQuantisedLinear
+from service.kernels.workspace import Workspace
+
+_WORKSPACE = Workspace()
+_size, _pointer, _float = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerParts:
+    """One layer: its products with their biases in place, norm weights float32, and how it attends."""
+
+    products: tuple[NativeQuantisedLinear, NativeQuantisedLinear, NativeQuantisedLinear, NativeQuantisedLinear]
+    norms: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    window: int | None
+    scale: float
+    softcap: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class PagedStep:
+    """Where a step's S sequences and T rows stand in the cache.
+
+    `stores` are keys [N, Hkv, B, D] and values of every layer, the same object as long as they are the same; `group_of` is each layer's
+    group. For each group a table int32 [S, M] and the block of every row int64 [T]; offsets int64 [T], query_starts int32 [S + 1] and
+    context_lengths int32 [S]. `done` int64 [1] is counted up with every layer.
+    """
+
+    stores: tuple[tuple[Tensor, Tensor], ...]
+    group_of: tuple[int, ...]
+    tables: Sequence[Tensor]
+    block_ids: Sequence[Tensor]
+    offsets: Tensor
+    query_starts: Tensor
+    context_lengths: Tensor
+    done: Tensor
+
+
+class _Layer(ctypes.Structure):
+    """`struct layer` of decoder.c."""
+
+    _fields_ = (
+        *((name, _pointer) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm", "qkv", "out", "gate_up", "down")),
+        *((name, _size) for name in ("heads", "kv_heads", "head_dim", "hidden", "window", "group")),
+        *((name, _float) for name in ("scale", "softcap")),
+        *((name, _pointer) for name in ("keys", "values")),
+        *((name, _size * 3) for name in ("key_strides", "value_strides")),
+    )
+
+
+class _Group(ctypes.Structure):
+    """`struct group` of decoder.c."""
+
+    _fields_ = (("table", _pointer), ("stride", _size), ("block_ids", _pointer))
+
+
+class _Step(ctypes.Structure):
+    """`struct step` of decoder.c."""
+
+    _fields_ = (
+        *((name, _pointer) for name in ("layers", "groups")),
+        *((name, _size) for name in ("layer_count", "rows", "dim", "half", "sequences", "block_tokens", "kv_type")),
+        ("eps", _float),
+        *((name, _pointer) for name in ("update", "residual", "cos", "sin", "offsets", "starts", "contexts", "done")),
+    )
+
+
+class BoundLayers:
+    """The layers of one decoder as the call takes them. `eps` is that of every norm."""
+
+    def __init__(self, parts: Sequence[LayerParts], eps: float) -> None:
+        """Raises ValueError for norm weights of another type than float32."""
+        self._parts = tuple(parts)
+        self.eps = eps
+        self.dim = self._parts[0].products[0].inputs
+        self._stores: object = None
+        self.layers = (_Layer * len(self._parts))()
+        for layer, part in zip(self.layers, self._parts, strict=True):
+            if any(norm is not None and norm.dtype != torch.float32 for norm in part.norms):
+                raise ValueError("norms of whole layers are computed in float32 only")
+            for name, norm in zip(("attention_norm", "mlp_norm", "query_norm", "key_norm"), part.norms, strict=True):
+                setattr(layer, name, None if norm is None else norm.data_ptr())
+            for name, product in zip(("qkv", "out", "gate_up", "down"), part.products, strict=True):
+                setattr(layer, name, product.address)
+            layer.heads, layer.kv_heads, layer.head_dim, layer.hidden = part.heads, part.kv_heads, part.head_dim, part.hidden
+            layer.window = NO_WINDOW if part.window is None else part.window
+            layer.scale, layer.softcap = part.scale, part.softcap or 0.0
+
+    def use(self, step: PagedStep) -> None:
+        """Read and write the stores of this step. Raises ValueError for stores that do not fit the layers."""
+        if step.stores is self._stores:
+            return
+        for layer, (keys, values), group in zip(self.layers, step.stores, step.group_of, strict=True):
+            shape = (layer.kv_heads, step.stores[0][0].shape[2], layer.head_dim)
+            if keys.shape[1:] != shape or values.shape[1:] != shape or keys.stride(-1) != 1 or values.stride(-1) != 1:
+                raise ValueError(f"blocks {tuple(keys.shape)} and {tuple(values.shape)} do not fit a layer of {shape}")
+            layer.keys, layer.values, layer.group = keys.data_ptr(), values.data_ptr(), group
+            layer.key_strides, layer.value_strides = (_size * 3)(*keys.stride()[:3]), (_size * 3)(*values.stride()[:3])
+        self._stores = step.stores
+
+
+def decoder_layers(bound: BoundLayers, update: Tensor, residual: Tensor, rotation: tuple[Tensor, Tensor], step: PagedStep) -> bool:
+    """Add what all layers make of update + residual [T, dim]: update and residual are written, and their sum is the result.
+
+    float32 and contiguous, cos and sin [T, rotary_dim / 2] too. Always True: it was computed. Raises ValueError where arguments do not fit.
+    """
+    rows, dim = update.shape
+    rows_fit = residual.shape == update.shape and len(step.offsets) == rows and all(len(angles) == rows for angles in rotation)
+    if dim != bound.dim or not rows_fit or any(t.dtype != torch.float32 or not t.is_contiguous() for t in (update, residual, *rotation)):
+        raise ValueError(f"update {tuple(update.shape)} and residual {tuple(residual.shape)} do not fit the step or the layers")
+    bound.use(step)
+    tables = [table.contiguous() for table in step.tables]
+    groups = (_Group * len(tables))(
+        *(_Group(table.data_ptr(), table.shape[1], ids.data_ptr()) for table, ids in zip(tables, step.block_ids, strict=True))
+    )
+    keys = step.stores[0][0]
+    call = _Step(
+        *(ctypes.addressof(bound.layers), ctypes.addressof(groups)),
+        *(len(bound.layers), rows, dim, rotation[0].shape[1], len(step.context_lengths), keys.shape[2], ELEMENTS[keys.dtype]),
+        bound.eps,
+        *(t.data_ptr() for t in (update, residual, *rotation, step.offsets, step.query_starts, step.context_lengths, step.done)),
+    )
+    run, threads, workspace = functions().native_decoder_layers, torch.get_num_threads(), _WORKSPACE.take("layers", _WORKSPACE.bytes // 4)
+    needed = run(ctypes.addressof(call), workspace.data_ptr(), workspace.nbytes, threads)
+    if needed > workspace.nbytes:
+        workspace = _WORKSPACE.take("layers", needed // 4 + 64)
+        run(ctypes.addressof(call), workspace.data_ptr(), workspace.nbytes, threads)
+    return True
+
+
+def layer_by_layer(bound: BoundLayers, update: Tensor, residual: Tensor, rotation: tuple[Tensor, Tensor], step: PagedStep) -> bool:
+    """The choice to compute each layer by calls of its own: False, nothing was computed."""
+    del bound, update, residual, rotation, step
+    return False
