@@ -122,9 +122,9 @@ class Trainer:
         plan, total = self.recipe.schedule, 0.0
         taken = plan.pass_tokens(length)
         for first in range(self.group.rank * taken, plan.batch_tokens, self.group.size * taken):
-            arrays = self.stream.batch(self.state.tokens + first, taken // length, length)
+            *arrays, each = self.stream.one_pass(self.state.tokens + first, taken, length)
             inputs, targets = (torch.from_numpy(array).to(self.device) for array in arrays)
-            parts = self.objective.parts(self.model, Batch(inputs, targets, length))
+            parts = self.objective.parts(self.model, Batch(inputs, targets, each))
             while True:
                 with self._autocast():
                     part = next(parts, None)

@@ -30,14 +30,18 @@ ANSWER_LENGTH = 64  # tokens of a question with its pictures and answer, at most
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """A picture set as a model is shown it: prepared `pixels` of one `grid`, which are asked about in that share of the sequences (by their
-    length), and the weight of the answers."""
+    """A picture set as a model is shown it: prepared `pixels` of one `grid`, and the weight of the answers.
+
+    They are asked about in that share of the sequences (by their length), or with `tokens` in that share of the passes, whose sequences
+    then have `tokens` each.
+    """
 
     found: PictureSet
     pixels: Pixels
     grid: Grid
     shares: dict[int, float]
     weight: float
+    tokens: int = 0
 
 
 class PictureStream(TokenStream):
@@ -52,11 +56,21 @@ class PictureStream(TokenStream):
     def batch(self, position: int, sequences: int, length: int) -> tuple[Tokens, Tokens]:
         """As a text stream's; pictures' tokens are negative in the inputs, and targets that are not learned are IGNORED."""
         inputs, targets = (flat.reshape(sequences, length).copy() for flat in super().batch(position, sequences, length))
-        for row in range(sequences):
+        for row in range(0 if self._pictures.tokens else sequences):
             draw = Random(f"pictures:{self._salt}:{length}:{position // length + row}")
             if draw.random() < self._pictures.shares[length]:
                 inputs[row], targets[row] = self.example(self._pictures.found.ask(draw, self._pictures.found.train), length)
         return inputs.reshape(-1), targets.reshape(-1)
+
+    def one_pass(self, position: int, tokens: int, length: int) -> tuple[Tokens, Tokens, int]:
+        """As a text stream's; where a pass asks, all of its sequences do."""
+        part = self._pictures
+        draw = Random(f"passes:{self._salt}:{length}:{position}")
+        if not part.tokens or draw.random() >= part.shares[length]:
+            return super().one_pass(position, tokens, length)
+        asked = [self.example(part.found.ask(draw, part.found.train), part.tokens) for _ in range(tokens // part.tokens)]
+        inputs, targets = (np.concatenate(arrays) for arrays in zip(*asked, strict=True))
+        return inputs, targets, part.tokens
 
     def example(self, question: Question, length: int) -> tuple[Tokens, Tokens]:
         """One question with its answer, each [length]: what the chat template writes with the pictures before the question."""

@@ -79,7 +79,7 @@ def _stream(recipe: Recipe, documents: list[list[int]], tokenizer: BpeTokenizer,
     if pictures is None:
         return TokenStream(documents, tokenizer.end_id, recipe.seed)
     stream = PictureStream(documents, tokenizer, recipe.seed, pictures)
-    shortest = min(phase.tokens for phase in recipe.schedule.lengths)
+    shortest = pictures.tokens or min(phase.tokens for phase in recipe.schedule.lengths)
     needed = max(stream.tokens_of(pictures.found.ask(Random(0), pictures.found.train, kind)) for kind in pictures.found.kinds)
     if needed >= shortest:
         raise SettingsError(f"A question about pictures takes {needed} tokens and recipe.schedule has sequences of {shortest}.")
@@ -93,7 +93,7 @@ def _pictures(part: PicturesPart, recipe: Recipe, vision: VisionSpec | None) -> 
     found = load_pictures(part.source, part.held_out_permille, part.variants)
     pixels, grid = found.prepared(vision)
     shares = {phase.tokens: part.share if phase.pictures is None else phase.pictures for phase in recipe.schedule.lengths}
-    return Pictures(found, pixels, grid, shares, part.weight)
+    return Pictures(found, pixels, grid, shares, part.weight, part.tokens)
 
 
 def _check_teacher(recipe: Recipe, teacher: Teacher | None) -> None:

@@ -156,8 +156,9 @@ class PicturesPart:
     """Questions about pictures among the text, for lines that read images.
 
     `source` is digits or the path of a MedMNIST .npz, which brings its own split; else `held_out_permille` of the pictures are held out.
-    `share` of the sequences are questions, the loss of whose answers counts `weight` times. Every picture to learn from comes `variants`
-    times more, moved, turned and scaled a little.
+    `share` of the sequences are questions, the loss of whose answers counts `weight` times. With `tokens` it is the share of the passes,
+    which then hold nothing but questions in sequences of that many tokens: long phases need not be filled up with padding. Every picture
+    to learn from comes `variants` times more, moved, turned and scaled a little.
     """
 
     source: str
@@ -165,6 +166,7 @@ class PicturesPart:
     share: float
     weight: float
     variants: int = 0
+    tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,6 +317,8 @@ def _check_extras(recipe: Recipe) -> Iterator[tuple[bool, str]]:
     yield any(not 0 <= (share or 0) <= 1 for _, share in asked), "pictures of a phase in recipe.schedule must be in [0, 1]"
     yield pictures is None and any(share is not None for _, share in asked), "a recipe whose phases have pictures needs pictures"
     if pictures is not None:
+        wrong = pictures.tokens < 0 or (pictures.tokens and recipe.schedule.micro_tokens % pictures.tokens)
+        yield bool(wrong), "recipe.pictures.tokens must divide micro_tokens"
         yield pictures.variants < 0, "recipe.pictures.variants must not be negative"
         yield not 0 < pictures.share <= 1, "recipe.pictures.share must be in (0, 1]"
         yield not 0 < pictures.weight <= 1000, "recipe.pictures.weight must be in (0, 1000]"

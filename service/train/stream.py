@@ -38,6 +38,10 @@ class TokenStream:
         rows = np.stack([self.tokens[start : start + length + 1] for start in starts]).astype(np.int64)
         return rows[:, :-1].reshape(-1), rows[:, 1:].reshape(-1)
 
+    def one_pass(self, position: int, tokens: int, length: int) -> tuple[Tokens, Tokens, int]:
+        """Inputs and targets of a pass of `tokens` in sequences of `length`, and the length that its sequences have."""
+        return *self.batch(position, tokens // length, length), length
+
     def _start(self, index: int, length: int) -> int:
         """Where sequence `index` begins. An epoch's sequences tile the row from a shifted start, in a shuffled order."""
         per_epoch = (len(self.tokens) - 1) // length - 1

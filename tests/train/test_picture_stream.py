@@ -92,6 +92,27 @@ def test_a_phase_may_ask_about_pictures_more_or_less_often(library: Path, recipe
         recipe_with(schedule={"lengths": [{"until": 1.0, "tokens": 64, "pictures": 0.5}]})
 
 
+def test_whole_passes_may_ask_in_short_sequences_while_texts_are_long(library: Path, recipe_with: Callable[..., Recipe]) -> None:
+    schedule = {"lengths": [{"until": 1.0, "tokens": 128}], "batch_tokens": 128, "micro_tokens": 128}
+    made = prepare(recipe_with(line="3.5", pictures=PICTURES | {"tokens": 64}, schedule=schedule), library)
+    passes = [made.train.one_pass(128 * index, 128, 128) for index in range(40)]
+    lengths = [length for _, _, length in passes]
+    assert set(lengths) == {64, 128} and 10 < lengths.count(64) < 30
+    for inputs, targets, length in passes:
+        assert len(inputs) == len(targets) == 128
+        rows = inputs.reshape(-1, length) < 0
+        assert rows.any(1).all() if length == 64 else not rows.any()
+    again = made.train.one_pass(128 * 7, 128, 128)
+    assert (again[0] == passes[7][0]).all() and again[2] == passes[7][2]
+    trainer = Trainer(made.recipe, build(made.spec, "cpu", torch.float32), made.train, "x")
+    assert made.pictures is not None
+    trainer.objective = Pictured(made.pictures, trainer.device, NextToken())
+    for _ in range(3):
+        assert torch.isfinite(torch.tensor(trainer.step().loss))
+    with pytest.raises(SettingsError, match=r"pictures\.tokens"):
+        recipe_with(line="3.5", pictures=PICTURES | {"tokens": 48}, schedule=schedule)
+
+
 def test_a_pass_without_pictures_takes_the_loss_of_text(run: PreparedRun) -> None:
     class Text:
         def parts(self, model: Decoder, batch: Batch) -> Iterator[torch.Tensor]:
