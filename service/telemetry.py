@@ -61,6 +61,7 @@ METRICS: tuple[Metric, ...] = (
         "1; the labels name the program's version, the model's compute type and engine.",
         ("program", "dtype", "backend"),
     ),
+    Metric("tier_info", "gauge", "1; how the tier was chosen (given, detected) and the defaults that its profile set.", ("how", "flags")),
     Metric("startup_seconds", "gauge", "Seconds of each phase of the worker's last start, and of the command's (`command_…`).", ("phase",)),
     Metric("prompt_tokens_total", "counter", "Prompt tokens of requests whose prompt was read."),
     Metric("prompt_tokens_cached_total", "counter", "Of those, tokens found in the prefix cache."),
@@ -202,9 +203,13 @@ class Latencies:
 
 
 class VersionMetrics:
-    """The metrics of one version on one device: look a child up once, then add to it. `routes` are those that had a sequence."""
+    """The metrics of one version on one device: look a child up once, then add to it. `routes` are those that had a sequence.
 
-    def __init__(self, series: dict[str, _Series], labels: _Labels) -> None:
+    `tier` are the labels of tier_info, which are the whole process's.
+    """
+
+    def __init__(self, series: dict[str, _Series], labels: _Labels, tier: tuple[str, str]) -> None:
+        self.tier = tier
         self.routes: dict[str, Latencies] = {}
         self._series = series
         self._labels = labels
@@ -296,9 +301,10 @@ def _family(name: str, metric: Metric, labels: _Labels, numbers: Sequence[tuple[
 
 
 class Telemetry:
-    """Every metric of the process. `compat` "vllm" shows the numbers that vLLM has under its names too."""
+    """Every metric of the process. `compat` "vllm" shows vLLM's numbers under its names too; `tier` are the labels of tier_info."""
 
-    def __init__(self, compat: str = "none") -> None:
+    def __init__(self, compat: str = "none", tier: tuple[str, str] = ("detected", "")) -> None:
+        self._tier = tier
         self._series = {metric.name: _Series(metric) for metric in METRICS}
         self._versions: dict[_Labels, VersionMetrics] = {}
         self._aliases = VLLM_NAMES if compat == "vllm" else {}
@@ -306,7 +312,7 @@ class Telemetry:
     def version(self, version: str, tier: str, device: str) -> VersionMetrics:
         """The children bound to one version (`v2.3@<12 hex>`, or `none` before a choice is made), tier and device."""
         labels = (version, tier, device)
-        return self._versions.setdefault(labels, VersionMetrics(self._series, labels))
+        return self._versions.setdefault(labels, VersionMetrics(self._series, labels, self._tier))
 
     def snapshot(self) -> Snapshot:
         """Every number as it is now. Call it where the numbers change: on the event loop's thread."""

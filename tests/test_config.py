@@ -21,6 +21,7 @@ from service.config.definition import SECTIONS, Definition
 from service.config.describe import settings_tables
 from service.config.flags import FlagParser, canonical, likely_backend, parse_bytes, wants_text
 from service.config.load import ServeSettings, load_settings
+from service.config.machine import Machine
 from service.types.errors import SettingsError
 from service.types.settings import EngineSettings, HttpLimits, HttpSettings, ModelSource, SchedulerSettings
 
@@ -30,6 +31,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.upper().startswith("DEEPSEEK_"):
             monkeypatch.delenv(name)
+    monkeypatch.setattr("service.config.load.this_machine", lambda: Machine(gpu=False, board="", cores=2, quota=0))
 
 
 def load(*arguments: str) -> ServeSettings:

@@ -13,7 +13,7 @@ from service.checkpoints.bundled import bundled_directory
 from service.cli.benchmark_report import report
 from service.inputs.bpe import BpeTokenizer
 from service.loadgen.arrivals import due_times
-from service.loadgen.compare import RowsError, compare, read_rows, scenario_of
+from service.loadgen.compare import RowsError, Side, compare, compare_rounds, read_rows, scenario_of, side_of
 from service.loadgen.drive import Drive
 from service.loadgen.scenario import Ready, ScenarioError, read_scenario, read_trace
 from service.loadgen.senders import RawSender
@@ -145,6 +145,27 @@ async def test_a_comparison_says_what_is_apart(tmp_path: Path) -> None:
     assert {one.verdict for one in compare(slow, slow)} == {"within spread"}
     assert found["tpot_ms.p50"].before.rows == 3 and found["tpot_ms.p50"].before.least <= found["tpot_ms.p50"].before.median
     assert {one.scenario for one in found.values()} == {"chat concurrency=4"}
+
+
+def test_rounds_are_compared_one_by_one() -> None:
+    def rounds(*speeds: float, **more: object) -> list[dict[str, object]]:
+        return [{"output_tokens_per_s": speed, "ttft_ms": {"p50": 100 / speed}, **more} for speed in speeds]
+
+    first = rounds(10.0, 20.0, 30.0)
+    found = {one.measure: one for one in compare_rounds(first, rounds(20.0, 30.0, 60.0))}
+    assert found["output_tokens_per_s"].ratio == Side(2.0, 1.5, 2.0, 3) and found["output_tokens_per_s"].verdict == "better"
+    assert found["ttft_ms.p50"].verdict == "better" and found["ttft_ms.p50"].ratio.median == pytest.approx(0.5)
+    assert set(found) == {"output_tokens_per_s", "ttft_ms.p50"}
+    # The machine was twice as slow in one round: the sides overlap, the rounds agree.
+    assert {one.verdict for one in compare_rounds(first, rounds(9.0, 19.0, 29.0))} == {"worse"}
+    assert {one.verdict for one in compare_rounds(first, rounds(9.0, 21.0, 29.0))} == {"within spread"}
+    assert {one.verdict for one in compare_rounds(first[:2], rounds(5.0, 5.0))} == {"too few rounds"}
+    assert compare_rounds([{"output_tokens_per_s": 0.0}], [{"output_tokens_per_s": 1.0, "ttft_ms": None}]) == []
+
+
+def test_a_side_without_values_is_none() -> None:
+    assert side_of([{"ttft_ms": None}], "ttft_ms.p50") is None
+    assert side_of([{"ttft_ms": {"p50": 2}}, {"ttft_ms": {"p50": 4}}, {}], "ttft_ms.p50") == Side(3.0, 2.0, 4.0, 2)
 
 
 def test_rows_that_share_nothing_are_refused(tmp_path: Path) -> None:

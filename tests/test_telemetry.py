@@ -19,7 +19,7 @@ from tests.schedulers.support import ask, metric, read_all, small_backend, with_
 
 def served() -> Telemetry:
     """The metrics after requests that end in every way, a preemption, a refusal and a worker's death."""
-    telemetry = Telemetry()
+    telemetry = Telemetry(tier=("given", "--batch_size 4"))
     backend = small_backend(blocks=15, die_at_steps=frozenset({6}))
 
     async def body(router: Router) -> None:
@@ -51,6 +51,7 @@ def test_every_declared_metric_is_filled_and_carries_the_labels():
 def test_outcomes_add_up_to_what_was_accepted_and_tokens_to_what_was_billed():
     telemetry = served()
     assert metric(telemetry, "requests_total") == 6
+    assert metric(telemetry, "tier_info", how="given", flags="--batch_size 4") == 1
     assert metric(telemetry, "requests_total", outcome="cancelled") == 1
     assert metric(telemetry, "requests_total", outcome="length") == 5
     assert metric(telemetry, "admission_rejections_total", reason="context_length_exceeded") == 1

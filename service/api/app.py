@@ -27,7 +27,7 @@ from service.api.schemas import ChatBody, CompletionBody, DetokenizeBody, Tokeni
 from service.inputs.templates import TemplateRenderer
 from service.telemetry import Telemetry
 from service.types.errors import InvalidRequest, MethodNotAllowed, RouteNotFound, ServiceError
-from service.types.settings import HttpSettings
+from service.types.settings import HttpSettings, TierChoice
 
 if TYPE_CHECKING:
     from service.schedulers.router import Router
@@ -77,10 +77,11 @@ class Application:
         await self._front(scope, receive, send)
 
 
-def build_app(router: Router, telemetry: Telemetry, settings: HttpSettings) -> Application:
+def build_app(router: Router, telemetry: Telemetry, settings: HttpSettings, tier: TierChoice | None = None) -> Application:
     """The whole HTTP application over a router. Its lifespan keeps the processes that render templates and decode images."""
     limits = settings.limits
-    services = Services(router, telemetry, settings, TemplateRenderer(limits.template_s, limits.template_bytes), ImageReader(settings))
+    renderer = TemplateRenderer(limits.template_s, limits.template_bytes)
+    services = Services(router, telemetry, settings, renderer, ImageReader(settings), tier)
 
     async def refuse(request: Request, failure: Exception) -> Response:
         error = public(failure)

@@ -11,11 +11,11 @@ from fastapi import Request, Response
 
 from service.api.calls import Call
 from service.api.choosing import Prepared, answer, demand_of
-from service.api.completions import usage_in_stream
+from service.api.completions import frame_of
 from service.api.context import Services
 from service.api.fields import UNSUPPORTED, drop_neutral, prepare_messages, validate
 from service.api.images import holds_images
-from service.api.outputs import ChatShape, Frame
+from service.api.outputs import ChatShape
 from service.api.prompts import PromptReader
 from service.api.schemas import ChatBody
 from service.api.translate import Translator
@@ -44,7 +44,7 @@ async def chat(services: Services, request: Request) -> Response:
         pictures = await services.images.read(served, services.router.versions(), body.messages)
         prompt = await PromptReader(served, services.renderer, limits).chat(body.messages, body.chat_template_kwargs, pictures)
         requests = Translator(served, call, limits).chat(body, prompt)
-        frame = Frame(call.request_id, served.name, served.codec, usage_in_stream(body.stream, body.stream_options))
+        frame = frame_of(call, served, body, requests)
         shape = ChatShape(frame, len(requests), bool(body.logprobs))
         return Prepared(requests, shape, body.n or 1, bool(body.stream), frame.usage_in_stream)
 

@@ -6,6 +6,7 @@ Invariant: nothing is submitted before everything about the body was checked.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request, Response
@@ -14,11 +15,13 @@ from service.api.calls import Call
 from service.api.choosing import Prepared, answer, demand_of
 from service.api.context import Services
 from service.api.fields import UNSUPPORTED, drop_neutral, validate
-from service.api.outputs import CompletionShape, Echo, Frame
+from service.api.outputs import CompletionShape, Echo, Frame, RunningUsage
 from service.api.prompts import PromptReader
-from service.api.schemas import CompletionBody
+from service.api.schemas import CompletionBody, SamplingBody, StreamOptions
 from service.api.translate import Translator
 from service.inputs.tokens import TokenCodec
+from service.types.errors import InvalidRequest
+from service.types.request import GenerationRequest
 
 if TYPE_CHECKING:
     from service.schedulers.router import ServedVersion
@@ -40,7 +43,7 @@ async def complete(services: Services, request: Request) -> Response:
         limits = services.settings.limits
         prompts = await PromptReader(served, services.renderer, limits).prompts(body.prompt)
         requests = Translator(served, call, limits).completion(body, prompts)
-        frame = Frame(call.request_id, served.name, served.codec, usage_in_stream(body.stream, body.stream_options))
+        frame = frame_of(call, served, body, requests)
         echoes = _echoes(body, prompts, served.codec) if body.echo else None
         shape = CompletionShape(frame, len(requests), body.logprobs, echoes)
         return Prepared(requests, shape, body.n or 1, bool(body.stream), frame.usage_in_stream)
@@ -48,9 +51,16 @@ async def complete(services: Services, request: Request) -> Response:
     return await answer(services, request, body.model, demand_of(body.model, body.cost), prepare)
 
 
-def usage_in_stream(stream: bool | None, options: Any) -> bool:
-    """Whether a stream ends with its usage."""
-    return bool(stream and options is not None and options.include_usage)
+def frame_of(call: Call, served: ServedVersion, body: SamplingBody, requests: Sequence[GenerationRequest]) -> Frame:
+    """What surrounds every part of the answer. Raises InvalidRequest for stream options that contradict each other."""
+    options = body.stream_options or StreamOptions()
+    if options.continuous_usage_stats and not options.include_usage:
+        raise InvalidRequest(
+            "`stream_options.continuous_usage_stats` needs `include_usage`: give both.", param="stream_options.continuous_usage_stats"
+        )
+    with_usage = bool(body.stream and options.include_usage)
+    running = RunningUsage([len(request.prompt) for request in requests]) if with_usage and options.continuous_usage_stats else None
+    return Frame(call.request_id, served.name, served.codec, with_usage, running)
 
 
 def _echoes(body: CompletionBody, prompts: list[list[int]], codec: TokenCodec) -> list[Echo]:

@@ -19,7 +19,7 @@ from service.api.images import ImageReader
 from service.inputs.templates import TemplateRenderer
 from service.telemetry import Telemetry
 from service.types.errors import QueueFull, RequestCancelled, ServiceError
-from service.types.settings import HttpSettings
+from service.types.settings import HttpSettings, TierChoice
 
 if TYPE_CHECKING:
     from service.schedulers.router import Router, ServedVersion
@@ -34,6 +34,7 @@ class Services:
     settings: HttpSettings
     renderer: TemplateRenderer
     images: ImageReader
+    tier: TierChoice | None = None
     draining: bool = False
 
     async def read(self, request: Request) -> dict[str, Any]:

@@ -7,6 +7,7 @@ token costs one small encode and one concatenation. Invariant: a stream's chunks
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,28 +34,48 @@ class ChoiceResult:
     matched: str | int | None = None
 
 
+class RunningUsage:
+    """Tokens of each choice until now, for streams that show them in every chunk; `prompts` are the prompt tokens of each choice."""
+
+    def __init__(self, prompts: Sequence[int]) -> None:
+        self._prompts, self._made = prompts, [0] * len(prompts)
+
+    def take(self, index: int, event: TokenEvent) -> None:
+        """Count what an event brought."""
+        self._made[index] += len(event.tokens)
+
+    def of(self, index: int) -> dict[str, int]:
+        """`usage` of one choice until now; what was cached is only known at the end."""
+        return _counts(self._prompts[index], self._made[index])
+
+
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What is the same in every part of one response."""
+    """What is the same in every part of one response. `running` is there when every chunk shows the usage until then."""
 
     request_id: str
     model: str
     codec: TokenCodec
     usage_in_stream: bool = False
+    running: RunningUsage | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+
+    def usage_of_chunk(self, index: int) -> dict[str, Any]:
+        """What a chunk of a choice says of its usage."""
+        if self.running is not None:
+            return {"usage": self.running.of(index)}
+        return {"usage": None} if self.usage_in_stream else {}
 
 
 def usage_object(usages: list[Usage], n: int) -> dict[str, Any]:
     """`usage` over the choices of a request; a prompt shared by `n` choices counts once."""
-    prompt = sum(usage.prompt_tokens for usage in usages[::n])
     cached = sum(usage.cached_tokens for usage in usages[::n])
-    generated = sum(usage.generated_tokens for usage in usages)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": generated,
-        "total_tokens": prompt + generated,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }
+    counts = _counts(sum(usage.prompt_tokens for usage in usages[::n]), sum(usage.generated_tokens for usage in usages))
+    return {**counts, "prompt_tokens_details": {"cached_tokens": cached}}
+
+
+def _counts(prompt: int, generated: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
 
 def _split(chunk: dict[str, Any]) -> tuple[bytes, bytes]:
@@ -77,13 +98,20 @@ class ChatShape:
 
     def delta(self, index: int, event: TokenEvent) -> bytes:
         """A chunk for text that became certain; empty when there is nothing to show."""
+        if self.frame.running is not None:
+            self.frame.running.take(index, event)
         if not self.logprobs:
             if not event.text:
                 return b""
-            before, after = self._around[index]
-            return before + encode(event.text) + after
+            if self.frame.running is None:
+                before, after = self._around[index]
+                return before + encode(event.text) + after
         chunk = self._chunk(index, {"content": event.text}, None)
-        chunk["choices"][0]["logprobs"] = {"content": [chat_entry(self.frame.codec, entry) for entry in event.logprobs], "refusal": None}
+        if self.logprobs:
+            chunk["choices"][0]["logprobs"] = {
+                "content": [chat_entry(self.frame.codec, entry) for entry in event.logprobs],
+                "refusal": None,
+            }
         return b"data: " + encode(chunk) + b"\n\n"
 
     def closing(self, index: int, result: ChoiceResult) -> bytes:
@@ -118,8 +146,7 @@ class ChatShape:
 
     def _chunk(self, index: int, delta: dict[str, Any], reason: str | None) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
-        extra = {"usage": None} if self.frame.usage_in_stream else {}
-        return {**self._head("chat.completion.chunk"), "choices": [choice], **extra}
+        return {**self._head("chat.completion.chunk"), "choices": [choice], **self.frame.usage_of_chunk(index)}
 
     def _head(self, kind: str) -> dict[str, Any]:
         frame = self.frame
@@ -156,13 +183,17 @@ class CompletionShape:
 
     def delta(self, index: int, event: TokenEvent) -> bytes:
         """A chunk for text that became certain; empty when there is nothing to show."""
+        if self.frame.running is not None:
+            self.frame.running.take(index, event)
         if self.top_logprobs is None:
             if not event.text:
                 return b""
-            before, after = self._around[index]
-            return before + encode(event.text) + after
+            if self.frame.running is None:
+                before, after = self._around[index]
+                return before + encode(event.text) + after
         chunk = self._chunk(index, event.text, None)
-        chunk["choices"][0]["logprobs"] = self._generated_logprobs(event.logprobs, self._lengths[index])
+        if self.top_logprobs is not None:
+            chunk["choices"][0]["logprobs"] = self._generated_logprobs(event.logprobs, self._lengths[index])
         self._lengths[index] += len(event.text)
         return b"data: " + encode(chunk) + b"\n\n"
 
@@ -208,8 +239,7 @@ class CompletionShape:
 
     def _chunk(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
         choice = {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
-        extra = {"usage": None} if self.frame.usage_in_stream else {}
-        return {**self._head(), "choices": [choice], **extra}
+        return {**self._head(), "choices": [choice], **self.frame.usage_of_chunk(index)}
 
     def _head(self) -> dict[str, Any]:
         frame = self.frame

@@ -27,7 +27,9 @@ async def health(services: Services, request: Request) -> Response:
     states = [
         {"version": one.artifact, "state": one.state, "silent_s": round(one.silent_s, 3), "restarts": one.restarts} for one in versions
     ]
-    return JsonAnswer({"status": "ok" if sound else "unhealthy", "versions": states}, status_code=200 if sound else 503)
+    tier = services.tier
+    shown = {"tier": {"name": tier.name, "how": tier.how, "flags": tier.flags}} if tier is not None else {}
+    return JsonAnswer({"status": "ok" if sound else "unhealthy", **shown, "versions": states}, status_code=200 if sound else 503)
 
 
 async def live(services: Services, request: Request) -> Response:

@@ -46,6 +46,7 @@ class StreamOptions(StrictModel):
     """`stream_options`."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class SamplingBody(StrictModel):

@@ -1,7 +1,7 @@
 """`deepseek-benchmark`: put load on any OpenAI-compatible server and print a table and, as the last line of stdout, one JSON row.
 
-It joins the load generator with flags, scenario files and the terminal; it knows nothing of our server. Invariant: stdout ends with the row
-(or the comparison) and nothing but the row is added to `--out`.
+It joins loads and their rows (server_load.py) with flags and the terminal; it knows nothing of our server. Invariant: stdout ends with
+the row (or the comparison) and nothing but the row is added to `--out`.
 """
 
 from __future__ import annotations
@@ -9,37 +9,26 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-import os
-import platform
 import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Coroutine, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, TypeVar
 
 import service
-from service.cli.benchmark_tables import print_comparison, print_row, progress_bar
+from service.cli.benchmark_tables import print_comparison, print_row, print_servers
 from service.cli.ending import run_command
 from service.cli.far_quality import add_far_quality_flags, measure_far_quality, print_far_quality
 from service.cli.machine_benchmark import add_machine_flags, check_machine, finish, measure_machine, measures_machine
+from service.cli.server_comparison import comparison_row, contenders, measure_rounds, names_servers
+from service.cli.server_load import SHAPE, is_server, measure_server, plan_load
 from service.config.flags import FlagParser, canonical
-from service.loadgen.arrivals import Load
 from service.loadgen.compare import RowsError, compare, read_rows
-from service.loadgen.drive import Drive, Measured
-from service.loadgen.prompts import PromptPlan
-from service.loadgen.scenario import Levels, Ready, Scenario, ScenarioError, read_scenario
-from service.loadgen.senders import RawSender, Sender
-from service.loadgen.summary import Targets, summarise
-from service.loadgen.watch import SendFailure
-from service.types.errors import SettingsError, StartupError
+from service.loadgen.scenario import Ready, ScenarioError
+from service.types.errors import SettingsError
 
 PROGRAM = "deepseek-benchmark"
-# Flags that make the shape of a request, those of the load, and what of the shape a row repeats.
-_SHAPE = ("endpoint", "prompt_tokens", "shared_prefix_tokens", "output_tokens", "temperature", "ignore_eos")
-_LOAD = ("requests", "concurrency", "rate", "warmup", "timeout_s", "abort_share", "seed")
-_ASKED = _SHAPE[1:]
+Result = TypeVar("Result")
 DESCRIPTION = (
     "Measure an OpenAI-compatible server: latencies, throughput and goodput under an open (--rate) or closed (--concurrency) load."
 )
@@ -83,7 +72,11 @@ def benchmark_parser() -> FlagParser:
     result.add_argument("--report", metavar="FILE", default="", help="HTML page with plots of the row, or of the rows of --rows")
     result.add_argument("--rows", metavar="FILE", default="", help="file of rows for --report; nothing is measured then")
     result.add_argument(
-        "--compare", metavar="FILE", nargs=2, default=None, help="two files of rows, before and after: print ratios and spread"
+        "--compare",
+        metavar="X",
+        nargs="+",
+        default=None,
+        help="two files of rows, before and after; or running servers, each [NAME=]URL[#MODEL], under the same load in alternating rounds",
     )
     add_far_quality_flags(parser)
     result.add_argument("--client", choices=("raw", "httpx"), default="raw", help="HTTP client of the sender (default %(default)s)")
@@ -102,17 +95,19 @@ def _benchmark(arguments: Sequence[str]) -> int:
     named = {canonical(argument).partition("=")[0].removeprefix("--") for argument in arguments if argument.startswith("--")}
     _check(given, named)
     try:
-        if given.compare:
+        if given.compare and not names_servers(given.compare):
             return _compare(given)
         if given.rows:
             _write_report(given.report, read_rows(Path(given.rows)))
             return 0
         if measures_machine(given):
             return finish(given, _run_loop(measure_machine(given)))
-        ready = _plan(given, named)
+        ready = plan_load(given, named)
     except (ScenarioError, RowsError) as error:
         raise SettingsError(str(error)) from None
-    row = _run_loop(_measure(given, ready))
+    if given.compare:
+        return _compare_servers(given, ready)
+    row = _run_loop(measure_server(given, ready, given.url, given.model))
     code = _tell(given, row, print_row)
     if given.report:
         _write_report(given.report, [row])
@@ -134,7 +129,7 @@ def _tell(given: Namespace, row: dict[str, Any], show: Callable[[dict[str, Any]]
 
 
 def _check(given: Namespace, named: set[str]) -> None:
-    if not _is_server(given.url):
+    if not is_server(given.url):
         raise SettingsError("--url must look like http://127.0.0.1:8000, without a user name or a query.")
     if given.rate and given.concurrency:
         raise SettingsError("--rate is an open loop and --concurrency a closed one: give only one of them.")
@@ -143,8 +138,10 @@ def _check(given: Namespace, named: set[str]) -> None:
     check_machine(given)
     if given.rows and not given.report:
         raise SettingsError("--rows needs --report, the page to write.")
-    if given.scenario and named & set(_SHAPE):
-        raise SettingsError(f"--{min(named & set(_SHAPE))} is said by the scenario: change the file, or leave --scenario out.")
+    if given.compare and "url" in named:
+        raise SettingsError("--url and --compare both name what is measured: give only one of them.")
+    if given.scenario and named & set(SHAPE):
+        raise SettingsError(f"--{min(named & set(SHAPE))} is said by the scenario: change the file, or leave --scenario out.")
     for flag in ("out", "report"):
         path = getattr(given, flag)
         if path and not Path(path).absolute().parent.is_dir():
@@ -159,6 +156,15 @@ def _compare(given: Namespace) -> int:
     return 0
 
 
+def _compare_servers(given: Namespace, ready: Ready) -> int:
+    servers = contenders(given.compare, given.model)
+    rounds = _run_loop(measure_rounds(given, ready, servers))
+    code = _tell(given, comparison_row(given, servers, rounds), print_servers)
+    if given.report:
+        _write_report(given.report, [row for rows in rounds for row in rows])
+    return code
+
+
 def _write_report(path: str, rows: list[dict[str, Any]]) -> None:
     from service.cli.benchmark_report import report
 
@@ -168,92 +174,7 @@ def _write_report(path: str, rows: list[dict[str, Any]]) -> None:
         raise SettingsError(f"--report {path} cannot be written: {error.strerror}.") from None
 
 
-def _is_server(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        valid_port = parts.port is None or parts.port > 0
-    except ValueError:
-        return False
-    return parts.scheme in ("http", "https") and bool(parts.hostname) and valid_port and not (parts.username or parts.query)
-
-
-def _plan(given: Namespace, named: set[str]) -> Ready:
-    """The scenario, with the flags that were given in place of what it says; or one made of flags alone."""
-    if not given.scenario:
-        shape = PromptPlan(**{name: getattr(given, name) for name in _SHAPE})
-        load = Load(**{name: getattr(given, name) for name in _LOAD if name != "concurrency"}, concurrency=given.concurrency or 8)
-        return Ready(Scenario("", "", load, [shape], Levels(given.slo_ttft_ms, given.slo_tpot_ms)), load, [])
-    ready = read_scenario(Path(given.scenario))
-    changes: dict[str, Any] = {name: getattr(given, name) for name in _LOAD if name in named}
-    levels = {name: getattr(given, f"slo_{name}") for name in ("ttft_ms", "tpot_ms") if f"slo_{name}" in named}
-    return ready.changed(changes, levels)
-
-
-async def _measure(given: Namespace, ready: Ready) -> dict[str, Any]:
-    sender = _sender(given)
-    try:
-        nameless = any(not plan.model for plan in ready.scenario.requests)
-        model = given.model or (await _first_model(sender, given.url) if nameless else "")
-        with progress_bar(ready.load.requests) as progress:
-            measured = await Drive(sender, ready.mix(model), ready.load, progress).run()
-    finally:
-        await sender.close()
-    return _row(given, ready, model, measured)
-
-
-def _row(given: Namespace, ready: Ready, model: str, measured: Measured) -> dict[str, Any]:
-    scenario, load, shape = ready.scenario, ready.load, ready.scenario.requests[0]
-    asked = {name: getattr(shape, name) for name in _ASKED}
-    return {
-        "kind": "benchmark",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "program": service.__version__,
-        "python": platform.python_version(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average": round(os.getloadavg()[0], 2),
-        "label": given.label,
-        "scenario": scenario.name,
-        "changes": ready.changes,
-        "url": given.url,
-        "client": given.client,
-        "endpoint": shape.endpoint,
-        "model": model or ", ".join(sorted({plan.model for plan in scenario.requests})),
-        "mode": load.mode,
-        "rate": load.rate or None,
-        "concurrency": None if load.mode == "open" else load.concurrency,
-        "warmup": load.warmup,
-        "seed": load.seed,
-        "asked": {**asked, "abort_share": load.abort_share},
-        **summarise(measured, Targets(scenario.slo.ttft_ms, scenario.slo.tpot_ms)),
-        "failures": measured.failures,
-    }
-
-
-def _sender(given: Namespace) -> Sender:
-    if given.client == "httpx":
-        from service.loadgen.httpx_sender import HttpxSender
-
-        return HttpxSender(given.url, given.api_key)
-    return RawSender(given.url, given.api_key)
-
-
-async def _first_model(sender: Sender, url: str) -> str:
-    try:
-        async with asyncio.timeout(10):
-            status, body = await sender.fetch("/v1/models")
-    except SendFailure as failure:
-        raise StartupError(f"no server answers at {url} ({failure.detail or failure.kind}): start it or correct --url.") from None
-    except TimeoutError:
-        raise StartupError(f"the server at {url} does not answer within 10 s: see whether it is ready.") from None
-    if status == 401:
-        raise StartupError(f"the server at {url} asks for a key: give --api_key.")
-    try:
-        return str(json.loads(body)["data"][0]["id"])
-    except (ValueError, LookupError, TypeError):
-        raise StartupError(f"the server at {url} lists no models (status {status}): name one with --model.") from None
-
-
-def _run_loop(work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+def _run_loop(work: Coroutine[Any, Any, Result]) -> Result:
     try:
         import uvloop
     except ImportError:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -79,6 +79,43 @@ def print_comparison(differences: Sequence[Difference]) -> None:
         cells = (one.scenario, one.measure, _shown(one.before), _shown(one.after), f"{one.ratio:.3f}")
         table.add_row(*cells, f"[{colour}]{one.verdict}[/{colour}]")
     Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def print_servers(row: Mapping[str, Any]) -> None:
+    """A line for each measure and server: its spread over the rounds, its ratio to the first server with that spread, and the verdict."""
+    servers = row["servers"]
+    first = servers[0]["name"]
+    table = Table(title=f"{row['scenario']} · {row['rounds']} alternating rounds · ratios to {first}", title_justify="left")
+    for column in ("measure", "server", "median (smallest to largest)", "ratio (smallest to largest)", ""):
+        table.add_column(column, justify="right" if "(" in column else "left")
+    for measure in servers[0]["measures"]:
+        for server in servers:
+            side, ratio = server["measures"].get(measure), server.get("ratios", {}).get(measure)
+            verdict = ratio["verdict"] if ratio else ""
+            colour = _COLOURS.get(verdict, "dim")
+            shown = _spread(side, 2) if side else "-"
+            table.add_row(
+                measure if server is servers[0] else "",
+                server["name"],
+                shown,
+                _spread(ratio, 3) if ratio else "",
+                f"[{colour}]{verdict}[/{colour}]" if verdict else "",
+                end_section=server is servers[-1],
+            )
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+    for server in servers:
+        console.print(
+            f"{server['name']}: {server['model']}, {server['completed']} of {server['requests']} requests, {server['output_tokens']} "
+            f"output tokens counted from {server['token_counts']}; errors {server['errors'] or 'none'}.",
+            highlight=False,
+        )
+    if len({server["output_tokens"] for server in servers}) > 1:
+        console.print("The servers made different numbers of tokens: compare tokens/s and TPOT, or give --ignore_eos.")
+
+
+def _spread(side: Mapping[str, float], digits: int) -> str:
+    return f"{side['median']:.{digits}f} ({side['least']:.{digits}f} to {side['most']:.{digits}f})"
 
 
 def _shown(side: Side) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from service.checkpoints.quantisation import weight_bytes
+from service.engine.choosing_memory import StepSize, kept_bytes, step_bytes
 from service.engine.memory import AUTO_SHARE, image_room, workspace_bytes
 from service.types.errors import CapacityError
 from service.types.model_spec import ELEMENT_BYTES, ModelSpec
@@ -75,4 +76,6 @@ def _fixed_bytes(spec: ModelSpec, engine: EngineSettings, scheduler: SchedulerSe
     context = min(engine.context_tokens or spec.context_tokens, spec.context_tokens)
     _, image_bytes = image_room(spec, context, engine.image_cache_bytes, element)
     workspace = workspace_bytes(spec, scheduler.step_tokens, scheduler.batch_size, element)
+    layout, step = spec.kv_layout(), StepSize(scheduler.step_tokens, scheduler.batch_size, context)
+    workspace += kept_bytes(layout, scheduler.batch_size) + step_bytes(layout, step, engine.device.startswith("cuda"))
     return weight_bytes(spec, element, quantize) + workspace + image_bytes + RUNTIME_BYTES

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import platform
 import sys
 from argparse import Namespace
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import service
 from service.cli.quality import BOUNDS, measure_quality
-from service.cli.tiers import PROFILES, measure_tier
+from service.cli.server_load import surroundings
+from service.cli.tiers import MEASUREMENTS, measure_tier
 from service.cli.version_comparison import Comparison, compare_versions
 from service.cli.version_table import version_table
 from service.config.bundled import bundled_source, listed_sources, registry_path
@@ -34,7 +31,7 @@ def add_machine_flags(parser: FlagParser, count: Callable[[str], int], whole: Ca
     """The flags of these measurements; `count` reads a number from 1 up, `whole` one from 0 up."""
     machine = parser.add_argument_group("This machine (starts engines itself; --url and the load's flags do not matter)")
     machine.add_argument(
-        "--tier", choices=tuple(PROFILES), default=None, help="what the flags recommended for a tier gain over float32 without them"
+        "--tier", choices=tuple(MEASUREMENTS), default=None, help="what the flags recommended for a tier gain over float32 without them"
     )
     machine.add_argument(
         "--quality", metavar="KINDS", default="", help="int8, int4 or both by comma, against float32; or far, against full attention"
@@ -48,7 +45,7 @@ def add_machine_flags(parser: FlagParser, count: Callable[[str], int], whole: Ca
     machine.add_argument("--directory", metavar="DIR", default="", help="checkpoint of --tier and --quality; the bundled one when left out")
     machine.add_argument("--threads", metavar="N", type=whole, default=0, help="CPU threads of each engine (default 0, all cores)")
     machine.add_argument(
-        "--rounds", metavar="N", type=count, default=5, help="alternating rounds of --tier and --versions (default %(default)s)"
+        "--rounds", metavar="N", type=count, default=5, help="alternating rounds of --tier, --versions and --compare (default %(default)s)"
     )
     machine.add_argument(
         "--text", metavar="FILE", default="", help="text of --quality and --versions; sources of the standard library when left out"
@@ -83,14 +80,7 @@ def measures_machine(given: Namespace) -> bool:
 
 async def measure_machine(given: Namespace) -> dict[str, Any]:
     """The row that the flags ask for. Raises StartupError."""
-    row: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "program": service.__version__,
-        "python": platform.python_version(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average": round(os.getloadavg()[0], 2),
-        "label": given.label,
-    }
+    row = surroundings(given.label)
     if given.versions:
         sources = listed_sources(given.versions.split(","), registry_path(""), "--versions")
         asked = Comparison(given.prompt_tokens, given.output_tokens, given.rounds, given.threads)

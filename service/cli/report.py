@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from service.types.plan import BackendInfo
-    from service.types.settings import HttpSettings
+    from service.types.settings import HttpSettings, TierChoice
 
 _QUIET_S = 5.0
 _MIB = 1 << 20
@@ -92,6 +92,13 @@ def memory_table(artifact: str, info: BackendInfo, full_context_tokens: int) -> 
     if info.kernels:
         lines.append(f"  {'kernels':<24}{info.kernels}")
     return "\n".join(lines)
+
+
+def tier_line(tier: TierChoice) -> str:
+    """The tier, why it is that one, what it set, and what naming it would set."""
+    why = f" ({tier.reason})" if tier.reason else ""
+    more = f"; --tier {tier.name} would set {tier.more}" if tier.more else ""
+    return f"tier {tier.name}, {tier.how}{why}: {tier.flags or 'no defaults of its own'}{more}"
 
 
 def parent_memory_line() -> str:

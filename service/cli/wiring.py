@@ -21,7 +21,7 @@ from service.checkpoints.long_context import adapt
 from service.checkpoints.manifest import Manifest, read_manifest
 from service.checkpoints.registry import Registry
 from service.cli.budget import plan_demand, share_kv
-from service.cli.report import LoadProgress, StartTimes, client_url, example_request, memory_table, parent_memory_line
+from service.cli.report import LoadProgress, StartTimes, client_url, example_request, memory_table, parent_memory_line, tier_line
 from service.config.load import ServeSettings
 from service.engine.backend_choice import choose_backend
 from service.engine.memory import available_bytes
@@ -44,7 +44,8 @@ async def serve(settings: ServeSettings, blank: Blank, times: StartTimes) -> int
         try:
             models = build_models(settings, blank, progress)
             times.mark("models")
-            telemetry = Telemetry(settings.http.metrics_compat)
+            tier = settings.tier
+            telemetry = Telemetry(settings.http.metrics_compat, (tier.how, tier.flags) if tier is not None else ("detected", ""))
             fleet = settings.fleet
             if fleet.load == "demand" and not fleet.memory_bytes:
                 fleet = replace(fleet, memory_bytes=available_bytes())
@@ -123,9 +124,11 @@ async def _serve(
 ) -> int:
     times, progress = display
     url = client_url(settings.http, listener.getsockname()[1])
+    if settings.tier is not None:
+        print(tier_line(settings.tier))
     print(f"loading {', '.join(version.name for version in router.versions())} for {url}", flush=True)
     loading = asyncio.create_task(router.start(), name="loading")
-    application = build_app(router, telemetry, settings.http)
+    application = build_app(router, telemetry, settings.http, settings.tier)
     serving = asyncio.create_task(serve_http(application, listener), name="serving")
     tasks = [loading, serving]
     try:

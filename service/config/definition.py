@@ -213,7 +213,10 @@ class EngineSection(BaseModel):
     fp16: bool = Field(False, description="short for --dtype float16")
     bf16: bool = Field(False, description="short for --dtype bfloat16")
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(_ENGINE.device, description="auto, cpu, cuda or cuda:N")
-    tier: Tier = Field(cast(Tier, _ENGINE.tier), description="hardware tier that metrics and the model list name")
+    tier: Tier = Field(
+        cast(Tier, _ENGINE.tier),
+        description="hardware tier: sets its defaults where no flag does; auto detects it and sets only those that change no answer",
+    )
     quantize: Quantize = Field(
         cast(Quantize, _ENGINE.quantize), description="quantise the weights when they are loaded; auto does what the model's precision says"
     )

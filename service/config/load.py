@@ -24,6 +24,8 @@ from service.config.bundled import choose_sources, registry_path
 from service.config.definition import ENVIRONMENT_PREFIX, SECTIONS, SHORT_FORMS, Definition
 from service.config.describe import default_note, expectation, is_list, metavar
 from service.config.flags import FlagParser
+from service.config.machine import this_machine
+from service.config.tiers import choose as choose_tier
 from service.types.errors import SettingsError
 from service.types.settings import (
     AttentionSettings,
@@ -33,6 +35,7 @@ from service.types.settings import (
     HttpSettings,
     ModelSource,
     SchedulerSettings,
+    TierChoice,
 )
 
 PROGRAM = "deepseek-serve"
@@ -45,7 +48,7 @@ _Room = TypeVar("_Room", HttpLimits, SchedulerSettings, EngineSettings, Attentio
 class ServeSettings:
     """What `deepseek-serve` was asked for: the models, the default first, the settings of each room, and the registry, if one is kept.
 
-    `restored` models were good when they were served before.
+    `restored` models were good when they were served before. `tier` says which defaults were the tier's.
     """
 
     models: tuple[ModelSource, ...]
@@ -56,6 +59,7 @@ class ServeSettings:
     registry: Path | None = None
     fleet: FleetSettings = field(default_factory=FleetSettings)
     restored: bool = False
+    tier: TierChoice | None = None
 
 
 def serve_parser() -> FlagParser:
@@ -80,12 +84,17 @@ def load_settings(arguments: Sequence[str]) -> ServeSettings:
     given = {name: value for name, value in serve_parser().read(arguments).items() if value is not None}
     _refuse_unknown_variables(os.environ)
     path = given.pop("config", None) or os.environ.get(f"{ENVIRONMENT_PREFIX}CONFIG") or None
-    origins = (
+    said = (
         _Origin(given, lambda name: f"--{name}"),
         _Origin(EnvSettingsSource(Definition)(), lambda name: ENVIRONMENT_PREFIX + name.upper()),
         _Origin(_read_file(Path(str(path))) if path else {}, lambda name: f"{name} in {path}"),
     )
-    return _convert(_join(origins), origins)
+    by_name = {name: value for origin in reversed(said) for name, value in origin.values.items()}
+    tier, defaults = choose_tier(by_name, this_machine())
+    if tier.name == "edge":  # no worker can tell; whether there is a GPU it knows better
+        defaults["tier"] = tier.name
+    origins = (*said, _Origin(defaults, lambda name: f"{name} of the tier {tier.name}"))
+    return replace(_convert(_join(origins), origins), tier=tier)
 
 
 class _Origin:
@@ -129,7 +138,7 @@ def _convert(given: Definition, origins: Sequence[_Origin]) -> ServeSettings:
         )
     if given.step_tokens < given.batch_size:
         raise SettingsError(
-            f"{spell('step_tokens')} ({given.step_tokens}) must be at least batch_size ({given.batch_size}): "
+            f"{spell('step_tokens')} ({given.step_tokens}) must be at least {spell('batch_size')} ({given.batch_size}): "
             "every running sequence takes a token of a step."
         )
     http = HttpSettings(

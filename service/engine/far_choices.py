@@ -71,6 +71,11 @@ class FarChoices:
                 shape = (rows, group.kv_heads, group.far.budget(FAR_POSITION))
                 self._kept.update({layer: torch.full(shape, -1, dtype=torch.int32, device=device) for layer in group.layers})
 
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of the choices of all rows."""
+        return sum(kept.nbytes for kept in self._kept.values())
+
     def of(self, layer: int, rows: Tensor) -> Tensor:
         """The choices of `rows` [n] in a layer, [n, Hkv, most] int32."""
         return self._kept[layer][rows]
@@ -122,6 +127,11 @@ class StepChoices:
             choices = whole
         self._made[layer] = choices
         return ChosenFar(blocks, self._tables, choices, self._counts, self._of_tokens)
+
+    @property
+    def made_bytes(self) -> int:
+        """Bytes of the choices that the step has made so far."""
+        return sum(made.nbytes for made in self._made.values())
 
     def keep(self) -> None:
         """The step succeeded: each row's last choice is what the next step goes on with."""

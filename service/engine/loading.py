@@ -40,7 +40,7 @@ def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallba
     device, quantize, dtype = _choose_place(request, manifest)
     element_bytes = ELEMENT_BYTES[dtype]
     layout = spec.kv_layout()
-    usage = Usage(weight_bytes(spec, element_bytes, quantize), resident_bytes(), _free_bytes(device))
+    usage = Usage(weight_bytes(spec, element_bytes, quantize), resident_bytes(), _free_bytes(device), device.type == "cuda")
     memory = plan_memory(spec, layout, element_bytes, request, usage)
     phases.end("plan")
     decoder = load(

@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from service.engine.choosing_memory import StepSize, kept_bytes, step_bytes
 from service.types.errors import CapacityError
 from service.types.kv_layout import KvGroup, KvLayout
 from service.types.model_spec import ModelSpec
@@ -45,11 +46,12 @@ class MemoryPlan:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What is taken before any block: parameters, and the process with its libraries."""
+    """What is taken before any block: parameters, and the process with its libraries; and whether the device is a GPU."""
 
     weight_bytes: int
     runtime_bytes: int
     available_bytes: int
+    on_gpu: bool = False
 
 
 def plan_memory(spec: ModelSpec, layout: KvLayout, element_bytes: int, request: LoadRequest, usage: Usage) -> MemoryPlan:
@@ -60,14 +62,16 @@ def plan_memory(spec: ModelSpec, layout: KvLayout, element_bytes: int, request: 
     """
     context = _context(spec, request)
     workspace = workspace_bytes(spec, request.max_step_tokens, request.max_rows, element_bytes)
+    workspace += step_bytes(layout, StepSize(request.max_step_tokens, request.max_rows, context), usage.on_gpu)
+    choices = kept_bytes(layout, request.max_rows)
     image_tokens, image_bytes = image_room(spec, context, request.image_cache_bytes, element_bytes)
-    left = usage.available_bytes - usage.weight_bytes - workspace - image_bytes
+    left = usage.available_bytes - usage.weight_bytes - workspace - choices - image_bytes
     most = _pool_bytes(layout, context, request, float(request.max_rows), element_bytes)
     budget = request.kv_bytes or min(most, int(left * AUTO_SHARE))
     if budget > left:
         raise CapacityError(
-            f"The model needs {_mib(usage.weight_bytes)} for weights, {_mib(workspace)} for workspace and {_mib(budget)} for KV blocks, "
-            f"and {_mib(usage.available_bytes)} are free: set a smaller KV cache or serve a smaller model."
+            f"The model needs {_mib(usage.weight_bytes)} for weights, {_mib(workspace + choices)} for workspace and {_mib(budget)} for KV "
+            f"blocks, and {_mib(usage.available_bytes)} are free: set a smaller KV cache or serve a smaller model."
         )
     if _pool_bytes(layout, context, request, 1.0, element_bytes) > budget:
         context = _shrunk_context(layout, context, request, budget, element_bytes)
@@ -76,8 +80,8 @@ def plan_memory(spec: ModelSpec, layout: KvLayout, element_bytes: int, request: 
         (f"kv:{group.name}", (count + 1) * layout.block_bytes(group, element_bytes))
         for group, count in zip(layout.groups, blocks, strict=True)
     )
-    image_lines = (("images", image_bytes),) if image_bytes else ()
-    lines = (("weights", usage.weight_bytes), *kv_lines, *image_lines, ("workspace", workspace), ("runtime", usage.runtime_bytes))
+    other_lines = [(name, size) for name, size in (("choices", choices), ("images", image_bytes)) if size]
+    lines = (("weights", usage.weight_bytes), *kv_lines, *other_lines, ("workspace", workspace), ("runtime", usage.runtime_bytes))
     return MemoryPlan(lines, blocks, context, image_tokens)
 
 

@@ -1,7 +1,7 @@
 """Two sets of result rows side by side: for each scenario both medians with their spread, and the ratio of the medians.
 
 It does not know where rows come from or how a comparison is shown. Invariants: only rows of one scenario (or one set of flags) are compared
-with each other; a difference counts only where the two spreads do not touch.
+with each other; a difference counts only where the two spreads do not touch, or where all rounds of two servers agree.
 """
 
 from __future__ import annotations
@@ -54,6 +54,15 @@ class Difference:
     verdict: str
 
 
+@dataclass(frozen=True, slots=True)
+class RoundRatio:
+    """One measure of a server over that of the first one: the ratio of each round, and whether all rounds agree on a side of 1."""
+
+    measure: str
+    ratio: Side
+    verdict: str
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The benchmark rows of a file. Raises RowsError."""
     try:
@@ -94,6 +103,31 @@ def compare(before: Iterable[Mapping[str, Any]], after: Iterable[Mapping[str, An
     return differences
 
 
+def compare_rounds(first: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> list[RoundRatio]:
+    """The ratio of every measure, round by round; row i of both sides is of round i. A verdict takes three rounds."""
+    found = []
+    for measure, more_is_better in MEASURES:
+        pairs = [(_value(left, measure), _value(right, measure)) for left, right in zip(first, other, strict=True)]
+        ratios = [round(right / left, 4) for left, right in pairs if left and right is not None]
+        if ratios:
+            found.append(RoundRatio(measure, _side(ratios), _verdict(ratios, more_is_better)))
+    return found
+
+
+def side_of(rows: Sequence[Mapping[str, Any]], measure: str) -> Side | None:
+    """A measure over some rows; None where no row has it."""
+    values = _values(rows, measure)
+    return _side(values) if values else None
+
+
+def _verdict(ratios: Sequence[float], more_is_better: bool) -> str:
+    if len(ratios) < 3:
+        return "too few rounds"
+    if min(ratios) <= 1 <= max(ratios):
+        return "within spread"
+    return "better" if (min(ratios) > 1) == more_is_better else "worse"
+
+
 def _by_scenario(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
     found: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -112,10 +146,14 @@ def _difference(
 
 
 def _values(rows: Sequence[Mapping[str, Any]], measure: str) -> list[float]:
+    return [value for row in rows if (value := _value(row, measure)) is not None]
+
+
+def _value(row: Mapping[str, Any], measure: str) -> float | None:
     name, _, point = measure.partition(".")
-    found = [row.get(name) for row in rows]
-    numbers = [value.get(point) if isinstance(value, dict) else value for value in found]
-    return [float(number) for number in numbers if isinstance(number, int | float)]
+    found = row.get(name)
+    number = found.get(point) if isinstance(found, dict) else found
+    return float(number) if isinstance(number, int | float) else None
 
 
 def _side(values: Sequence[float]) -> Side:

@@ -63,6 +63,10 @@ class Ready(msgspec.Struct, frozen=True):
         scenario = msgspec.structs.replace(self.scenario, slo=slo)
         return Ready(scenario, msgspec.structs.replace(self.load, **replaced), self.sizes, load)
 
+    def of_round(self, number: int) -> Ready:
+        """The same load with other arrivals and prompts: those of round `number`, from 0."""
+        return msgspec.structs.replace(self, load=msgspec.structs.replace(self.load, seed=self.load.seed + number))
+
     def mix(self, model: str) -> Mix:
         """Its requests; `model` where a shape names none."""
         plans = [msgspec.structs.replace(plan, model=plan.model or model, seed=self.load.seed) for plan in self.scenario.requests]

@@ -67,6 +67,7 @@ class Accounting:
         metrics, memory = self._metrics, dict(info.memory_bytes)
         metrics.value("model_loaded").set(1)
         metrics.value("build_info", program, info.dtype, info.backend).set(1)
+        metrics.value("tier_info", *metrics.tier).set(1)
         for phase, seconds in info.phases_s:
             metrics.value("startup_seconds", phase).set(seconds)
         for kind, limit in info.limits:

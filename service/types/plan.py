@@ -153,11 +153,11 @@ class StepResult:
 class BackendInfo:
     """What a ready worker says of itself.
 
-    `group_blocks` are the usable block ids per KV group: 1 … n (0 is the null block). `memory_bytes` names what was taken
-    (weights, kv:<group>, images, workspace, runtime). `phases_s` are the start-up phases in order with their seconds. `limits` are what the
-    machine can do a second, by kind (bytes, flops). `kernels` says whether the compiled kernels are in use, and for which instruction set.
-    `image_tokens` is the most image tokens of all running sequences together, 0 for a model that reads no images. `backend` is the
-    engine: torch, or onnx for an exported graph.
+    `group_blocks` are the usable block ids per KV group: 1 … n (0 is the null block). `memory_bytes` names what was taken (weights,
+    kv:<group>, choices, images, workspace, runtime). `phases_s` are the start-up phases in order with their seconds. `limits` are what
+    the machine can do a second, by kind (bytes, flops). `kernels` says whether the compiled kernels are in use, and for which
+    instruction set. `image_tokens` is the most image tokens of all running sequences together, 0 for a model that reads no images.
+    `backend` is the engine: torch, or onnx for an exported graph.
     """
 
     kv_layout: KvLayout

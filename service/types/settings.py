@@ -149,6 +149,20 @@ class FleetSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class TierChoice:
+    """The hardware tier that a service runs as. `how` is given or detected, and `reason` what it was detected by.
+
+    `flags` are the defaults that its profile set, as one would type them; `more` those that it would set as well if the tier were named.
+    """
+
+    name: str
+    how: str
+    reason: str
+    flags: str
+    more: str
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSource:
     """One model to serve: its served `name` and the directory that holds it."""
 

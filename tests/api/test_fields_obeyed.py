@@ -73,6 +73,7 @@ PLAIN: dict[str, dict[str, Any]] = {
 }
 STREAM = {"stream": True}
 USAGE = {"stream_options": {"include_usage": True}}
+RUNNING_USAGE = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
 SCORED = {"logprobs": True}
 # Field of a schema -> route, what is added to the plain body, what is added besides with the field: the answers (or the prompt that
 # reaches the worker) must differ. The template shows names and a variable `mood`.
@@ -92,6 +93,7 @@ SHOWN: dict[tuple[type[BaseModel], str], tuple[str, dict[str, Any], dict[str, An
     (ChatBody, "top_logprobs"): (CHAT, SCORED, {"top_logprobs": 2}),
     (ChatBody, "chat_template_kwargs"): (CHAT, {}, {"chat_template_kwargs": {"mood": "gay"}}),
     (StreamOptions, "include_usage"): (CHAT, {**STREAM, "stream_options": {"include_usage": False}}, USAGE),
+    (StreamOptions, "continuous_usage_stats"): (CHAT, {**STREAM, **USAGE}, RUNNING_USAGE),
     (ChatMessage, "role"): (CHAT, {}, {"messages": [{**USER, "role": "assistant"}]}),
     (ChatMessage, "content"): (CHAT, {}, {"messages": [{**USER, "content": "r"}]}),
     (ChatMessage, "name"): (CHAT, {}, {"messages": [{**USER, "name": "Ann"}]}),

@@ -71,6 +71,33 @@ async def test_chunks_of_a_completion_are_strict_but_for_the_reason_that_is_not_
         Completion.model_validate_json(chunk.replace('"finish_reason":null', '"finish_reason":"stop"'), strict=True)
 
 
+RUNNING = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+
+
+@pytest.mark.parametrize("logprobs", [False, True])
+@pytest.mark.parametrize("route", ["completions", "chat/completions"])
+async def test_every_chunk_counts_its_choice_where_that_is_asked_for(service: Service, route: str, logprobs: bool) -> None:
+    shape: dict[str, object] = {"prompt": "one", "logprobs": 1 if logprobs else None}
+    if route != "completions":
+        shape = {"messages": MESSAGES, "logprobs": logprobs, "max_completion_tokens": 4}
+    response = await service.client.post(f"/v1/{route}", json={**shape, **RUNNING, "max_tokens": 4, "n": 2, "seed": 1, "ignore_eos": True})
+    *lines, done = [line.removeprefix("data: ") for line in response.text.strip().split("\n\n")]
+    *chunks, last = map(json.loads, lines)
+    assert done == "[DONE]" and last["choices"] == [] and last["usage"]["completion_tokens"] == 8
+    prompt = last["usage"]["prompt_tokens"]
+    for index in (0, 1):
+        counts = [chunk["usage"] for chunk in chunks if chunk["choices"][0]["index"] == index]
+        made = [count["completion_tokens"] for count in counts]
+        assert made == sorted(made) and made[-1] == 4 and set(made) >= {1, 2, 3}
+        assert all(count["prompt_tokens"] == prompt and count["total_tokens"] == prompt + count["completion_tokens"] for count in counts)
+
+
+async def test_a_running_count_without_a_last_one_is_refused(service: Service) -> None:
+    body = {"prompt": "one", "stream": True, "stream_options": {"continuous_usage_stats": True}}
+    refused = (await service.client.post("/v1/completions", json=body)).json()["error"]
+    assert refused["param"] == "stream_options.continuous_usage_stats" and "include_usage" in refused["message"]
+
+
 async def test_chat_logprobs_carry_bytes_and_alternatives(service: Service) -> None:
     async with client(service) as api:
         answer = await api.chat.completions.create(model="fake", messages=MESSAGES, max_tokens=3, logprobs=True, top_logprobs=3)

@@ -9,13 +9,14 @@ import pytest
 
 from service.api.probes import health, ready
 from service.schedulers.router import VersionHealth
+from service.types.settings import TierChoice
 
 
 class Told:
     """Services whose router says what it is told."""
 
-    def __init__(self, states: tuple[str, ...], is_ready: bool, draining: bool = False) -> None:
-        self.states, self.is_ready, self.draining = states, is_ready, draining
+    def __init__(self, states: tuple[str, ...], is_ready: bool, draining: bool = False, tier: TierChoice | None = None) -> None:
+        self.states, self.is_ready, self.draining, self.tier = states, is_ready, draining, tier
         self.router = self
 
     def health(self) -> tuple[VersionHealth, ...]:
@@ -44,6 +45,13 @@ async def test_health_is_about_faults(states: tuple[str, ...], is_ready: bool, s
     body = json.loads(answer.body)
     assert (answer.status_code, body["status"]) == (status, "ok" if status == 200 else "unhealthy")
     assert [version["state"] for version in body["versions"]] == list(states)
+
+
+async def test_health_names_the_tier_and_what_it_set() -> None:
+    services: Any = Told(("ready",), True, tier=TierChoice("edge", "given", "", "--batch_size 4", ""))
+    assert json.loads((await health(services, services)).body)["tier"] == {"name": "edge", "how": "given", "flags": "--batch_size 4"}
+    services = Told(("ready",), True)
+    assert "tier" not in json.loads((await health(services, services)).body)
 
 
 @pytest.mark.parametrize(("is_ready", "draining", "status"), [(True, False, 200), (False, False, 503), (True, True, 503)])

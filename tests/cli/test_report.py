@@ -10,10 +10,10 @@ from dataclasses import replace
 import pytest
 
 from service.cli import report
-from service.cli.report import LoadProgress, StartTimes, client_url, example_request, memory_table, parent_memory_line
+from service.cli.report import LoadProgress, StartTimes, client_url, example_request, memory_table, parent_memory_line, tier_line
 from service.types.kv_layout import KvGroup, KvLayout
 from service.types.plan import BackendInfo
-from service.types.settings import HttpSettings
+from service.types.settings import HttpSettings, TierChoice
 
 
 def test_phases_add_up_and_are_said_in_order() -> None:
@@ -27,12 +27,18 @@ def test_phases_add_up_and_are_said_in_order() -> None:
     assert line.startswith("parse 2.0") and " · import 0.0" in line and "worker (weights 1.25 s)" in line and " · ready 2.0" in line
 
 
+def test_the_tier_says_why_and_what_naming_it_would_set() -> None:
+    detected = tier_line(TierChoice("cpu", "detected", "there is no GPU", "", "--quantize int8"))
+    assert detected == "tier cpu, detected (there is no GPU): no defaults of its own; --tier cpu would set --quantize int8"
+    assert tier_line(TierChoice("edge", "given", "", "--batch_size 4", "")) == "tier edge, given: --batch_size 4"
+
+
 def test_the_budget_has_a_line_for_each_use() -> None:
     layout = KvLayout((KvGroup("full", (0,), 2, 16, 16), KvGroup("window8", (1,), 2, 16, 16, 8)))
     lines = (("weights", 10 << 20), ("kv:full", 4 << 20), ("kv:window8", 1 << 20), ("runtime", 5 << 20))
     info = BackendInfo(layout, (128, 16), 8, 512, 2048, 100, "float32", "cpu", "x86", lines)
     rows = memory_table("v2.3@0123456789ab", info, info.context_tokens).splitlines()
-    assert rows[0] == "memory of v2.3@0123456789ab (float32 on x86, context 2048 tokens, 8 sequences)"
+    assert rows[0] == "memory of v2.3@0123456789ab (float32 through torch on x86, context 2048 tokens, 8 sequences)"
     assert [row.split()[:2] for row in rows[1:]] == [
         ["weights", "10.0"],
         ["kv:full", "4.0"],

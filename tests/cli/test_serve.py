@@ -157,6 +157,18 @@ def test_probes_and_start_up_metrics(served: tuple[str, Command]) -> None:
     text = httpx.get(url + "/metrics").text
     for phase in ("command_spawn", "command_parse", "command_import", "command_models", "command_load", "command_ready"):
         assert f'phase="{phase}"' in text
+    tier = httpx.get(url + "/health").json()["tier"]
+    assert tier["how"] == "detected" and f'tier_info{{device="cpu",flags="{tier["flags"]}",how="detected",tier="cpu",' in text
+
+
+def test_a_named_tier_is_served_with_its_profile(tiny: Path, start: Start) -> None:
+    command = start("service.cli.serve", "--model", str(tiny), "--port", "0", "--tier", "edge", "--quantize_cache", "none")
+    assert command.read_until("tier ") == "edge, given: --quantize int8 --batch_size 4"
+    url = command.read_until("serving tiny on ")
+    assert any("(float32 " in line and ", 4 sequences)" in line for line in command.lines)
+    assert httpx.get(url + "/v1/models").json()["data"][0]["tier"] == "edge"
+    command.signal(signal.SIGTERM)
+    assert command.end()[0] == 0
 
 
 def test_the_benchmark_against_the_real_server(served: tuple[str, Command], start: Start, tmp_path: Path) -> None:

@@ -7,18 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from service.cli.tiers import PROFILES, measure_tier
+from service.cli.tiers import MEASUREMENTS, measure_tier, tuned
 from service.config.load import load_settings
+from service.config.machine import Machine
 from tests.tiny_models import build_tiny
 
 
-@pytest.mark.parametrize("tier", PROFILES)
-def test_a_profile_is_what_its_flags_say(tier: str) -> None:
-    profile = PROFILES[tier]
-    settings = load_settings(["--model", "m=/models/m", *profile.flags.split()])
-    assert settings.engine.quantize == profile.quantize
-    assert settings.scheduler.batch_size == profile.batch_size
-    assert profile.baseline_batch <= profile.batch_size and profile.claim > 1
+@pytest.mark.parametrize("tier", MEASUREMENTS)
+def test_what_is_measured_is_what_the_tier_sets(tier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.config.load.this_machine", lambda: Machine(gpu=False, board="", cores=2, quota=0))
+    profile, measured = tuned(tier), MEASUREMENTS[tier]
+    for flags in (profile.flags.split(), ["--tier", tier]):
+        settings = load_settings(["--model", "m=/models/m", *flags])
+        assert (settings.engine.quantize, settings.scheduler.batch_size) == (profile.quantize, profile.batch_size)
+    assert measured.baseline_batch <= profile.batch_size and measured.claim > 1
 
 
 def test_both_sides_run_in_alternating_rounds_and_the_limits_are_measured(tmp_path: Path) -> None:
