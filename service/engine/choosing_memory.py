@@ -22,8 +22,9 @@ class StepSize(NamedTuple):
     context_tokens: int
 
     def anchors(self, refresh: int) -> int:
-        """The most anchors that its tokens have: each slice begins with one, and each `refresh` positions bring another."""
-        return min(self.tokens, self.tokens // refresh + min(self.rows, self.tokens))
+        """The most anchors that its tokens have: a slice of L tokens begins with one and meets at most ⌈(L − 1) / refresh⌉ others."""
+        slices = min(self.rows, self.tokens)
+        return min(self.tokens, slices + (self.tokens + slices * (refresh - 2)) // refresh)
 
 
 def _far_groups(layout: KvLayout) -> list[tuple[KvGroup, FarSpec]]:
