@@ -1,7 +1,8 @@
 """`deepseek-benchmark --quality far --directory DIR`: what far blocks cost in answers, against full attention of the same model.
 
 Two workers one after the other, driven without HTTP: the model with full attention, and as it would be served. Both answer the same prompts
-(needles, traced variables, counts) and score the same text. It does not know how attention is computed. Invariant: both sides get equal
+(needles, traced variables, counts) and score the same text; last, the softmax mass of full attention in the blocks that are read is summed
+over that text. It does not know how attention is computed. Invariant: both sides get equal
 prompts and greedy sampling, and the row says how many far blocks were read, so that a comparison of nothing with nothing shows.
 """
 
@@ -30,6 +31,8 @@ from service.types.plan import LoadRequest
 from service.types.request import FinishEvent, GenerationRequest, PromptEvent, Sampling, Stop, TokenEvent
 from service.types.settings import AttentionSettings, EngineSettings, SchedulerSettings
 
+# What a task's cases are called in the row.
+KINDS: dict[str, Task] = dict(zip(("needle", "multi_key", "tracing", "aggregation"), TASKS, strict=True))
 DEPTHS = 10
 ANSWER_TOKENS = 16
 SCORED_TOKENS = 2048
@@ -42,6 +45,7 @@ def add_far_quality_flags(parser: FlagParser) -> None:
     group = parser.add_argument_group("Far blocks (--quality far)")
     group.add_argument("--quality_tokens", metavar="N", type=int, default=0, help="length of prompts; the model's context when left out")
     group.add_argument("--quality_cases", metavar="N", type=int, default=20, help="cases for each task and depth (default %(default)s)")
+    group.add_argument("--quality_tasks", nargs="+", choices=tuple(KINDS), default=list(KINDS), help="which questions are asked (all)")
     group.add_argument("--attention_window", metavar="N", type=int, default=plain.attention_window, help="as of deepseek-serve")
     group.add_argument("--far_blocks", metavar="N", type=int, default=plain.far_blocks, help="as of deepseek-serve")
     group.add_argument("--far_refresh", metavar="N", type=int, default=plain.far_refresh, help="as of deepseek-serve")
@@ -66,13 +70,22 @@ async def measure_far_quality(given: Namespace) -> dict[str, Any]:
         raise SettingsError(f"--quality_tokens {tokens} must lie between 256 and the model's {served.context_tokens}.")
     codec = TokenCodec.load(manifest.directory)
     lines = library_lines()
-    cases = make_cases(codec, lines, tokens, given.quality_cases)
+    cases = make_cases(codec, lines, tokens, given.quality_cases, [KINDS[kind] for kind in dict.fromkeys(given.quality_tasks)])
     text = scored_text(codec, lines, tokens)
     # A window that covers the context is full attention, computed exactly as such.
     full = replace(asked, attention_window=max(served.context_tokens, 64), far_blocks=0, far_refresh=0, kv_far="auto", prefill="sparse")
     sides = {"full": full, "served": asked}
     found = {name: await _answers(manifest, codec, side, cases, text) for name, side in sides.items()}
-    return {"what": "quality", "model": manifest.digest[:12], "tokens": tokens, "asked": asdict(asked), **summary(cases, found)}
+    mass = await asyncio.to_thread(_mass, manifest.directory, asked, text)
+    row = {"what": "quality", "model": manifest.digest[:12], "tokens": tokens, "asked": asdict(asked)}
+    return {**row, **summary(cases, found), "attention_mass": mass}
+
+
+def _mass(directory: Path, asked: AttentionSettings, text: Sequence[int]) -> dict[str, Any]:
+    # Only this part of the command computes by itself: the others should not wait for torch.
+    from service.engine.attention_mass import measure_mass
+
+    return measure_mass(directory, asked, text)
 
 
 def library_lines() -> list[str]:
@@ -82,10 +95,10 @@ def library_lines() -> list[str]:
     return [line for file in files for line in file.read_text("utf-8", errors="ignore").splitlines() if line.strip()]
 
 
-def make_cases(codec: TokenCodec, lines: Sequence[str], tokens: int, each: int) -> list[RecallCase]:
-    """`each` cases for every task and each of `DEPTHS` depths, as near to `tokens` long as whole lines allow."""
+def make_cases(codec: TokenCodec, lines: Sequence[str], tokens: int, each: int, tasks: Sequence[Task] = TASKS) -> list[RecallCase]:
+    """`each` cases for every one of the tasks and each of `DEPTHS` depths, as near to `tokens` long as whole lines allow."""
     cases = []
-    for task in TASKS:
+    for task in tasks:
         for step in range(DEPTHS):
             for number in range(each):
                 start = random.Random(f"{task.__name__} {step} {number}").randrange(len(lines))
@@ -213,3 +226,7 @@ def print_far_quality(row: dict[str, Any]) -> None:
     text = row["perplexity"]
     values = f"full {text['full']:.3f}  served {text['served']:.3f}  change {text['change']:+.2%}"
     print(f"perplexity   {values}  (last {text['tokens']} tokens)")
+    mass = row["attention_mass"]
+    if mass["rows"]:
+        values = f"read {mass['read']:.3f}  best possible {mass['best_possible']:.3f}  without far {mass['without_far']:.3f}"
+        print(f"mass         {values}  ({mass['rows']} positions that choose)")

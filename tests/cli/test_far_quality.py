@@ -64,6 +64,29 @@ def test_the_command_compares_and_keeps_a_row(
     assert row["far_blocks_read"]["full"] == 0 < row["far_blocks_read"]["served"]
     assert row["asked"]["kv_far"] == "int4" and row["perplexity"]["tokens"] == 698
     assert 0 < abs(row["perplexity"]["change"]) < 0.2
+    mass = row["attention_mass"]
+    assert mass["tokens"] == 640 and mass["rows"] > 400 and mass["without_far"] < mass["read"] <= mass["best_possible"] < 1
+    assert f"mass         read {mass['read']:.3f}" in out
+
+
+def test_a_choice_of_tasks_is_asked_alone(tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = (
+        "--attention_window",
+        "64",
+        "--quality_tokens",
+        "700",
+        "--quality_cases",
+        "1",
+        "--quality_tasks",
+        "tracing",
+        "needle",
+        "needle",
+    )
+    code, out, _ = run(capsys, monkeypatch, "--quality", "far", "--directory", str(tiny), *flags)
+    row = json.loads(out.splitlines()[-1])
+    assert code == 0 and {kind: task["cases"] for kind, task in row["tasks"].items()} == {"tracing": DEPTHS, "needle": DEPTHS}
+    # 16 far blocks cover what 700 tokens leave behind the window: nobody chooses.
+    assert row["attention_mass"]["rows"] == 0 and "mass  " not in out
 
 
 @pytest.mark.parametrize(
