@@ -12,6 +12,8 @@ debian_base=localhost/deepseek-base:bookworm
 test -f "docker/$kind.Dockerfile" || { echo "image: there is no image $kind; say cpu, gpu or jetson" >&2; exit 2; }
 test "$kind" != jetson || test -n "${BASE:-}" || { echo "image: name NVIDIA's L4T image of your JetPack with BASE=" >&2; exit 2; }
 
+test -z "${WHEELS:-}" || test -d "$WHEELS" || { echo "image: WHEELS=$WHEELS is not a directory; name the one that holds torch's wheel" >&2; exit 2; }
+
 need() {
     command -v "$1" >/dev/null && return
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then

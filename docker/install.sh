@@ -32,10 +32,12 @@ PYTHON
 
 # A CUDA build would add gigabytes that a cpu image never uses; said before they are installed.
 refuse_cuda() {
-    into_root --quiet --dry-run --no-deps --ignore-installed --report /report.json torch
-    python3 - <<'PYTHON'
+    report=$(mktemp)
+    into_root --quiet --dry-run --no-deps --ignore-installed --report "$report" torch
+    python3 - "$report" <<'PYTHON'
 import json
-torch = json.load(open("/report.json"))["install"][0]["metadata"]
+import sys
+torch = json.load(open(sys.argv[1]))["install"][0]["metadata"]
 if any(need.lower().startswith(("nvidia-", "cuda-", "triton")) for need in torch.get("requires_dist", [])):
     raise SystemExit(
         f"install: torch {torch['version']} of the default index is a CUDA build. Give the cpu image torch's CPU build: "

@@ -1,6 +1,6 @@
 """Every scenario against our own server: tiny random models where one of its line is not bundled, shortened, one row each.
 
-    python -m loadtests.served_scenarios [--keep]
+    python -m loadtests.served_scenarios [--only NAME ...] [--keep]
 
 One server holds the bundled v2.3 (by its name and as `stable`), a random v2.3 (`candidate`), a random v3.5 with images (`pictures`) and a
 random v5.2 with its context of 16K (`document`). What is measured is the whole path with next to no model behind it: not a model's speed.
@@ -71,7 +71,20 @@ def models(directory: Path) -> dict[str, Path]:
 def served(named: dict[str, Path]) -> Iterator[str]:
     """A server of those models in a process of its own, on a free port; gives its address and ends it with a drain."""
     flags = [word for name, directory in named.items() for word in ("--model", f"{name}={directory}")]
-    command = [sys.executable, "-m", "service.cli.serve", "--port", "0", "--threads", "1", "--kv_bytes", "256MiB", *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "service.cli.serve",
+        "--port",
+        "0",
+        "--threads",
+        "1",
+        "--kv_bytes",
+        "256MiB",
+        "--registry",
+        "none",
+        *flags,
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
             printed = []
@@ -103,9 +116,10 @@ def main() -> None:
     """Run each scenario once and print a line for it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--keep", action="store_true", help="append the rows to results/served_scenarios.jsonl")
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="these scenarios (default all)")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory, served(models(Path(directory))) as url:
-        for name in RUNS:
+        for name in given.only:
             row = run_scenario(url, name)
             print(name, {key: row[key] for key in ("completed", "aborted", "errors", "prompt_tokens", "duration_s", "ttft_ms", "tpot_ms")})
             if given.keep:

@@ -144,6 +144,37 @@ def test_commands_take_the_flags_that_examples_give_them() -> None:
     assert seen >= 5
 
 
+def targets() -> set[str]:
+    return set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+
+
+def wrong_commands(text: str) -> list[str]:
+    """Commands named in sentences, as inline code, that do not exist or do not take the flag that they are named with."""
+    wrong = []
+    for span in code_spans(text):
+        word, _, rest = span.partition(" ")
+        if word == "make":
+            wrong += [span] if rest and rest.split()[0] not in targets() else []
+        elif word.startswith("deepseek-") and re.fullmatch(r"[a-z-]+", word) and (rest or word in PARSERS):
+            known = PARSERS[word]().known_flags() if word in PARSERS else []
+            flags = {flag.replace("-", "_").replace("__", "--", 1) for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", rest)}
+            wrong += [span] if word not in PARSERS or flags - set(known) else []
+    return wrong
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_in_sentences_exist(page: str) -> None:
+    assert wrong_commands(PAGES[page]) == []
+
+
+def test_a_wrong_command_in_a_sentence_is_seen() -> None:
+    text = (
+        "`make serve` `make tea` `deepseek-serve --model DIR` `deepseek-serve --batch-size 4` `deepseek-serve --tea` `deepseek-tea --x`"
+    )
+    assert wrong_commands(text) == ["make tea", "deepseek-serve --tea", "deepseek-tea --x"]
+    assert wrong_commands("`deepseek-benchmark --drain_s 3`") == ["deepseek-benchmark --drain_s 3"]
+
+
 def test_scripts_take_the_flags_that_pages_give_them() -> None:
     calls = [call for text in PAGES.values() for call in re.findall(r"python -m loadtests\.(\w+)([^\n`]*)", text)]
     assert len(calls) >= 5

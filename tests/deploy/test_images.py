@@ -9,6 +9,7 @@ import argparse
 import http.server
 import importlib.util
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -112,6 +113,63 @@ def test_image_refuses(kind: str, reason: str) -> None:
     clean = {name: value for name, value in os.environ.items() if name != "BASE"}
     done = subprocess.run([DOCKER / "image.sh", kind], capture_output=True, text=True, check=False, env=clean)
     assert done.returncode == 2 and reason in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("needs", "refused"),
+    [
+        (["filelock", "nvidia-cublas==13; platform_system == 'Linux'"], True),
+        (["triton==3.6"], True),
+        (["filelock", "sympy"], False),
+        ([], False),
+    ],
+)
+def test_a_cuda_build_of_torch_is_refused_with_what_to_do(tmp_path: Path, needs: list[str], refused: bool) -> None:
+    """pip is played: it writes the report of the torch that the index of the day has."""
+    report = {"install": [{"metadata": {"version": "2.13.0", "requires_dist": needs}}]}
+    (tmp_path / "report").write_text(json.dumps(report), "utf-8")
+    stub = (
+        f'#!/bin/sh\n[ "$1" = - ] && exec {sys.executable} "$@"\necho "$@" >>{tmp_path}/calls\n'
+        f'while [ $# -gt 1 ]; do [ "$1" = --report ] && cp {tmp_path}/report "$2"; shift; done\n'
+    )
+    (tmp_path / "python3").write_text(stub)
+    (tmp_path / "python3").chmod(0o755)
+    clean = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "TORCH_INDEX": "https://torch.test/cpu"}
+    done = subprocess.run([DOCKER / "install.sh", "refuse_cuda"], capture_output=True, text=True, check=False, env=clean)
+    assert (done.returncode != 0) is refused
+    assert ("make image WHEELS=DIRECTORY" in done.stderr and "TORCH_INDEX=URL" in done.stderr) is refused
+    assert (
+        "--dry-run" in (tmp_path / "calls").read_text() and "--extra-index-url https://torch.test/cpu" in (tmp_path / "calls").read_text()
+    )
+
+
+def image(tmp_path: Path, code: int = 0, **given: str) -> tuple[subprocess.CompletedProcess[str], str]:
+    """`docker/image.sh cpu` with a buildah that writes down its arguments and ends with `code`."""
+    for name, text in (("buildah", f'echo "$@" >>{tmp_path}/calls; exit {code}'), ("pip", "exit 1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    clean = {name: value for name, value in os.environ.items() if name not in ("WHEELS", "TORCH_INDEX", "TAG")}
+    environment = {**clean, "PATH": f"{tmp_path}:{clean['PATH']}", "BASE": "localhost/base", "PYTHON": sys.executable, **given}
+    done = subprocess.run([DOCKER / "image.sh", "cpu"], capture_output=True, text=True, check=False, env=environment)
+    return done, (tmp_path / "calls").read_text() if (tmp_path / "calls").exists() else ""
+
+
+def test_wheels_and_an_index_reach_the_build(tmp_path: Path) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    done, calls = image(tmp_path, WHEELS=str(wheels), TORCH_INDEX="https://torch.test/cpu")
+    assert done.returncode == 0 and "built localhost/deepseek-service:cpu" in done.stdout
+    assert f"--build-context wheels={wheels}" in calls and "--build-arg TORCH_INDEX=https://torch.test/cpu" in calls
+
+
+def test_wheels_that_are_not_there_are_refused_before_anything_is_built(tmp_path: Path) -> None:
+    done, calls = image(tmp_path, WHEELS=str(tmp_path / "nowhere"))
+    assert done.returncode == 2 and "is not a directory" in done.stderr and calls == ""
+
+
+def test_a_build_that_fails_is_not_called_built(tmp_path: Path) -> None:
+    done, calls = image(tmp_path, code=3, WHEELS=str(tmp_path))
+    assert done.returncode == 3 and "build " in calls and "built" not in done.stdout
 
 
 PIP_LINES = [
