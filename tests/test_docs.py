@@ -168,9 +168,7 @@ def test_commands_in_sentences_exist(page: str) -> None:
 
 
 def test_a_wrong_command_in_a_sentence_is_seen() -> None:
-    text = (
-        "`make serve` `make tea` `deepseek-serve --model DIR` `deepseek-serve --batch-size 4` `deepseek-serve --tea` `deepseek-tea --x`"
-    )
+    text = "`make serve` `make tea` `deepseek-serve --model DIR` `deepseek-serve --batch-size 4` `deepseek-serve --tea` `deepseek-tea --x`"
     assert wrong_commands(text) == ["make tea", "deepseek-serve --tea", "deepseek-tea --x"]
     assert wrong_commands("`deepseek-benchmark --drain_s 3`") == ["deepseek-benchmark --drain_s 3"]
 
