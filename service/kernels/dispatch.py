@@ -122,7 +122,7 @@ def _onednn_sixteen_bits(place: Place) -> str | None:
 
 
 # What the call for all layers computes in the place of these.
-WHOLE_LAYERS = ("rms_norm", "add_rms_norm", "rotate", "swiglu", "write_kv", "paged_attention", "pack_quantised")
+WHOLE_LAYERS = ("rms_norm", "add_rms_norm", "rotate", "swiglu", "head_gate", "write_kv", "paged_attention", "pack_quantised")
 
 TABLE: Mapping[str, tuple[Implementation, ...]] = {
     "rms_norm": (

@@ -103,13 +103,8 @@ class Decoder(Computed):
         if images is not None:
             update = update.index_copy(0, images.at, images.embeddings.to(update.dtype))
         residual = torch.zeros_like(update)
-        fused_in = images is not None and self.fusion is not None
-        if (
-            step is None
-            or self._whole is None
-            or fused_in
-            or not self.kernels.decoder_layers(self._whole, update, residual, rotation, step)
-        ):
+        whole = self._whole if images is None or self.fusion is None else None
+        if step is None or whole is None or not self.kernels.decoder_layers(whole, update, residual, rotation, step):
             update, residual = self._each_layer(update, residual, rotation, attend, images)
         normed, _ = self.norm.add(update, residual)
         return normed

@@ -12,6 +12,7 @@ from torch import Tensor
 from service.kernels.kv_store import write_kv
 from service.kernels.native import attention, decoder, elementwise
 from service.kernels.native.decoder import BoundLayers, LayerParts, PagedStep
+from service.kernels.native.linear import OrderedLinear
 from service.kernels.native.quantised import NativeQuantisedLinear, unsupported
 from service.kernels.quantised import quantise_weight
 
@@ -43,12 +44,13 @@ class Drawn:
 
 
 def layer(drawn: Drawn, kind: str, heads: int, kv_heads: int, size: int, *, plain: bool = True, **attending: object) -> LayerParts:
-    """A layer with a feed-forward of 70, whose heads are normed and whose products have biases unless it is plain."""
+    """A layer with a feed-forward of 70, whose heads are normed and gated and whose products have biases unless it is plain."""
     shapes = ((heads + 2 * kv_heads) * size, DIM), (DIM, heads * size), (140, DIM), (DIM, 70)
     norms = (drawn(DIM), drawn(DIM), None if plain else drawn(size), None if plain else drawn(size))
     products = tuple(drawn.product(*shape, kind, bias=not plain) for shape in shapes)
+    gate = None if plain else (OrderedLinear(drawn(heads, DIM, scale=0.2)), drawn(heads))
     rule = {"window": None, "scale": size**-0.5, "softcap": None} | attending
-    return LayerParts(products, norms, heads, kv_heads, size, 70, **rule)  # type: ignore[arg-type]
+    return LayerParts(products, norms, heads, kv_heads, size, 70, gate=gate, **rule)  # type: ignore[arg-type]
 
 
 def layers_of(kind: str) -> list[LayerParts]:
@@ -103,6 +105,8 @@ def separately(parts: list[LayerParts], update: Tensor, residual: Tensor, rotati
         where = step.tables[group], step.query_starts, step.context_lengths
         scoring = {"scale": part.scale, "window": part.window, "softcap": part.softcap}
         seen = attention.paged_attention(turned[:, : part.heads], keys, values, *where, **scoring)  # type: ignore[arg-type]
+        if part.gate is not None:
+            seen = elementwise.head_gate(seen, part.gate[0].apply(x, part.gate[1]))
         x, total = elementwise.add_rms_norm(out.apply(seen.reshape(tokens, -1), out.bias), total, part.norms[1], EPS)
         update.copy_(down.apply(elementwise.swiglu(gate_up.apply(x, gate_up.bias)), down.bias))
         residual.copy_(total)
@@ -179,7 +183,7 @@ def test_what_does_not_fit_is_refused() -> None:
             decoder.decoder_layers(bound, update, residual, rotation, step)
     with pytest.raises(ValueError, match="do not fit a layer"):
         decoder.decoder_layers(bound, *good, rotation, replace(step, stores=step.stores[::-1]))
-    with pytest.raises(ValueError, match="float32 only"):
+    with pytest.raises(ValueError, match="attention_norm is"):
         BoundLayers([replace(parts[0], norms=(torch.ones(DIM, dtype=torch.bfloat16), *parts[0].norms[1:]))], EPS)
 
 

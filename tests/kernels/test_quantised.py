@@ -99,6 +99,8 @@ def test_rows_of_the_weight_can_be_read(shape: tuple[int, int], form: type[Torch
     ids = torch.tensor([0, shape[0] - 1, shape[0] // 2, 0])
     assert torch.equal(form(weight).rows(ids, torch.float32), dequantise(weight, slice(None))[ids])
     assert form(weight).rows(ids, torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(IndexError):
+        form(weight).rows(torch.tensor([0, shape[0]]), torch.float32)
 
 
 @pytest.mark.parametrize("kind", KINDS)

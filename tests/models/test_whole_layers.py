@@ -9,6 +9,7 @@ import torch
 
 from service.kernels.choices import Dispatch, DispatchError
 from service.kernels.dispatch import TABLE, force
+from service.kernels.linear import PlainLinear
 from service.kernels.native.quantised import unsupported
 from service.kernels.quantised import quantise_weight
 from service.models.build import build, init_weights
@@ -27,7 +28,9 @@ def decoder_of(*attention: GroupedQueryAttention, quantised: bool = True, dtype:
     decoder = build(ModelSpec("small", 61, 24, layers, RopeSpec(10_000.0, 8, original_context=64), 64), "cpu", dtype)
     init_weights(decoder, 0)
     for name, module in decoder.named_modules() if quantised else ():
-        if isinstance(module, Linear) and module.weight is not None and not name.endswith("gate"):
+        if isinstance(module, Linear) and name.endswith("gate"):
+            module.pack()
+        elif isinstance(module, Linear) and module.weight is not None:
             module.take(quantise_weight(module.weight, "int8"), torch.device("cpu"), dtype)
     return decoder.eval().requires_grad_(False)
 
@@ -37,12 +40,16 @@ def bound(decoder: Decoder) -> bool:
 
 
 def test_dense_quantised_layers_of_any_kind_are_taken() -> None:
-    assert bound(decoder_of(PLAIN, replace(PLAIN, window=5, softcap=2.0, scale=0.1, qk_norm=False, out_bias=True)))
+    other = replace(PLAIN, window=5, softcap=2.0, scale=0.1, qk_norm=False, out_bias=True)
+    assert bound(decoder_of(PLAIN, other, replace(PLAIN, gate=True)))
 
 
-@pytest.mark.parametrize("other", [replace(PLAIN, gate=True), replace(PLAIN, window=64, far=FarSpec())])
-def test_one_layer_that_the_call_lacks_leaves_all_to_themselves(other: GroupedQueryAttention) -> None:
-    assert not bound(decoder_of(PLAIN, other))
+def test_one_layer_that_the_call_lacks_leaves_all_to_themselves() -> None:
+    assert not bound(decoder_of(PLAIN, replace(PLAIN, window=64, far=FarSpec())))
+    gated = decoder_of(PLAIN, replace(PLAIN, gate=True))
+    gate = gated.get_submodule("layers.1.attention.gate")
+    gate.packed = PlainLinear(torch.zeros(4, 24))  # type: ignore[assignment]
+    assert not bound(gated)
 
 
 def test_plain_weights_and_other_types_are_left_to_themselves() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 # What `NATIVE_ABI` in native.h has to be.
-ABI = 8
+ABI = 9
 # Instruction sets by level, as `native_choose` takes them.
 LEVELS = ("baseline", "avx2", "avx512")
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -36,6 +36,7 @@ SIGNATURES: dict[str, tuple[object, ...]] = {
     "native_has_quantised": (),
     "native_add_rms_norm": (_int, _pointer, _pointer, _pointer, _float, _pointer, _pointer, _size, _size, _int),
     "native_decoder_layers": (_pointer, _pointer, _size, _int),
+    "native_int8_rows": (_pointer, _pointer, _pointer, _size),
     "native_quantised_linear": (_pointer, _pointer, _pointer, _size, _int),
     "native_rotate": (_int, _pointer, _size, _size, _pointer, _pointer, _pointer, _size, _size, _size, _size, _int),
     "native_swiglu": (_int, _pointer, _pointer, _size, _size, _int),

@@ -11,10 +11,11 @@
 #include "quantised_call.h"
 #include "team.h"
 
-/* One layer: norm weights [dim] and [head_dim] (NULL where heads are not normed), quantised products, and its keys and values with
- * strides [block, head, token]. decoder.py has its twin. */
+/* One layer: norm weights [dim] and [head_dim] (NULL where heads are not normed), the gate of its heads (panels of float32 [dim, COLUMNS] as
+ * in linear.h, bias or NULL; NULL where heads are not gated), quantised products, and its keys and values with strides
+ * [block, head, token]. decoder.py has its twin. */
 struct layer {
-    const float *attention_norm, *mlp_norm, *query_norm, *key_norm;
+    const float *attention_norm, *mlp_norm, *query_norm, *key_norm, *gate, *gate_bias;
     const struct weights *qkv, *out, *gate_up, *down;
     int64_t heads, kv_heads, head_dim, hidden, window, group;
     float scale, softcap;
@@ -45,7 +46,7 @@ struct step {
 
 /* Memory of a step: float rows for the widest layer, quantised rows, and attention's own. */
 struct memory {
-    float *normed, *qkv, *turned, *seen, *gate_up;
+    float *normed, *qkv, *turned, *seen, *gate_up, *gates, *linear;
     char *quantised, *attention;
     int64_t attention_bytes;
 };
@@ -84,21 +85,24 @@ static int64_t lay_out_layer(struct run *run, const struct layer *l, int threads
 /* The bytes that a step needs; `run` gets its places in `workspace`. */
 static int64_t place_memory(struct run *run, char *workspace, int64_t bytes, int threads) {
     const struct step *s = run->step;
-    int64_t heads = 0, turned = 0, seen = 0, hidden = 0, quantised = 0, attention = 0;
+    int64_t heads = 0, turned = 0, seen = 0, hidden = 0, gates = 0, quantised = 0, attention = 0;
     for (int64_t i = 0; i < s->layer_count; i++) {
         const struct layer *l = s->layers + i;
         heads = largest(heads, (l->heads + 2 * l->kv_heads) * l->head_dim);
         turned = largest(turned, (l->heads + l->kv_heads) * l->head_dim);
         seen = largest(seen, l->heads * l->head_dim);
         hidden = largest(hidden, l->hidden);
+        gates = l->gate ? largest(gates, l->heads) : gates;
         const struct weights *products[] = {l->qkv, l->out, l->gate_up, l->down};
         for (int p = 0; p < 4; p++) quantised = largest(quantised, (int64_t)quantised_bytes(products[p], s->rows));
         attention = largest(attention, lay_out_layer(run, l, threads));
     }
     char *at = (char *)(((uintptr_t)workspace + 63) / 64 * 64), *begin = at;
-    float **rows[] = {&run->memory.normed, &run->memory.qkv, &run->memory.turned, &run->memory.seen, &run->memory.gate_up};
-    int64_t sizes[] = {s->dim, heads, turned, seen, 2 * hidden};
-    for (int i = 0; i < 5; i++) *rows[i] = (float *)at, at += whole_lines(s->rows * sizes[i] * 4);
+    float **rows[] = {&run->memory.normed, &run->memory.qkv, &run->memory.turned, &run->memory.seen, &run->memory.gate_up,
+                      &run->memory.gates};
+    int64_t sizes[] = {s->dim, heads, turned, seen, 2 * hidden, gates};
+    for (int i = 0; i < 6; i++) *rows[i] = (float *)at, at += whole_lines(s->rows * sizes[i] * 4);
+    run->memory.linear = (float *)at, at += gates ? whole_lines(threads * native_kernels->linear_scratch() * 4) : 0;
     run->memory.quantised = at, at += whole_lines(quantised);
     run->memory.attention = at, at += attention + 64;
     run->memory.attention_bytes = bytes >= at - begin + 64 ? attention + 64 : 0;
@@ -143,6 +147,32 @@ static void multiply(struct team *team, const struct product *product, int threa
     end_stage(team, threads);
 }
 
+/* Heads of all rows, and the logits of their gates: pieces of one product, then tiles of the other. */
+static void project(const struct run *run, struct team *team, const struct layer *l, const struct product *qkv, int thread, int threads) {
+    const struct memory *m = &run->memory;
+    int64_t rows = run->step->rows, pieces = product_pieces(qkv, threads), tiles = (rows + HEIGHT - 1) / HEIGHT;
+    struct linear gate = {.type = FLOAT32, .out_type = FLOAT32, .packed = 1, .x = m->normed, .bias = l->gate_bias, .weight = l->gate,
+                          .out = m->gates, .rows = rows, .inputs = run->step->dim, .outputs = l->heads};
+    SHARE_STAGE(task, pieces + (l->gate ? tiles * ((l->heads + COLUMNS - 1) / COLUMNS) : 0)) {
+        if (task < pieces)
+            multiply_piece(qkv, task, pieces);
+        else
+            native_kernels->linear_tile(&gate, (task - pieces) / tiles, (task - pieces) % tiles,
+                                        m->linear + thread * native_kernels->linear_scratch());
+    }
+    end_stage(team, threads);
+}
+
+/* What the heads of one row saw, each by its gate, becomes a row of the product. */
+static void gate_row(const struct run *run, const struct layer *l, const struct product *product, int64_t row) {
+    float *seen = run->memory.seen + row * l->heads * l->head_dim;
+    if (l->gate) {
+        const float *logits = run->memory.gates + row * l->heads;
+        native_kernels->head_gate(FLOAT32, seen, 0, l->head_dim, logits, seen, 0, 1, l->heads, l->head_dim);
+    }
+    quantise_into(product, l->out, seen, row);
+}
+
 static void run_step(void *context, struct team *team, int thread, int threads) {
     struct run *run = context;
     const struct step *s = run->step;
@@ -158,13 +188,13 @@ static void run_step(void *context, struct team *team, int thread, int threads) 
         SHARE_STAGE(row, s->rows) norm_row(run, l->attention_norm, &qkv, l->qkv, row);
         if (thread == threads - 1) lay_out_layer(run, l, threads);
         end_stage(team, threads);
-        multiply(team, &qkv, thread, threads);
+        project(run, team, l, &qkv, thread, threads);
         SHARE_STAGE(row, s->rows) turn_row(run, l, row);
         end_stage(team, threads);
         announce(&out, l->out, thread, threads);
         SHARE_STAGE(task, run->batch.count * l->kv_heads) run_attention_task(&run->batch, task, thread);
         end_stage(team, threads);
-        SHARE_STAGE(row, s->rows) quantise_into(&out, l->out, m->seen + row * l->heads * l->head_dim, row);
+        SHARE_STAGE(row, s->rows) gate_row(run, l, &out, row);
         end_stage(team, threads);
         multiply(team, &out, thread, threads);
         announce(&gate_up, l->gate_up, thread, threads);

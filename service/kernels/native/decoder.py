@@ -15,6 +15,7 @@ from torch import Tensor
 
 from service.kernels.native.attention import NO_WINDOW
 from service.kernels.native.binding import ELEMENTS, functions
+from service.kernels.native.linear import OrderedLinear
 from service.kernels.native.quantised import NativeQuantisedLinear
 from service.kernels.workspace import Workspace
 
@@ -24,7 +25,11 @@ _size, _pointer, _float = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 
 @dataclass(frozen=True, slots=True)
 class LayerParts:
-    """One layer: its products with their biases in place, norm weights float32, and how it attends."""
+    """One layer: its products with their biases in place, norm weights float32, and how it attends.
+
+    `products` are qkv, out, gate and up, down; `norms` those of attention, feed-forward, queries and keys; `gate` the linear layer of the
+    heads' gates with its bias, None where they have none.
+    """
 
     products: tuple[NativeQuantisedLinear, NativeQuantisedLinear, NativeQuantisedLinear, NativeQuantisedLinear]
     norms: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -35,6 +40,7 @@ class LayerParts:
     window: int | None
     scale: float
     softcap: float | None
+    gate: tuple[OrderedLinear, Tensor | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +66,8 @@ class _Layer(ctypes.Structure):
     """`struct layer` of decoder.c."""
 
     _fields_ = (
-        *((name, _pointer) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm", "qkv", "out", "gate_up", "down")),
+        *((name, _pointer) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
+        *((name, _pointer) for name in ("gate", "gate_bias", "qkv", "out", "gate_up", "down")),
         *((name, _size) for name in ("heads", "kv_heads", "head_dim", "hidden", "window", "group")),
         *((name, _float) for name in ("scale", "softcap")),
         *((name, _pointer) for name in ("keys", "values")),
@@ -89,17 +96,19 @@ class BoundLayers:
     """The layers of one decoder as the call takes them. `eps` is that of every norm."""
 
     def __init__(self, parts: Sequence[LayerParts], eps: float) -> None:
-        """Raises ValueError for norm weights of another type than float32."""
+        """Raises ValueError for norm weights or gates of another type than float32."""
         self._parts = tuple(parts)
         self.eps = eps
         self.dim = self._parts[0].products[0].inputs
         self._stores: object = None
         self.layers = (_Layer * len(self._parts))()
         for layer, part in zip(self.layers, self._parts, strict=True):
-            if any(norm is not None and norm.dtype != torch.float32 for norm in part.norms):
-                raise ValueError("norms of whole layers are computed in float32 only")
-            for name, norm in zip(("attention_norm", "mlp_norm", "query_norm", "key_norm"), part.norms, strict=True):
-                setattr(layer, name, None if norm is None else norm.data_ptr())
+            gate = (None, None) if part.gate is None else (part.gate[0].panels, part.gate[1])
+            names = ("attention_norm", "mlp_norm", "query_norm", "key_norm", "gate", "gate_bias")
+            for name, tensor in zip(names, (*part.norms, *gate), strict=True):
+                if tensor is not None and tensor.dtype != torch.float32:
+                    raise ValueError(f"{name} is {tensor.dtype}: norms and gates of whole layers are float32")
+                setattr(layer, name, None if tensor is None else tensor.data_ptr())
             for name, product in zip(("qkv", "out", "gate_up", "down"), part.products, strict=True):
                 setattr(layer, name, product.address)
             layer.heads, layer.kv_heads, layer.head_dim, layer.hidden = part.heads, part.kv_heads, part.head_dim, part.hidden

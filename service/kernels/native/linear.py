@@ -69,6 +69,11 @@ class OrderedLinear:
         self._weight = plain._replace(values=panels, packed=True)
 
     @property
+    def panels(self) -> Tensor:
+        """The weight as it lies, [panels, in, COLUMNS]; words of two bfloat16 where these are multiplied in pairs."""
+        return self._weight.values
+
+    @property
     def bytes(self) -> int:
         """Bytes of the weight, padding to whole panels not counted."""
         return self.outputs * self.inputs * self._weight.dtype.itemsize

@@ -17,7 +17,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 /* Counted up whenever an exported function changes; binding.py names the one it speaks to. */
-#define NATIVE_ABI 8
+#define NATIVE_ABI 9
 
 /* The last two only in far blocks: integers with a scale for each token, INT4 two in a byte, the even index in the low half. */
 enum element { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, STORED_INT8 = 3, STORED_INT4 = 4 };

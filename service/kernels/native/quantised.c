@@ -110,3 +110,12 @@ EXPORTED int native_quantised_linear(const struct weights *weights, const float 
     native_parallel(run_piece, &pieces, pieces.count, threads);
     return 0;
 }
+
+/* Rows ids [count] of an int8 weight, widened: out [count, inputs]. */
+EXPORTED void native_int8_rows(const struct weights *weights, const int64_t *ids, float *out, int64_t count) {
+    for (int64_t row = 0; row < count; row++, out += weights->inputs) {
+        const uint8_t *lane = weights->values + ids[row] / 16 * 16 * weights->padded + ids[row] % 16 * 4;
+        float scale = weights->scales[ids[row]];
+        for (int64_t i = 0; i < weights->inputs; i++) out[i] = (float)(lane[i / 4 * 64 + i % 4] - 128) * scale;
+    }
+}

@@ -98,10 +98,13 @@ class NativeQuantisedLinear:
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows ids [T] of the weight, [T, in] in `dtype`."""
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.outputs:
+            raise IndexError(f"rows {ids.tolist()} of a weight that has {self.outputs}")
+        if self._int8:
+            ids, out = ids.contiguous(), torch.empty(len(ids), self.inputs)
+            functions().native_int8_rows(self._address, ids.data_ptr(), out.data_ptr(), len(ids))
+            return out.to(dtype)
         strips, lanes = torch.div(ids, STRIP, rounding_mode="floor"), ids % STRIP
-        if self._scales is not None:
-            steps = self._values.view(-1, self._padded // 4, STRIP, 4)[strips, :, lanes].view(len(ids), -1)[:, : self.inputs]
-            return steps.float().sub_(128).mul_(self._scales[ids][:, None]).to(dtype)
         groups = self._values.view(-1, self._padded // GROUP, _GROUP_BYTES)[strips]
         pairs = groups[..., : STRIP * GROUP // 2].reshape(len(ids), -1, GROUP // 8, STRIP, 4)[torch.arange(len(ids)), :, :, lanes]
         scales = groups[..., STRIP * GROUP // 2 :].contiguous().view(torch.float16)[torch.arange(len(ids)), :, lanes]
