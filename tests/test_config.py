@@ -398,10 +398,11 @@ def test_onnx_runtime_is_short_for_the_backend(monkeypatch: pytest.MonkeyPatch) 
         (["--onnx-runtime=true", "--port", "0"], {}, "onnx"),
         (["--backend", "onnx"], {}, "onnx"),
         (["--backend=onnx"], {}, "onnx"),
-        (["--model", "--backend", "--backend=torch"], {"DEEPSEEK_BACKEND": "onnx"}, "torch"),
+        (["--backend=torch"], {"DEEPSEEK_BACKEND": "onnx"}, "torch"),
         ([], {"DEEPSEEK_BACKEND": "onnx"}, "onnx"),
         ([], {"DEEPSEEK_ONNX_RUNTIME": "1"}, "onnx"),
         (["--backend", "torch"], {"DEEPSEEK_ONNX_RUNTIME": "1"}, "torch"),
+        (["--onnx_runtime"], {"DEEPSEEK_BACKEND": "torch"}, "onnx"),
     ],
 )
 def test_the_worker_that_is_started_ahead_is_the_one_that_is_named(

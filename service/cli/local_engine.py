@@ -10,11 +10,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from statistics import median
 from types import TracebackType
 from typing import NamedTuple, Self
 
 from service.checkpoints.manifest import Manifest, read_manifest
+from service.engine.backend_choice import choose_backend
 from service.engine.supervisor import WorkerBackend
 from service.inputs.tokens import TokenCodec
 from service.schedulers.router import Model, Router
@@ -44,6 +46,7 @@ class LocalEngine:
         self.codec = TokenCodec.load(directory)
         request = LoadRequest(
             directory=str(directory.absolute()),
+            backend=choose_backend(self.manifest.spec, engine, scheduler.batch_size).backend,
             dtype=engine.dtype,
             device=engine.device,
             threads=engine.threads,
@@ -101,6 +104,12 @@ class LocalEngine:
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, smallest and largest of some rounds, for a row."""
     return {"median": round(median(values), 3), "min": round(min(values), 3), "max": round(max(values), 3), "rounds": len(values)}
+
+
+def random_prompts(count: int, length: int, vocabulary: int, seed: int) -> list[tuple[int, ...]]:
+    """Prompts of random tokens, the same for the same seed."""
+    draw = Random(seed)
+    return [tuple(draw.randrange(vocabulary) for _ in range(length)) for _ in range(count)]
 
 
 async def _drain(stream: Stream) -> float:

@@ -11,8 +11,9 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from service.cli.backends import KINDS, keep_table, measure_backends
 from service.cli.quality import BOUNDS, measure_quality
 from service.cli.server_load import surroundings
 from service.cli.tiers import MEASUREMENTS, measure_tier
@@ -22,6 +23,9 @@ from service.config.bundled import bundled_source, listed_sources, registry_path
 from service.config.flags import FlagParser
 from service.train.corpus import read_corpus
 from service.types.errors import SettingsError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 # Modules of the standard library whose sources are scored when no text is named: every machine has them.
 TEXT_MODULES = ("statistics", "textwrap", "heapq", "bisect")
@@ -42,10 +46,23 @@ def add_machine_flags(parser: FlagParser, count: Callable[[str], int], whole: Ca
         default="",
         help="versions by name, DIR or NAME=DIR, by comma: quality, speed, memory and cost of each",
     )
-    machine.add_argument("--directory", metavar="DIR", default="", help="checkpoint of --tier and --quality; the bundled one when left out")
+    machine.add_argument(
+        "--backends",
+        metavar="KINDS",
+        default="",
+        help="torch beside ONNX Runtime, with weights none, int8 or both by comma, at 1, 8 and 32",
+    )
+    machine.add_argument("--keep_table", metavar="FILE", default="", help="table of --backend auto into which --backends enters its result")
+    machine.add_argument(
+        "--directory", metavar="DIR", default="", help="checkpoint of --tier, --quality and --backends; the bundled one when left out"
+    )
     machine.add_argument("--threads", metavar="N", type=whole, default=0, help="CPU threads of each engine (default 0, all cores)")
     machine.add_argument(
-        "--rounds", metavar="N", type=count, default=5, help="alternating rounds of --tier, --versions and --compare (default %(default)s)"
+        "--rounds",
+        metavar="N",
+        type=count,
+        default=5,
+        help="alternating rounds of --tier, --versions, --backends and --compare (default %(default)s)",
     )
     machine.add_argument(
         "--text", metavar="FILE", default="", help="text of --quality and --versions; sources of the standard library when left out"
@@ -61,21 +78,26 @@ def add_machine_flags(parser: FlagParser, count: Callable[[str], int], whole: Ca
 
 def check_machine(given: Namespace) -> None:
     """Refuse what cannot be measured. Raises SettingsError."""
-    asked = [flag for flag in ("tier", "quality", "versions") if getattr(given, flag)]
+    asked = [flag for flag in ("tier", "quality", "versions", "backends") if getattr(given, flag)]
     if len(asked) > 1:
         raise SettingsError(f"--{asked[0]} and --{asked[1]} are two measurements: give only one of them.")
     for kind in filter(None, given.quality.split(",")):
         if kind not in BOUNDS:
             raise SettingsError(f"--quality must name {' or '.join(BOUNDS)}, or both by comma, not {kind[:40]!r}.")
-    if given.directory and not (given.tier or given.quality):
-        raise SettingsError("--directory belongs to --tier and --quality: give one of these too.")
+    for kind in filter(None, given.backends.split(",")):
+        if kind not in KINDS:
+            raise SettingsError(f"--backends must name {' or '.join(KINDS)}, or both by comma, not {kind[:40]!r}.")
+    if given.keep_table and not given.backends:
+        raise SettingsError("--keep_table belongs to --backends: give it too.")
+    if given.directory and not (given.tier or given.quality or given.backends):
+        raise SettingsError("--directory belongs to --tier, --quality and --backends: give one of these too.")
     if given.text and not (given.quality or given.versions):
         raise SettingsError("--text belongs to --quality and --versions: give one of these too.")
 
 
 def measures_machine(given: Namespace) -> bool:
     """Whether the flags ask for one of these measurements."""
-    return bool(given.tier or given.quality or given.versions)
+    return bool(given.tier or given.quality or given.versions or given.backends)
 
 
 async def measure_machine(given: Namespace) -> dict[str, Any]:
@@ -91,6 +113,12 @@ async def measure_machine(given: Namespace) -> dict[str, Any]:
     if given.tier:
         lengths = given.prompt_tokens, given.output_tokens
         return row | await measure_tier(given.tier, directory, given.threads, given.rounds, lengths)
+    if given.backends:
+        forms = tuple(dict.fromkeys(filter(None, given.backends.split(","))))
+        row |= await measure_backends(directory, forms, given.threads, given.rounds, (given.prompt_tokens, given.output_tokens))
+        if given.keep_table:
+            keep_table(Path(given.keep_table), row)
+        return row
     kinds = tuple(dict.fromkeys(filter(None, given.quality.split(","))))
     return row | await measure_quality(directory, kinds, _text(given.text), given.text_tokens, given.threads)
 
@@ -106,7 +134,7 @@ def finish(given: Namespace, row: dict[str, Any]) -> int:
         except OSError as error:
             raise SettingsError(f"--out {given.out} cannot be written: {error.strerror}.") from None
     print(line, flush=True)
-    return 0 if all(form["within_bound"] for form in row.get("forms", {}).values()) else 1
+    return 0 if all(form["within_bound"] for form in row.get("forms", {}).values() if "within_bound" in form) else 1
 
 
 def _text(path: str) -> str:
@@ -141,6 +169,10 @@ def _print(row: dict[str, Any]) -> None:
             table.add_row(kind, f"{form['perplexity']:.4f}", f"{form['ratio'] - 1:+.2%}", f"{form['agreement']:.1%}")
         console.print(table)
         return
+    if row["kind"] == "backends":
+        _fill_backends(table, row)
+        console.print(table)
+        return
     for column in ("", "median", "least", "most"):
         table.add_column(column, justify="right" if column else "left")
     named = {"float32, tokens/s": "baseline_tokens_per_s", f"{row['flags']}, tokens/s": "tokens_per_s", "ratio": "ratio"}
@@ -149,3 +181,12 @@ def _print(row: dict[str, Any]) -> None:
     console.print(table)
     shares = row["share_of_limit"]
     console.print(f"claim {row['claim']}x; of the machine's limit: prefill {shares['prefill']:.0%}, decode {shares['decode']:.0%}.")
+
+
+def _fill_backends(table: Table, row: dict[str, Any]) -> None:
+    for column in ("weights", "sequences", "torch, tokens/s", "onnx, tokens/s", "ratio", "least", "most"):
+        table.add_column(column, justify="left" if column == "weights" else "right")
+    for kind, form in row["forms"].items():
+        for batch, found in form["batches"].items():
+            speeds = (f"{found[side]['median']:.1f}" for side in ("torch", "onnx"))
+            table.add_row(kind, batch, *speeds, *(f"{found['ratio'][part]:.2f}" for part in ("median", "min", "max")))

@@ -39,7 +39,7 @@ async def measure_quality(directory: Path, kinds: Sequence[str], text: str, most
 
 
 async def _scores(directory: Path, quantize: str, text: str, most_tokens: int, threads: int) -> tuple[list[TokenLogprob], int]:
-    settings = EngineSettings(dtype="float32", device="cpu", quantize=quantize, quantize_cache="none", threads=threads)
+    settings = EngineSettings(backend="torch", dtype="float32", device="cpu", quantize=quantize, quantize_cache="none", threads=threads)
     async with LocalEngine(directory, settings, SchedulerSettings(batch_size=1)) as engine:
         ids = tuple(engine.codec.encode(text))[:most_tokens]
         length = min(STRETCH_TOKENS, engine.info.context_tokens - 1)

@@ -9,11 +9,10 @@ from __future__ import annotations
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from random import Random
 from statistics import median
 from typing import Any, NamedTuple
 
-from service.cli.local_engine import LocalEngine, Round, spread
+from service.cli.local_engine import LocalEngine, Round, random_prompts, spread
 from service.config.tiers import PROFILES, flags_of
 from service.types.settings import EngineSettings, SchedulerSettings
 
@@ -58,14 +57,14 @@ async def measure_tier(tier: str, directory: Path, threads: int, rounds: int, as
     measured, profile = MEASUREMENTS[tier], tuned(tier)
     prompt_tokens, output_tokens = asked
     context = prompt_tokens + output_tokens + 1
-    plain = EngineSettings(dtype="float32", device="cpu", quantize="none", threads=threads, context_tokens=context)
+    plain = EngineSettings(backend="torch", dtype="float32", device="cpu", quantize="none", threads=threads, context_tokens=context)
     async with AsyncExitStack() as stack:
         baseline = await stack.enter_async_context(LocalEngine(directory, plain, SchedulerSettings(batch_size=measured.baseline_batch)))
-        quantised = replace(plain, quantize=profile.quantize)
+        quantised = replace(plain, backend="auto", quantize=profile.quantize)
         recommended = await stack.enter_async_context(LocalEngine(directory, quantised, SchedulerSettings(batch_size=profile.batch_size)))
         pairs: list[tuple[Round, Round]] = []
         for number in range(rounds + 1):
-            prompts = _prompts(measured.clients, prompt_tokens, recommended.info.vocab_size, number)
+            prompts = random_prompts(measured.clients, prompt_tokens, recommended.info.vocab_size, number)
             pairs.append((await baseline.generate(prompts, output_tokens), await recommended.generate(prompts, output_tokens)))
         limits = {"float32": dict(baseline.info.limits), profile.quantize: dict(recommended.info.limits)}
         shares = _shares(recommended, min(measured.clients, profile.batch_size), [pair[1] for pair in pairs[1:]], asked)
@@ -74,6 +73,7 @@ async def measure_tier(tier: str, directory: Path, threads: int, rounds: int, as
         "kind": "tier",
         "tier": tier,
         "flags": profile.flags,
+        "backend": recommended.info.backend,
         "clients": measured.clients,
         "prompt_tokens": prompt_tokens,
         "output_tokens": output_tokens,
@@ -84,11 +84,6 @@ async def measure_tier(tier: str, directory: Path, threads: int, rounds: int, as
         "machine": limits,
         "share_of_limit": shares,
     }
-
-
-def _prompts(count: int, length: int, vocabulary: int, seed: int) -> list[tuple[int, ...]]:
-    draw = Random(seed)
-    return [tuple(draw.randrange(vocabulary) for _ in range(length)) for _ in range(count)]
 
 
 def _shares(engine: LocalEngine, rows: int, rounds: list[Round], asked: tuple[int, int]) -> dict[str, float]:

@@ -79,7 +79,7 @@ async def compare_versions(sources: Sequence[ModelSource], text: str, most_token
         for source in sources:
             longest = max(len(readers[source.name].read(stretch)) for stretch in stretches)
             context = max(longest, asked.tokens) + 1
-            settings = EngineSettings(threads=asked.threads, context_tokens=context, quantize_cache="none")
+            settings = EngineSettings(backend="torch", threads=asked.threads, context_tokens=context, quantize_cache="none")
             engine = LocalEngine(Path(source.directory), settings, SchedulerSettings(batch_size=max(BATCHES)))
             engines[source.name] = await stack.enter_async_context(engine)
         quality = {name: await _quality(engine, readers[name], stretches) for name, engine in engines.items()}

@@ -205,7 +205,8 @@ class EngineSection(BaseModel):
     )
     onnx_runtime: bool = Field(False, description="short for --backend onnx")
     backend_table: str = Field(
-        _ENGINE.backend_table, description="file of measurements that auto asks instead of those that come with the package"
+        _ENGINE.backend_table,
+        description="file of measurements that auto asks instead of those that come with the package (deepseek-benchmark --keep_table)",
     )
     dtype: Dtype = Field(
         cast(Dtype, _ENGINE.dtype), description="type of weights and activations; auto takes what the device computes fast"

@@ -50,9 +50,13 @@ def likely_backend(arguments: Sequence[str], environment: Mapping[str, str] | No
     for argument, following in pairwise((*arguments, "")):
         if canonical(argument) == "--backend":
             named["--backend"] = following
-    backend = named.get("--backend") or environment.get("DEEPSEEK_BACKEND", "")
-    short = "--onnx_runtime" in named or environment.get("DEEPSEEK_ONNX_RUNTIME", "")
-    return "onnx" if backend == "onnx" or (short and not backend) else "torch"
+    for backend, short in (
+        (named.get("--backend"), "--onnx_runtime" in named),
+        (environment.get("DEEPSEEK_BACKEND"), "DEEPSEEK_ONNX_RUNTIME" in environment),
+    ):
+        if backend or short:
+            return "torch" if backend in ("torch", "auto") else "onnx"
+    return "torch"
 
 
 class FlagParser(argparse.ArgumentParser):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -115,9 +116,11 @@ class WorkerBackend:
         except ChildLost as error:
             await self._retire(error.reason)
             raise WorkerLost(error.reason) from error
-        except StartupError:
+        except StartupError as error:
             await self._retire("cannot_start")
-            raise
+            if self._request.backend == "torch" or self._settings.backend != "auto":
+                raise
+            return await self._fall_back(error)
         finally:
             self._starting = None
         self._cost, self._state, self._seconds_per_flop = answer, "ready", 0.0
@@ -127,6 +130,13 @@ class WorkerBackend:
         tier = answer.info.tier if self._settings.tier == "auto" else self._settings.tier
         phases = (*answer.info.phases_s, ("start", time.monotonic() - began_s))
         return dataclasses.replace(answer.info, pid=child.pid, tier=tier, phases_s=phases)
+
+    async def _fall_back(self, error: StartupError) -> BackendInfo:
+        """What was chosen automatically cannot work: torch serves from now on, and the log says why."""
+        print(f"torch serves instead of a graph: {error}", file=sys.stderr, flush=True)
+        self._request = dataclasses.replace(self._request, backend="torch")
+        self._restarts -= 1
+        return await self.start()
 
     def execute(self, plan: BatchPlan) -> asyncio.Future[StepResult]:
         """Send a plan now. At most two are outstanding; a third raises RuntimeError."""

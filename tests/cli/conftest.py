@@ -16,13 +16,16 @@ from tests.tiny_models import build_tiny
 
 
 class Command:
-    """A running command. Reading to the end of its pipes means that it and every child of it are gone."""
+    """A running command, through torch unless it is told otherwise.
+
+    Reading to the end of its pipes means that it and every child of it are gone.
+    """
 
     def __init__(self, module: str, arguments: Sequence[str], environment: dict[str, str]) -> None:
         clean = {name: value for name, value in os.environ.items() if not name.upper().startswith("DEEPSEEK_")}
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
-            env={**clean, "DEEPSEEK_REGISTRY": "none", **environment},
+            env={**clean, "DEEPSEEK_REGISTRY": "none", "DEEPSEEK_BACKEND": "torch", **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

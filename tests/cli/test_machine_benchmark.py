@@ -50,8 +50,11 @@ def flags(*arguments: str) -> Namespace:
         (("--versions", "v2.3", "--quality", "int8"), "--quality and --versions are two measurements"),
         (("--text", "x.txt"), "--text belongs to --quality and --versions"),
         (("--text", "x.txt", "--tier", "cpu"), "--text belongs to --quality and --versions"),
-        (("--directory", "x"), "--directory belongs to --tier and --quality"),
-        (("--directory", "x", "--versions", "v2.3"), "--directory belongs to --tier and --quality"),
+        (("--directory", "x"), "--directory belongs to --tier, --quality and --backends"),
+        (("--directory", "x", "--versions", "v2.3"), "--directory belongs to --tier, --quality and --backends"),
+        (("--backends", "none,int4"), "not 'int4'"),
+        (("--backends", "none", "--tier", "cpu"), "--tier and --backends are two measurements"),
+        (("--keep_table", "x.json"), "--keep_table belongs to --backends"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments: tuple[str, ...], words: str) -> None:

@@ -14,10 +14,10 @@ from service.types.plan import BackendInfo, SampledToken, StepResult
 INFO = BackendInfo(KvLayout(()), (), 4, 64, 256, 331, "float32", "cpu", "cpu")
 
 
-def load(channel: ChildChannel, kind: str) -> None:
+def load(channel: ChildChannel, kind: str, backend: str) -> None:
     """Up to Ready, or whatever comes in its place."""
     channel.send(Progress("weights", 0.5))
-    if kind == "refuses":
+    if kind == "refuses" or (kind == "refuses onnx" and backend == "onnx"):
         channel.send(CannotStart("CapacityError", "It does not fit."))
         time.sleep(3600)
     elif kind == "dies loading":
@@ -52,7 +52,7 @@ def main() -> None:
     first = channel.receive()
     if not isinstance(first, Load):
         sys.exit(1)
-    load(channel, first.request.directory)
+    load(channel, first.request.directory, first.request.backend)
     while True:
         step(channel, first.request.directory, channel.receive())
 

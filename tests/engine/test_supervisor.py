@@ -185,6 +185,29 @@ async def test_a_cancelled_start_leaves_nothing_behind() -> None:
     await backend.close()
 
 
+@pytest.mark.parametrize(("chosen", "serves"), [("auto", True), ("onnx", False)])
+async def test_only_what_was_chosen_automatically_falls_back_to_torch(monkeypatch: pytest.MonkeyPatch, capsys, chosen, serves) -> None:
+    asked = []
+
+    def spawn(backend: str):
+        asked.append(backend)
+        return ChildProcess.spawn("tests.engine.scripted_worker", ToSupervisor)
+
+    monkeypatch.setattr(supervisor, "spawn_worker", spawn)
+    backend = WorkerBackend(LoadRequest("refuses onnx", backend="onnx"), EngineSettings(backend=chosen))
+    if serves:
+        await backend.start()
+        assert asked == ["onnx", "torch"] and backend.health().restarts == 0
+        assert "torch serves instead of a graph: It does not fit." in capsys.readouterr().err
+        await backend.start()
+        assert asked[2:] == ["torch"]
+    else:
+        with pytest.raises(CapacityError):
+            await backend.start()
+        assert asked == ["onnx"]
+    await backend.close()
+
+
 async def test_what_a_spare_worker_says_while_it_waits_is_not_kept(monkeypatch) -> None:
     async def spawn(backend: str) -> ChildProcess:
         return await ChildProcess.spawn("tests.engine.scripted_worker", ToSupervisor)

@@ -1,0 +1,73 @@
+"""`deepseek-benchmark --backends`: torch beside an exported graph on the same checkpoint, and the table that `--backend auto` asks.
+
+It does not know how either computes. Invariants: both sides generate for the same prompts in alternating rounds of one run; a table keeps
+one entry for each size, kind of weights and batch, the newest.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import AsyncExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from service.checkpoints.stage import staged_file
+from service.cli.local_engine import LocalEngine, Round, random_prompts, spread
+from service.engine.backend_choice import Measured, read_table
+from service.types.errors import SettingsError
+from service.types.settings import EngineSettings, SchedulerSettings
+
+BATCHES = (1, 8, 32)
+KINDS = ("none", "int8")
+
+
+async def measure_backends(directory: Path, kinds: tuple[str, ...], threads: int, rounds: int, asked: tuple[int, int]) -> dict[str, Any]:
+    """The row: for each of `kinds` and BATCHES the output tokens a second of both engines and their ratio, with what a table keeps.
+
+    `asked` are the tokens of each prompt and of each answer. Raises StartupError.
+    """
+    prompt_tokens, output_tokens = asked
+    measured: list[Measured] = []
+    forms: dict[str, Any] = {}
+    for kind in kinds:
+        settings = EngineSettings(device="cpu", quantize=kind, threads=threads, context_tokens=prompt_tokens + output_tokens + 1)
+        async with AsyncExitStack() as stack:
+            engines = {}
+            for backend in ("torch", "onnx"):
+                engine = LocalEngine(directory, replace(settings, backend=backend), SchedulerSettings(batch_size=max(BATCHES)))
+                engines[backend] = await stack.enter_async_context(engine)
+            parameters = engines["torch"].manifest.spec.parameters
+            forms[kind] = {"dtypes": {name: engine.info.dtype for name, engine in engines.items()}, "batches": {}}
+            for batch in BATCHES:
+                sides = await _sides(engines, batch, rounds, asked)
+                torch, onnx = ([round(entry.output, 3) for entry in sides[name]] for name in ("torch", "onnx"))
+                ratio = spread([mine / theirs for mine, theirs in zip(onnx, torch, strict=True)])
+                forms[kind]["batches"][str(batch)] = {"torch": spread(torch), "onnx": spread(onnx), "ratio": ratio}
+                measured.append(Measured(parameters, kind, batch, spread(torch)["median"], spread(onnx)["median"]))
+    entries = [asdict(entry) for entry in measured]
+    return {"kind": "backends", "prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "forms": forms, "measured": entries}
+
+
+def keep_table(path: Path, row: dict[str, Any]) -> None:
+    """Enter what a row measured into the table at `path`, with where it was measured. Raises SettingsError."""
+    new = [Measured(**entry) for entry in row["measured"]]
+    known = read_table(str(path)) if path.exists() else []
+    entries = {(entry.parameters, entry.quantize, entry.batch): entry for entry in (*known, *new)}
+    about = {name: row[name] for name in ("date", "program", "cores", "directory") if name in row}
+    table = {"newest": about, "measured": [asdict(entries[key]) for key in sorted(entries)]}
+    try:
+        with staged_file(path) as partial:
+            partial.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(f"--keep_table {path} cannot be written: {error.strerror}.") from None
+
+
+async def _sides(engines: dict[str, LocalEngine], batch: int, rounds: int, asked: tuple[int, int]) -> dict[str, list[Round]]:
+    """The rounds of each engine, alternating, after one that warms up."""
+    sides: dict[str, list[Round]] = {name: [] for name in engines}
+    for number in range(rounds + 1):
+        prompts = random_prompts(batch, asked[0], engines["torch"].info.vocab_size, number)
+        for name, engine in engines.items():
+            sides[name].append(await engine.generate(prompts, asked[1]))
+    return {name: entries[1:] for name, entries in sides.items()}
