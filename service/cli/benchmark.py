@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import importlib.util
 import json
 import sys
 from argparse import ArgumentTypeError, Namespace
@@ -138,6 +139,8 @@ def _check(given: Namespace, named: set[str]) -> None:
     check_machine(given)
     if given.rows and not given.report:
         raise SettingsError("--rows needs --report, the page to write.")
+    if given.report and importlib.util.find_spec("matplotlib") is None:
+        raise SettingsError("--report needs matplotlib: pip install 'deepseek-service[train]', or leave --report out.")
     if given.compare and "url" in named:
         raise SettingsError("--url and --compare both name what is measured: give only one of them.")
     if given.scenario and named & set(SHAPE):

@@ -15,6 +15,7 @@ from statistics import median
 from types import TracebackType
 from typing import NamedTuple, Self
 
+from service.checkpoints.long_context import adapt
 from service.checkpoints.manifest import Manifest, read_manifest
 from service.engine.backend_choice import choose_backend
 from service.engine.supervisor import WorkerBackend
@@ -25,7 +26,7 @@ from service.telemetry import Telemetry
 from service.types.errors import StartupError
 from service.types.plan import BackendInfo, LoadRequest
 from service.types.request import FinishEvent, GenerationRequest, PromptEvent, Sampling, Stop, TokenEvent, TokenLogprob
-from service.types.settings import EngineSettings, SchedulerSettings
+from service.types.settings import AttentionSettings, EngineSettings, SchedulerSettings
 
 NAME = "local"
 
@@ -41,8 +42,15 @@ class Round(NamedTuple):
 class LocalEngine:
     """`directory` served with these settings; use as an async context manager. Raises StartupError."""
 
-    def __init__(self, directory: Path, engine: EngineSettings, scheduler: SchedulerSettings) -> None:
-        self.manifest: Manifest = read_manifest(directory)
+    def __init__(
+        self,
+        directory: Path,
+        engine: EngineSettings,
+        scheduler: SchedulerSettings,
+        attention: AttentionSettings = AttentionSettings(),  # noqa: B008 - frozen
+    ) -> None:
+        manifest = read_manifest(directory)
+        self.manifest: Manifest = replace(manifest, spec=adapt(manifest.spec, attention))
         self.codec = TokenCodec.load(directory)
         request = LoadRequest(
             directory=str(directory.absolute()),
@@ -58,6 +66,7 @@ class LocalEngine:
             quantize_cache=engine.quantize_cache,
             quantize_cache_bytes=engine.quantize_cache_bytes,
             deterministic=engine.deterministic,
+            attention=attention,
         )
         backend = WorkerBackend(request, engine)
         unhurried = replace(scheduler, prefix_cache=False, request_deadline_s=3600.0)

@@ -178,6 +178,8 @@ def _print(row: dict[str, Any]) -> None:
     named = {"float32, tokens/s": "baseline_tokens_per_s", f"{row['flags']}, tokens/s": "tokens_per_s", "ratio": "ratio"}
     for name, key in named.items():
         table.add_row(name, *(f"{row[key][part]:.2f}" for part in ("median", "min", "max")))
+    for flags, ratio in row["between"].items():
+        table.add_row(f"ratio to {flags}", *(f"{ratio[part]:.2f}" for part in ("median", "min", "max")))
     console.print(table)
     shares = row["share_of_limit"]
     console.print(f"claim {row['claim']}x; of the machine's limit: prefill {shares['prefill']:.0%}, decode {shares['decode']:.0%}.")

@@ -144,6 +144,11 @@ def test_mistakes_get_one_sentence(
     assert expected in failure(arguments, monkeypatch, capsys)
 
 
+def test_a_report_that_cannot_be_drawn_is_refused_first(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
+    assert "--report needs matplotlib" in failure(["--url", "http://127.0.0.1:1", "--report", "page.html"], monkeypatch, capsys)
+
+
 def test_nobody_listens(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]

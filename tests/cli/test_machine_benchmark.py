@@ -26,6 +26,7 @@ TIER: dict[str, Any] = {
     "baseline_tokens_per_s": SPREAD,
     "tokens_per_s": SPREAD,
     "ratio": SPREAD,
+    "between": {"--dtype float16": {"median": 1.23, "min": 1.1, "max": 1.3, "rounds": 3}},
     "claim": 1.8,
     "share_of_limit": {"prefill": 0.5, "decode": 0.25},
 }
