@@ -70,7 +70,10 @@ def sides(tier: str, spec: ModelSpec, threads: int, context: int) -> list[Side]:
     if measured.window:
         found.append(Side(f"--dtype {dtype}", tuned, scheduler, full))
         settings = {"dtype": dtype, "attention_window": measured.window, **settings}
-    return [*found, Side(flags_of(settings), replace(tuned, backend="auto"), scheduler, AttentionSettings(attention_window=measured.window))]
+    return [
+        *found,
+        Side(flags_of(settings), replace(tuned, backend="auto"), scheduler, AttentionSettings(attention_window=measured.window)),
+    ]
 
 
 async def measure_tier(tier: str, directory: Path, threads: int, rounds: int, asked: tuple[int, int]) -> dict[str, Any]:
