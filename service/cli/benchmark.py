@@ -30,6 +30,8 @@ from service.types.errors import SettingsError
 
 PROGRAM = "deepseek-benchmark"
 Result = TypeVar("Result")
+# Flags that ask for something else than a load, as --compare does.
+_MEASUREMENTS = ("tier", "quality", "versions", "backends", "rows")
 DESCRIPTION = (
     "Measure an OpenAI-compatible server: latencies, throughput and goodput under an open (--rate) or closed (--concurrency) load."
 )
@@ -91,6 +93,8 @@ def main() -> int:
 
 def _benchmark(arguments: Sequence[str]) -> int:
     given = Namespace(**benchmark_parser().read(arguments))
+    if given.compare and (other := next((flag for flag in _MEASUREMENTS if getattr(given, flag)), None)):
+        raise SettingsError(f"--compare and --{other} ask for two things: give only one of them.")
     if given.quality == "far":
         return _tell(given, _run_loop(measure_far_quality(given)), print_far_quality)
     named = {canonical(argument).partition("=")[0].removeprefix("--") for argument in arguments if argument.startswith("--")}

@@ -131,6 +131,8 @@ def failure(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytes
         (["--scenario", CHAT, "--prompt-tokens", "5"], "--prompt_tokens is said by the scenario"),
         (["--compare", "/does/not/exist", "/nor/this"], "cannot be read"),
         (["--compare", "rows.jsonl"], "needs two files"),
+        (["--compare", "http://127.0.0.1:1", "http://127.0.0.1:2", "--tier", "cpu"], "--compare and --tier ask for two things"),
+        (["--compare", "a.jsonl", "b.jsonl", "--quality", "far"], "--compare and --quality ask for two things"),
         (["--compare", "rows.jsonl", "http://127.0.0.1:1"], "not both"),
         (["--compare", "http://127.0.0.1:1", "http://127.0.0.1:1"], "twice"),
         (["--compare", "http://127.0.0.1:1", "http://127.0.0.1:2", "--url", "http://127.0.0.1:3"], "only one of them"),
