@@ -18,7 +18,7 @@ $(VENV)/.serve: pyproject.toml constraints.txt $(NATIVE)
 	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or 3.12 is needed; name one with PYTHON=/path/to/python"; exit 2; }
 	@test -x $(BIN)/python || { echo "setup: creating $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
 	@echo "setup: installing what serving needs (the first time takes a minute or two)"
-	@$(INSTALL) --editable '.[torch]'
+	@$(INSTALL) --editable '.[torch,onnx]'
 	@ls service/kernels/native/_native.*.* >/dev/null 2>&1 || echo "setup: the compiled CPU kernels were not built (is there a C compiler?); torch computes alone"
 	@touch $@
 

@@ -1,9 +1,10 @@
 """Seconds from the command to ready and to the first token: `deepseek-serve` is started anew in every round and asked once.
 
-    python -m loadtests.first_token [--rounds 5] [--model DIR] [--keep]
+    python -m loadtests.first_token [--rounds 5] [--model DIR] [--keep] [--sides "--onnx_runtime" "--backend torch"]
 
 The first round warms the disk cache and is not counted. The clock starts before the process is spawned; the request is sent as soon as the
-address answers and /ready says so, streaming, and the clock stops at the first chunk that carries text.
+address answers and /ready says so, streaming, and the clock stops at the first chunk that carries text. Each of `--sides` is a set of flags
+of the service; they alternate, and each makes a row.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import shlex
 import signal
 import socket
 import subprocess
@@ -62,10 +64,10 @@ def ask(port: int) -> float:
     raise RuntimeError("the stream ended without text")
 
 
-def one_round(model: Path | None) -> tuple[float, float]:
+def one_round(model: Path | None, flags: str = "") -> tuple[float, float]:
     """Seconds to ready and to the first token of a fresh process."""
     port = free_port()
-    command = [str(Path(sys.executable).parent / "deepseek-serve"), "--port", str(port)]
+    command = [str(Path(sys.executable).parent / "deepseek-serve"), "--port", str(port), *shlex.split(flags)]
     if model is not None:
         command += ["--model", str(model)]
     began_s = time.perf_counter()
@@ -84,20 +86,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model", type=Path, default=None)
+    parser.add_argument("--sides", nargs="+", default=[""], help="flags of the service, a text for each side")
     parser.add_argument("--keep", action="store_true", help="append the row to results/first_token.jsonl")
     options = parser.parse_args()
     around = surroundings()
-    found = [one_round(options.model) for _ in range(options.rounds + 1)][1:]
-    row: dict[str, Any] = {
-        "what": "first_token",
-        "model": options.model.name if options.model else "bundled",
-        **around,
-        "ready_s": spread([ready for ready, _ in found]),
-        "first_token_s": spread([first for _, first in found]),
-    }
-    print(json.dumps(row))
-    if options.keep:
-        keep("first_token", row)
+    rounds = [[one_round(options.model, flags) for flags in options.sides] for _ in range(options.rounds + 1)][1:]
+    for flags, found in zip(options.sides, zip(*rounds, strict=True), strict=True):
+        row: dict[str, Any] = {
+            "what": "first_token",
+            "model": options.model.name if options.model else "bundled",
+            "flags": flags,
+            **around,
+            "ready_s": spread([ready for ready, _ in found]),
+            "first_token_s": spread([first for _, first in found]),
+        }
+        print(json.dumps(row))
+        if options.keep:
+            keep("first_token", row)
 
 
 if __name__ == "__main__":

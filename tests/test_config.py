@@ -365,6 +365,11 @@ def test_a_user_without_a_home_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert registry_path("none") is None
 
 
+def test_without_the_runtime_a_worker_of_torch_is_started_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert likely_backend([], {}) == "torch"
+
+
 @pytest.mark.parametrize("flag", ["--help", "-h", "--about"])
 def test_text_flags_print_and_exit_cleanly(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert wants_text(["--port", "1", flag])
@@ -392,8 +397,13 @@ def test_onnx_runtime_is_short_for_the_backend(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("arguments", "environment", "expected"),
     [
-        ([], {}, "torch"),
-        (["--backend", "auto"], {}, "torch"),
+        ([], {}, "onnx"),
+        (["--port", "0"], {}, "onnx"),
+        (["--backend", "auto"], {}, "onnx"),
+        (["--model", "some/where"], {}, "torch"),
+        (["--fp16"], {}, "torch"),
+        ([], {"DEEPSEEK_DEVICE": "cuda"}, "torch"),
+        ([], {"DEEPSEEK_BACKEND": "auto", "DEEPSEEK_MODEL": "x"}, "torch"),
         (["--onnx_runtime"], {}, "onnx"),
         (["--onnx-runtime=true", "--port", "0"], {}, "onnx"),
         (["--backend", "onnx"], {}, "onnx"),
@@ -405,9 +415,10 @@ def test_onnx_runtime_is_short_for_the_backend(monkeypatch: pytest.MonkeyPatch) 
         (["--onnx_runtime"], {"DEEPSEEK_BACKEND": "torch"}, "onnx"),
     ],
 )
-def test_the_worker_that_is_started_ahead_is_the_one_that_is_named(
-    arguments: list[str], environment: dict[str, str], expected: str
+def test_the_worker_that_is_started_ahead_is_the_likely_one(
+    arguments: list[str], environment: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("os.path.exists", lambda path: False)
     assert likely_backend(arguments, environment) == expected
 
 

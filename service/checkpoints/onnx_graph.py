@@ -30,6 +30,8 @@ _state = onnxruntime.capi.onnxruntime_pybind11_state
 _FAILURES = (_state.RuntimeException, _state.Fail)
 _REFUSALS = (*_FAILURES, _state.InvalidProtobuf, _state.InvalidGraph, _state.InvalidArgument, _state.NoSuchFile, _state.NotImplemented)
 
+SPIN_US = "20"
+
 
 class DamagedGraph(Exception):
     """What lies in an exported directory is not what was written there; it is to be exported again."""
@@ -172,7 +174,9 @@ def product(directory: Path, threads: int) -> tuple[Callable[[], object], float]
 def _open(path: Path, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Threads wait busily for each other within a step (docs/log.md) and sleep between steps: the front end shares the cores.
+    # Threads wait busily for each other no longer than a small operation takes, and sleep between steps: the front end shares the cores,
+    # and where others do too, longer waiting halves the speed (docs/log.md).
+    options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN_US)
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3
     try:

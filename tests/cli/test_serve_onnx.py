@@ -13,6 +13,8 @@ import pytest
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
+from service.cli.wiring import _fitting
+from service.engine.supervisor import Blank
 from tests.cli.conftest import Command, Start
 from tests.cli.test_serve import SERVE, failure
 from tests.tiny_models import build_tiny_line
@@ -101,3 +103,28 @@ def test_what_cannot_go_that_way_is_refused_before_a_worker_loads(start: Start, 
 
 def test_a_contradiction_is_refused(start: Start) -> None:
     assert "--onnx_runtime contradicts" in failure(start(SERVE, "--onnx_runtime", "--backend", "torch"))
+
+
+def test_a_worker_that_was_started_ahead_serves_only_its_own_backend() -> None:
+    class Child:
+        killed = ""
+
+        def kill(self, reason: str) -> None:
+            self.killed = reason
+
+    child = Child()
+    assert _fitting(Blank("onnx", child), "onnx") is child and child.killed == ""
+    assert _fitting(Blank("torch", child), "onnx") is None and child.killed == "other_backend"
+    assert _fitting(None, "onnx") is None
+
+
+def test_the_default_takes_the_graph_and_an_unfit_worker_ahead_is_no_harm(start: Start, tmp_path: Path) -> None:
+    """`--version` leaves open which backend it will be, so torch is loaded ahead; the table gives the bundled model to the graph."""
+    flags = ("--version", "v2.3", "--device", "cpu", "--port", "0", "--batch_size", "2", "--quantize_cache", str(tmp_path))
+    command = start(SERVE, *flags, DEEPSEEK_BACKEND="auto")
+    url = command.read_until("serving v2.3 on ")
+    assert httpx.get(url + "/v1/models/v2.3").json()["backend"] == "onnx"
+    answer = httpx.post(url + "/v1/completions", json={"prompt": "a", "max_tokens": 2}, timeout=60)
+    assert answer.status_code == 200
+    command.signal(signal.SIGINT)
+    assert command.end()[0] == 0

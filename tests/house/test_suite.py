@@ -36,6 +36,7 @@ LEAST = {
     "tests/test_launch.py": 7,
     "tests/test_image_parity.py": 17,
     "tests/test_loadgen.py": 64,
+    "tests/test_onnx_parity.py": 12,
     "tests/test_parity.py": 60,
     "tests/test_sparse_parity.py": 71,
     "tests/test_processes.py": 22,
