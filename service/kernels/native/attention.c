@@ -34,18 +34,29 @@ struct sizes {
 static int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/* Rows from `row` on, before `last`, that one tile of a window + far batch takes, and what they read: rows of one anchor read the same
- * blocks, and all rows whose anchors' windows reach back to position 0 do. */
+/* Where the window of the row at `position` starts, and how many far blocks row `row` of the batch reads. */
+static int64_t window_start(const struct attention *a, const struct sparse *sparse, int64_t position) {
+    return maximum(position / sparse->refresh * sparse->refresh - sparse->window + 1, 0) / a->block_tokens;
+}
+static int64_t far_count(const struct sparse *sparse, int64_t row, int64_t start) {
+    int64_t choice = sparse->anchors && start ? sparse->anchors[row] : -1;
+    return choice < 0 ? 0 : sparse->counts[choice];
+}
+
+/* Rows from `row` on, before `last`, that one tile of a window + far batch takes, and what they read: the same number of far blocks, each
+ * anchor its own, and the same near blocks, which then are turned into panels once for all of them. */
 static void fill_sparse(const struct attention *a, const struct sparse *sparse, int64_t sequence, int64_t row, int64_t last, int64_t shift,
                         struct tile *tile) {
-    int64_t anchor = (row + shift) / sparse->refresh * sparse->refresh, start = maximum(anchor - sparse->window + 1, 0) / a->block_tokens;
-    int64_t whole = start ? 0 : (sparse->window - 1) / sparse->refresh * sparse->refresh, until = maximum(anchor, whole) + sparse->refresh;
-    int64_t choice = sparse->anchors && start ? sparse->anchors[row] : -1;
-    tile->tokens = minimum(minimum(tile->tokens, last - row), maximum(1, until - row - shift));
+    int64_t start = window_start(a, sparse, row + shift), most = minimum(tile->tokens, last - row), tokens = 1;
+    tile->far_count = far_count(sparse, row, start);
+    while (tokens < most && window_start(a, sparse, row + tokens + shift) == start &&
+           far_count(sparse, row + tokens, start) == tile->far_count)
+        tokens++;
+    tile->tokens = tokens;
     tile->near_start = start;
     tile->sinks = minimum(sparse->sink_blocks, start);
-    tile->far_count = choice < 0 ? 0 : sparse->counts[choice];
-    tile->choices = choice < 0 ? NULL : sparse->choices + choice * a->kv_heads * sparse->most;
+    tile->anchors = sparse->anchors ? sparse->anchors + row : NULL;
+    tile->choices = sparse->choices;
     tile->far_table = sparse->far_tables + sequence * sparse->far_table_stride;
 }
 

@@ -93,11 +93,32 @@ struct place {
 
 INLINE int64_t element_bytes(enum element type) { return type == FLOAT32 ? 4 : type == STORED_INT8 || type == STORED_INT4 ? 1 : 2; }
 
-/* Entry `index` of what a tile reads: sinks, then the chosen far blocks, then near blocks from near_start on. */
-INLINE struct place find_place(const struct attention *a, const struct tile *tile, int64_t head, int64_t index) {
-    int64_t chosen = index - tile->sinks;
-    if (chosen >= 0 && chosen < tile->far_count) {
-        int64_t block = tile->choices[head * a->choices_stride + chosen], at = tile->far_table[block] * a->kv_heads + head;
+/* Tokens of a tile from `token` on that read one entry of its list together: all of them a near one, those of one anchor a far one. */
+struct visit {
+    int64_t entry, token, tokens;
+};
+
+INLINE int is_far(const struct tile *tile, int64_t entry) { return entry >= tile->sinks && entry - tile->sinks < tile->far_count; }
+
+INLINE struct visit visit_from(const struct tile *tile, int64_t entry, int64_t token) {
+    struct visit visit = {entry, token, tile->tokens - token};
+    if (is_far(tile, entry))
+        for (visit.tokens = 1; token + visit.tokens < tile->tokens && tile->anchors[token + visit.tokens] == tile->anchors[token];)
+            visit.tokens++;
+    return visit;
+}
+
+INLINE struct visit visit_after(const struct tile *tile, struct visit visit) {
+    int64_t token = visit.token + visit.tokens;
+    return token < tile->tokens ? visit_from(tile, visit.entry, token) : visit_from(tile, visit.entry + 1, 0);
+}
+
+/* What a visit reads: sinks, then the chosen far blocks, then near blocks from near_start on. */
+INLINE struct place find_place(const struct attention *a, const struct tile *tile, int64_t head, struct visit visit) {
+    int64_t index = visit.entry, chosen = index - tile->sinks;
+    if (is_far(tile, index)) {
+        const int32_t *choices = tile->choices + (tile->anchors[visit.token] * a->kv_heads + head) * a->choices_stride;
+        int64_t block = choices[chosen], at = tile->far_table[block] * a->kv_heads + head;
         int64_t bytes = element_bytes(a->far_type), tokens = at * a->block_tokens;
         int scaled = a->far_type == STORED_INT8 || a->far_type == STORED_INT4;
         return (struct place){a->far_type,
@@ -125,43 +146,49 @@ static void widen_scales(const uint16_t *scales, int64_t tokens, float *out) {
         store_float(out + i, load_some(FLOAT16, scales, i, tokens - i < WIDTH ? tokens - i : WIDTH));
 }
 
+/* The rows of one visit over the block it reads, while the next visit's block is fetched. */
+static void attend_block(const struct attention *a, struct scratch *s, const struct tile *tile, int64_t head, struct visit visit) {
+    int64_t value_columns = whole_vectors(a->value_size), last_position = tile->first_position + tile->tokens - 1;
+    int64_t first_row = visit.token * a->group, rows = visit.tokens * a->group;
+    struct place here = find_place(a, tile, head, visit);
+    int64_t tokens = last_position + 1 - here.start < a->block_tokens ? last_position + 1 - here.start : a->block_tokens;
+    struct upcoming keys_ahead = {NULL, 0}, values_ahead = {NULL, 0};
+    struct visit after = visit_after(tile, visit);
+    if (after.entry < tile->end_entry) {
+        struct place next = find_place(a, tile, head, after);
+        int64_t bytes = element_bytes(next.type);
+        keys_ahead = (struct upcoming){next.keys, a->block_tokens * next.key_stride * bytes / 64};
+        values_ahead = (struct upcoming){next.values, a->block_tokens * next.value_stride * bytes / 64};
+    }
+    pack_keys(here.type, here.keys, here.key_stride * element_bytes(here.type), tokens, a->key_size, s->panel,
+              whole_vectors(a->block_tokens), &keys_ahead);
+    if (here.key_scales) {
+        widen_scales(here.key_scales, a->block_tokens, s->key_scales);
+        widen_scales(here.value_scales, a->block_tokens, s->value_scales);
+    }
+    enum element type = here.type;
+    const void *mixed_from = here.values;
+    int64_t stride = here.value_stride;
+    if (here.key_scales || value_columns != a->value_size || (type != FLOAT32 && rows > 2 * ROWS)) {
+        widen_values(type, here.values, stride, 0, tokens, a->value_size, s->values);
+        type = FLOAT32, mixed_from = s->values, stride = value_columns;
+    }
+    for (int64_t row = 0; row < rows; row += ROWS)
+        attend_rows(a, s, first_row + row, rows - row < ROWS ? (int)(rows - row) : ROWS, tile->first_position, here.start, type, mixed_from,
+                    stride, here.key_scales != NULL, &values_ahead);
+}
+
 /* All rows of a tile over one split of what it reads: s->maxima, s->mixed and s->totals hold the split's result. */
 static void attend_split(const struct attention *a, struct scratch *s, const struct tile *tile, int64_t head, int64_t split) {
     int64_t value_columns = whole_vectors(a->value_size), rows = tile->tokens * a->group;
     int64_t first = (tile->first_split + split) * a->split_blocks, end = first + a->split_blocks;
-    int64_t last_position = tile->first_position + tile->tokens - 1;
     first = first > tile->first_entry ? first : tile->first_entry;
     end = end < tile->end_entry ? end : tile->end_entry;
     for (int64_t i = 0; i < rows; i++) s->maxima[i] = -INFINITY;
     memset(s->sums, 0, rows * WIDTH * sizeof(float));
     memset(s->mixed, 0, rows * value_columns * sizeof(float));
-    for (int64_t entry = first; entry < end; entry++) {
-        struct place here = find_place(a, tile, head, entry);
-        int64_t tokens = last_position + 1 - here.start < a->block_tokens ? last_position + 1 - here.start : a->block_tokens;
-        struct upcoming keys_ahead = {NULL, 0}, values_ahead = {NULL, 0};
-        if (entry + 1 < tile->end_entry) {
-            struct place next = find_place(a, tile, head, entry + 1);
-            int64_t bytes = element_bytes(next.type);
-            keys_ahead = (struct upcoming){next.keys, a->block_tokens * next.key_stride * bytes / 64};
-            values_ahead = (struct upcoming){next.values, a->block_tokens * next.value_stride * bytes / 64};
-        }
-        pack_keys(here.type, here.keys, here.key_stride * element_bytes(here.type), tokens, a->key_size, s->panel,
-                  whole_vectors(a->block_tokens), &keys_ahead);
-        if (here.key_scales) {
-            widen_scales(here.key_scales, a->block_tokens, s->key_scales);
-            widen_scales(here.value_scales, a->block_tokens, s->value_scales);
-        }
-        enum element type = here.type;
-        const void *mixed_from = here.values;
-        int64_t stride = here.value_stride;
-        if (here.key_scales || value_columns != a->value_size || (type != FLOAT32 && rows > 2 * ROWS)) {
-            widen_values(type, here.values, stride, 0, tokens, a->value_size, s->values);
-            type = FLOAT32, mixed_from = s->values, stride = value_columns;
-        }
-        for (int64_t row = 0; row < rows; row += ROWS)
-            attend_rows(a, s, row, rows - row < ROWS ? (int)(rows - row) : ROWS, tile->first_position, here.start, type, mixed_from, stride,
-                        here.key_scales != NULL, &values_ahead);
-    }
+    for (struct visit visit = visit_from(tile, first, 0); visit.entry < end; visit = visit_after(tile, visit))
+        attend_block(a, s, tile, head, visit);
     for (int64_t i = 0; i < rows; i++) s->totals[i] = sum_lanes(load_float(s->sums + i * WIDTH));
 }
 

@@ -25,11 +25,13 @@ struct attention {
 
 /* `tokens` consecutive query tokens of one sequence, all in one task for each K/V head (parts NULL) or with a task for each `task_splits`
  * of the `splits` splits from first_split on. What they read are entries first_entry .. end_entry - 1 of a list: `sinks` near blocks from 0 on,
- * `far_count` far blocks (choices of head h from choices + h * choices_stride on, ids by far_table), then near blocks from near_start on;
- * without the first two an entry is a block. pending [kv_heads] counts tasks. */
+ * `far_count` far blocks (of each token those of its anchor in anchors [tokens]: for head h from choices + (anchor * kv_heads + h) *
+ * choices_stride on, ids by far_table), then near blocks from near_start on; without the first two an entry is a block. pending [kv_heads]
+ * counts tasks. */
 struct tile {
     int64_t first_row, tokens, first_position, first_entry, end_entry, first_split, splits, sinks, far_count, near_start;
     const int32_t *table, *far_table, *choices;
+    const int64_t *anchors;
     float *parts;
     atomic_llong *pending;
 };
