@@ -93,32 +93,38 @@ struct place {
 
 INLINE int64_t element_bytes(enum element type) { return type == FLOAT32 ? 4 : type == STORED_INT8 || type == STORED_INT4 ? 1 : 2; }
 
-/* Tokens of a tile from `token` on that read one entry of its list together: all of them a near one, those of one anchor a far one. */
+/* Tokens of a tile from `token` on that read one entry of its list together: all of them a near one, those that chose one block a far one. */
 struct visit {
     int64_t entry, token, tokens;
 };
 
 INLINE int is_far(const struct tile *tile, int64_t entry) { return entry >= tile->sinks && entry - tile->sinks < tile->far_count; }
 
-INLINE struct visit visit_from(const struct tile *tile, int64_t entry, int64_t token) {
+/* The table index of the block that a far entry is for one token. */
+INLINE int64_t chosen_block(const struct attention *a, const struct tile *tile, int64_t head, int64_t entry, int64_t token) {
+    return tile->choices[(tile->anchors[token] * a->kv_heads + head) * a->choices_stride + entry - tile->sinks];
+}
+
+INLINE struct visit visit_from(const struct attention *a, const struct tile *tile, int64_t head, int64_t entry, int64_t token) {
     struct visit visit = {entry, token, tile->tokens - token};
-    if (is_far(tile, entry))
-        for (visit.tokens = 1; token + visit.tokens < tile->tokens && tile->anchors[token + visit.tokens] == tile->anchors[token];)
-            visit.tokens++;
+    if (is_far(tile, entry)) {
+        int64_t block = chosen_block(a, tile, head, entry, token), end = token + 1;
+        while (end < tile->tokens && chosen_block(a, tile, head, entry, end) == block) end++;
+        visit.tokens = end - token;
+    }
     return visit;
 }
 
-INLINE struct visit visit_after(const struct tile *tile, struct visit visit) {
+INLINE struct visit visit_after(const struct attention *a, const struct tile *tile, int64_t head, struct visit visit) {
     int64_t token = visit.token + visit.tokens;
-    return token < tile->tokens ? visit_from(tile, visit.entry, token) : visit_from(tile, visit.entry + 1, 0);
+    return token < tile->tokens ? visit_from(a, tile, head, visit.entry, token) : visit_from(a, tile, head, visit.entry + 1, 0);
 }
 
 /* What a visit reads: sinks, then the chosen far blocks, then near blocks from near_start on. */
 INLINE struct place find_place(const struct attention *a, const struct tile *tile, int64_t head, struct visit visit) {
     int64_t index = visit.entry, chosen = index - tile->sinks;
     if (is_far(tile, index)) {
-        const int32_t *choices = tile->choices + (tile->anchors[visit.token] * a->kv_heads + head) * a->choices_stride;
-        int64_t block = choices[chosen], at = tile->far_table[block] * a->kv_heads + head;
+        int64_t block = chosen_block(a, tile, head, index, visit.token), at = tile->far_table[block] * a->kv_heads + head;
         int64_t bytes = element_bytes(a->far_type), tokens = at * a->block_tokens;
         int scaled = a->far_type == STORED_INT8 || a->far_type == STORED_INT4;
         return (struct place){a->far_type,
@@ -153,7 +159,7 @@ static void attend_block(const struct attention *a, struct scratch *s, const str
     struct place here = find_place(a, tile, head, visit);
     int64_t tokens = last_position + 1 - here.start < a->block_tokens ? last_position + 1 - here.start : a->block_tokens;
     struct upcoming keys_ahead = {NULL, 0}, values_ahead = {NULL, 0};
-    struct visit after = visit_after(tile, visit);
+    struct visit after = visit_after(a, tile, head, visit);
     if (after.entry < tile->end_entry) {
         struct place next = find_place(a, tile, head, after);
         int64_t bytes = element_bytes(next.type);
@@ -187,7 +193,7 @@ static void attend_split(const struct attention *a, struct scratch *s, const str
     for (int64_t i = 0; i < rows; i++) s->maxima[i] = -INFINITY;
     memset(s->sums, 0, rows * WIDTH * sizeof(float));
     memset(s->mixed, 0, rows * value_columns * sizeof(float));
-    for (struct visit visit = visit_from(tile, first, 0); visit.entry < end; visit = visit_after(tile, visit))
+    for (struct visit visit = visit_from(a, tile, head, first, 0); visit.entry < end; visit = visit_after(a, tile, head, visit))
         attend_block(a, s, tile, head, visit);
     for (int64_t i = 0; i < rows; i++) s->totals[i] = sum_lanes(load_float(s->sums + i * WIDTH));
 }
