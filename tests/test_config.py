@@ -68,7 +68,7 @@ def _other_value(name: str) -> tuple[str, object]:
     field = Definition.model_fields[name]
     if name == "device":
         return "cpu", "cpu"
-    if name == "dtype":
+    if name in ("dtype", "kv_cache_dtype"):
         return "bfloat16", "bfloat16"
     if name == "tier":
         return "edge", "edge"

@@ -27,12 +27,11 @@ def share_kv(manifests: Sequence[Manifest], engine: EngineSettings, scheduler: S
     """Bytes of KV blocks for each version. Raises CapacityError with the numbers when the versions do not fit together."""
     if len(manifests) < 2 or engine.kv_bytes:
         return [engine.kv_bytes] * len(manifests)
-    element = ELEMENT_BYTES.get(engine.dtype, 4)
     taken, needs = 0, []
     for manifest in manifests:
         spec = manifest.spec
         context = min(engine.context_tokens or spec.context_tokens, spec.context_tokens)
-        needs.append(scheduler.batch_size * spec.kv_layout().sequence_bytes(context, element))
+        needs.append(scheduler.batch_size * spec.kv_layout().sequence_bytes(context, _kept_bytes(engine)))
         taken += _fixed_bytes(spec, engine, scheduler)
     left = int((available_bytes - taken) * AUTO_SHARE)
     if left <= 0:
@@ -50,10 +49,10 @@ def plan_demand(
     """(bytes of KV blocks, bytes in all) of each version when it is loaded on demand. Raises CapacityError for one that never fits."""
     plans = []
     for manifest in manifests:
-        element, spec = ELEMENT_BYTES.get(engine.dtype, 4), manifest.spec
+        spec = manifest.spec
         context = min(engine.context_tokens or spec.context_tokens, spec.context_tokens)
         fixed = _fixed_bytes(spec, engine, scheduler)
-        need = scheduler.batch_size * spec.kv_layout().sequence_bytes(context, element)
+        need = scheduler.batch_size * spec.kv_layout().sequence_bytes(context, _kept_bytes(engine))
         kv_bytes = engine.kv_bytes or min(need, int((budget_bytes - fixed) * AUTO_SHARE))
         if kv_bytes <= 0 or fixed + kv_bytes > budget_bytes:
             raise CapacityError(
@@ -62,6 +61,11 @@ def plan_demand(
             )
         plans.append((kv_bytes, fixed + kv_bytes))
     return plans
+
+
+def _kept_bytes(engine: EngineSettings) -> int:
+    """Bytes of an element of keys and values."""
+    return ELEMENT_BYTES.get(engine.dtype if engine.kv_cache_dtype == "auto" else engine.kv_cache_dtype, 4)
 
 
 def _fixed_bytes(spec: ModelSpec, engine: EngineSettings, scheduler: SchedulerSettings) -> int:

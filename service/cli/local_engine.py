@@ -66,6 +66,7 @@ class LocalEngine:
             quantize_cache=engine.quantize_cache,
             quantize_cache_bytes=engine.quantize_cache_bytes,
             deterministic=engine.deterministic,
+            kv_cache_dtype=engine.kv_cache_dtype,
             attention=attention,
         )
         backend = WorkerBackend(request, engine)

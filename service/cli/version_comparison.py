@@ -178,7 +178,7 @@ def _memory(engine: LocalEngine) -> dict[str, int]:
     info = engine.info
     return {
         "weights_bytes": dict(info.memory_bytes)["weights"],
-        "kv_bytes_per_1k_tokens": info.kv_layout.sequence_bytes(1024, ELEMENT_BYTES[info.dtype]),
+        "kv_bytes_per_1k_tokens": info.kv_layout.sequence_bytes(1024, ELEMENT_BYTES[info.kv_cache_dtype or info.dtype]),
         "resident_bytes": resident_bytes(info.pid),
     }
 

@@ -234,6 +234,10 @@ class EngineSection(BaseModel):
     context_tokens: Whole = Field(
         _ENGINE.context_tokens, description="longest sequence, prompt and output together; 0 takes the checkpoint's own"
     )
+    kv_cache_dtype: Dtype = Field(
+        cast(Dtype, _ENGINE.kv_cache_dtype),
+        description="type of cached keys and values, on a CPU; auto is that of the activations; 16 bits read half as much of long contexts",
+    )
     deterministic: bool = Field(
         _ENGINE.deterministic,
         description="give a sequence the same bits alone, in any batch, after preemption and restart; refused where that cannot hold",

@@ -96,6 +96,8 @@ def _hindrance(engine: EngineSettings) -> str:
         return f"computes on the CPU: leave --device {engine.device} out, or choose --backend torch"
     if engine.dtype not in ("auto", "float32"):
         return f"computes in float32: leave --dtype {engine.dtype} out, or choose --backend torch"
+    if engine.kv_cache_dtype not in ("auto", "float32"):
+        return f"caches in float32: leave --kv_cache_dtype {engine.kv_cache_dtype} out, or choose --backend torch"
     if engine.deterministic:
         return "does not give a row the same bits in every batch: leave --deterministic out, or choose --backend torch"
     if missing := _missing("onnxruntime"):

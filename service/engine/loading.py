@@ -26,7 +26,6 @@ from service.kernels.dispatch import chosen, require_steady
 from service.kernels.native.binding import describe
 from service.models.decoder import Decoder
 from service.types.errors import CapacityError
-from service.types.kv_layout import KvLayout
 from service.types.model_spec import ELEMENT_BYTES, ModelSpec
 from service.types.plan import BackendInfo, LoadRequest
 
@@ -51,7 +50,8 @@ def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallba
         quantisation=Quantisation(quantize, cache_in(request.quantize_cache, request.quantize_cache_bytes)),
     )
     phases.end("weights")
-    backend = _assemble(decoder, layout, memory, request)
+    kept = dtype if request.kv_cache_dtype == "auto" else request.kv_cache_dtype
+    backend = _assemble(decoder, memory, request, getattr(torch, kept))
     phases.end("kv")
     backend.warm_up(min(WARM_UP_TOKENS, memory.context_tokens))
     phases.end("warm_up")
@@ -77,6 +77,7 @@ def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallba
         limits=limits,
         quantize=quantize,
         kernels=describe() if device.type == "cpu" else "",
+        kv_cache_dtype=kept,
     )
     return Loaded(backend, info, spec.flops(1, 0.0), spec.flops(1, 1.0) - spec.flops(1, 0.0))
 
@@ -84,6 +85,8 @@ def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallba
 def _choose_place(request: LoadRequest, manifest: Manifest) -> tuple[torch.device, str, str]:
     """Device, quantisation and dtype; from here on this process computes by steady kernels only, where that is asked."""
     spec, device = manifest.spec, choose_device(request.device)
+    if device.type != "cpu" and request.kv_cache_dtype != "auto":
+        raise CapacityError(f"--kv_cache_dtype {request.kv_cache_dtype} is for a CPU: leave it out, or set --dtype.")
     quantize = choose_quantize(request.quantize, spec, device)
     dtype = choose_dtype(request.dtype, spec, device, manifest.stored_dtype, quantize)
     require_steady(False)
@@ -92,9 +95,9 @@ def _choose_place(request: LoadRequest, manifest: Manifest) -> tuple[torch.devic
     return device, quantize, dtype
 
 
-def _assemble(decoder: Decoder, layout: KvLayout, memory: MemoryPlan, request: LoadRequest) -> TorchBackend:
-    spec = decoder.spec
-    pool = KvPool(layout, memory.group_blocks, decoder.dtype, decoder.device)
+def _assemble(decoder: Decoder, memory: MemoryPlan, request: LoadRequest, kept: torch.dtype) -> TorchBackend:
+    spec, layout = decoder.spec, decoder.spec.kv_layout()
+    pool = KvPool(layout, memory.group_blocks, kept, decoder.device)
     tables = Tables(layout, memory.group_blocks, request.max_rows, memory.context_tokens, spec.vocab_size)
     return TorchBackend(decoder, pool, tables, Sampler(request.max_rows, spec.vocab_size), memory.image_tokens)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from service.engine.choosing_memory import StepSize, kept_bytes, step_bytes
 from service.types.errors import CapacityError
 from service.types.kv_layout import KvGroup, KvLayout
-from service.types.model_spec import ModelSpec
+from service.types.model_spec import ELEMENT_BYTES, ModelSpec
 from service.types.plan import LoadRequest
 
 # Of what the machine leaves free, unless the user names a number.
@@ -58,26 +58,28 @@ def plan_memory(spec: ModelSpec, layout: KvLayout, element_bytes: int, request: 
     """Divide the memory. Raises CapacityError with the numbers when it does not suffice.
 
     Without `kv_bytes`: what `max_rows` full contexts can use, at most half of what weights and workspace leave of `available_bytes`. The
-    checkpoint's own context shrinks to what fits (not below 256 tokens); one that the request names does not.
+    checkpoint's own context shrinks to what fits (not below 256 tokens); one that the request names does not. Activations take
+    `element_bytes`, and so do keys and values unless the request names a type for them.
     """
     context = _context(spec, request)
     workspace = workspace_bytes(spec, request.max_step_tokens, request.max_rows, element_bytes)
     workspace += step_bytes(layout, StepSize(request.max_step_tokens, request.max_rows, context), usage.on_gpu)
     choices = kept_bytes(layout, request.max_rows)
     image_tokens, image_bytes = image_room(spec, context, request.image_cache_bytes, element_bytes)
+    kept_element_bytes = ELEMENT_BYTES.get(request.kv_cache_dtype, element_bytes)
     left = usage.available_bytes - usage.weight_bytes - workspace - choices - image_bytes
-    most = _pool_bytes(layout, context, request, float(request.max_rows), element_bytes)
+    most = _pool_bytes(layout, context, request, float(request.max_rows), kept_element_bytes)
     budget = request.kv_bytes or min(most, int(left * AUTO_SHARE))
     if budget > left:
         raise CapacityError(
             f"The model needs {_mib(usage.weight_bytes)} for weights, {_mib(workspace + choices)} for workspace and {_mib(budget)} for KV "
             f"blocks, and {_mib(usage.available_bytes)} are free: set a smaller KV cache or serve a smaller model."
         )
-    if _pool_bytes(layout, context, request, 1.0, element_bytes) > budget:
-        context = _shrunk_context(layout, context, request, budget, element_bytes)
-    blocks = _split(layout, context, request, budget, element_bytes)
+    if _pool_bytes(layout, context, request, 1.0, kept_element_bytes) > budget:
+        context = _shrunk_context(layout, context, request, budget, kept_element_bytes)
+    blocks = _split(layout, context, request, budget, kept_element_bytes)
     kv_lines = tuple(
-        (f"kv:{group.name}", (count + 1) * layout.block_bytes(group, element_bytes))
+        (f"kv:{group.name}", (count + 1) * layout.block_bytes(group, kept_element_bytes))
         for group, count in zip(layout.groups, blocks, strict=True)
     )
     other_lines = [(name, size) for name, size in (("choices", choices), ("images", image_bytes)) if size]

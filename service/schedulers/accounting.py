@@ -75,9 +75,10 @@ class Accounting:
         metrics.watch("requests_running", lambda: len(planner.running))
         metrics.watch("requests_waiting", lambda: len(planner.waiting))
         metrics.watch("prefix_cache_tokens", lambda: planner.cache.cached_tokens)
-        element_bytes = ELEMENT_BYTES.get(info.dtype, 4)
-        if info.quantize != "none" and "weights" in memory:
-            self._cost = StepCost(self._spec, element_bytes, memory["weights"] / self._spec.parameters)
+        element_bytes = ELEMENT_BYTES.get(info.kv_cache_dtype or info.dtype, 4)
+        quantised = info.quantize != "none" and "weights" in memory
+        parameter_bytes = memory["weights"] / self._spec.parameters if quantised else ELEMENT_BYTES.get(info.dtype, 4)
+        self._cost = StepCost(self._spec, element_bytes, parameter_bytes)
         for index, (group, blocks) in enumerate(zip(info.kv_layout.groups, info.group_blocks, strict=True)):
             size = memory.get(f"kv:{group.name}", blocks * info.kv_layout.block_bytes(group, element_bytes))
             metrics.value("kv_cache_bytes", group.name).set(size)

@@ -157,7 +157,7 @@ class BackendInfo:
     kv:<group>, choices, images, workspace, runtime). `phases_s` are the start-up phases in order with their seconds. `limits` are what
     the machine can do a second, by kind (bytes, flops). `kernels` says whether the compiled kernels are in use, and for which
     instruction set. `image_tokens` is the most image tokens of all running sequences together, 0 for a model that reads no images.
-    `backend` is the engine: torch, or onnx for an exported graph.
+    `backend` is the engine: torch, or onnx for an exported graph. `kv_cache_dtype` is the type of keys and values, "" for the dtype.
     """
 
     kv_layout: KvLayout
@@ -178,6 +178,7 @@ class BackendInfo:
     quantize: str = "none"
     image_tokens: int = 0
     backend: str = "torch"
+    kv_cache_dtype: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +218,7 @@ class Backend(Protocol):
 class LoadRequest:
     """The first message to a worker: which checkpoint to load and how. `kv_bytes` 0 means: what the machine leaves, bounded.
 
-    `backend` torch or onnx decides which worker it is sent to.
+    `backend` torch or onnx decides which worker it is sent to. `kv_cache_dtype` auto keeps keys and values in the dtype.
     `machine_limits` are bytes read and operations a second, 0 where the worker is to measure. `deterministic`: a row's bits must not
     depend on its batch.
     """
@@ -236,5 +237,6 @@ class LoadRequest:
     quantize_cache: str = "none"
     quantize_cache_bytes: int = 0
     deterministic: bool = False
+    kv_cache_dtype: str = "auto"
     attention: AttentionSettings = field(default_factory=AttentionSettings)
     backend: str = "torch"

@@ -91,7 +91,7 @@ class EngineSettings:
     0: measured when the worker starts. `quantize` auto: what the model's own precision says; `quantize_cache` is a directory or "none".
     `spare_worker` keeps a second process with its libraries loaded: a restart is a load only. `deterministic` computes each row of a step
     to the same bits whatever else the step holds, or refuses to start. `backend` is torch, onnx (an exported graph in ONNX Runtime) or
-    auto, which asks the measured table `backend_table` ("": the one that comes with this package).
+    auto, which asks the measured table `backend_table` ("": the one that comes with this package). `kv_cache_dtype` auto is the dtype.
     """
 
     backend: str = "auto"
@@ -113,6 +113,7 @@ class EngineSettings:
     machine_bytes_per_s: float = 0.0
     machine_flops_per_s: float = 0.0
     deterministic: bool = False
+    kv_cache_dtype: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)

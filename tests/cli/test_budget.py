@@ -36,6 +36,7 @@ def test_with_room_everybody_gets_what_it_can_use(manifests: list[Manifest]) -> 
     assert shares == [8 * manifest.spec.kv_layout().sequence_bytes(manifest.spec.context_tokens, 4) for manifest in manifests]
     half = share_kv(manifests, EngineSettings(dtype="float16"), SCHEDULER, 64 * GIB)
     assert [2 * share for share in half] == shares
+    assert share_kv(manifests, EngineSettings(kv_cache_dtype="bfloat16"), SCHEDULER, 64 * GIB) == half
 
 
 def test_without_room_shares_follow_need_and_fit(manifests: list[Manifest]) -> None:

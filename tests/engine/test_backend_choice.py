@@ -51,6 +51,7 @@ def test_an_explicit_choice_is_obeyed(table) -> None:
         ({"dtype": "bfloat16"}, "--dtype bfloat16"),
         ({"quantize": "int4"}, "int4 weights"),
         ({"deterministic": True}, "--deterministic"),
+        ({"kv_cache_dtype": "bfloat16"}, "--kv_cache_dtype bfloat16"),
     ],
 )
 def test_an_explicit_choice_that_cannot_work_is_refused(changes, words) -> None:

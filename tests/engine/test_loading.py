@@ -89,11 +89,28 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) 
         choose_device("cuda:1")
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("float16", 0.03), ("bfloat16", 0.2)])
-def test_sixteen_bit_models_stay_close_to_float32_in_prefill_and_decode(mixed_model, mixed_dense, dtype, tolerance) -> None:
+def test_keys_and_values_in_16_bits_are_for_a_cpu(full_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "choose_device", lambda name: CUDA)
+    with pytest.raises(CapacityError, match="--kv_cache_dtype bfloat16 is for a CPU"):
+        load_backend(LoadRequest(str(full_model), kv_cache_dtype="bfloat16"), 0.0, lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kept", "tolerance"),
+    [
+        ("float32", "auto", 1e-4),
+        ("float16", "auto", 0.03),
+        ("bfloat16", "auto", 0.2),
+        ("float32", "float16", 0.01),
+        ("float32", "bfloat16", 0.1),
+        ("bfloat16", "float32", 0.2),
+    ],
+)
+def test_sixteen_bit_models_stay_close_to_float32_in_prefill_and_decode(mixed_model, mixed_dense, dtype, kept, tolerance) -> None:
     tokens = tuple(np.random.default_rng(3).integers(0, 331, 150).tolist())
-    loaded = load_backend(LoadRequest(str(mixed_model), dtype=dtype, threads=1, kv_bytes=8 << 20, max_rows=2), 0.0, lambda *_: None)
-    assert loaded.info.dtype == dtype
+    request = LoadRequest(str(mixed_model), dtype=dtype, threads=1, kv_bytes=8 << 20, max_rows=2, kv_cache_dtype=kept)
+    loaded = load_backend(request, 0.0, lambda *_: None)
+    assert (loaded.info.dtype, loaded.info.kv_cache_dtype) == (dtype, dtype if kept == "auto" else kept)
     greedy = Sampling(temperature=0, logprobs=0)
     opening = [OpenSequence(row, part, len(part), greedy, STOP, 0) for row, part in enumerate((tokens, tokens[:7]))]
     blocks = [BlockAppend(row, group, 0, ids) for group in (0, 1) for row, ids in enumerate(((1, 2, 3), (4,)))]

@@ -45,6 +45,13 @@ def test_unbounded_memory_gives_every_row_its_full_context() -> None:
     assert plan.total_bytes == sum(lines.values())
 
 
+def test_keys_and_values_may_have_a_type_of_their_own() -> None:
+    whole, half = planned(full_spec(), max_rows=8), planned(full_spec(), max_rows=8, kv_cache_dtype="bfloat16")
+    assert dict(half.lines) == dict(whole.lines) | {"kv:full": dict(whole.lines)["kv:full"] // 2}
+    bounded = [planned(full_spec(), kv_bytes=20 * MIB, kv_cache_dtype=kept).group_blocks[0] for kept in ("auto", "float16")]
+    assert bounded[1] == 2 * bounded[0] + 1
+
+
 def test_a_window_costs_its_window() -> None:
     plan = planned(mixed_spec(), max_rows=8, max_step_tokens=512)
     full, windowed = plan.group_blocks

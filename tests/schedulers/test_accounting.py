@@ -51,6 +51,22 @@ def test_quantised_weights_are_counted_at_their_own_size():
     assert counted[0] - counted[1] == spec.matmul_parameters_read * (4 - 2)
 
 
+def test_keys_and_values_are_counted_in_their_own_type():
+    telemetry, accounting = make()
+    counted = []
+    for kept in ("", "bfloat16"):
+        planner = make_planner()
+        accounting.ready(replace(FakeBackend().info, kv_cache_dtype=kept), "0", planner)
+        before = metric(telemetry, "model_bytes_read_total")
+        add(planner)
+        step = planner.plan()
+        assert step is not None
+        accounting.stepped(step, StepResult(step.plan.step, (SampledToken(0, 97),)), 0)
+        counted.append(metric(telemetry, "model_bytes_read_total") - before)
+    weights = fake_spec().matmul_parameters_read * 4
+    assert counted[1] - weights == (counted[0] - weights) / 2 > 0
+
+
 def test_a_sampled_row_costs_the_head():
     cost = StepCost(SPEC, 4)
     assert cost.of(8, 3, 1, 8.0)[0] - cost.of(8, 2, 1, 8.0)[0] == 2.0 * SPEC.vocab_size * SPEC.dim
