@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import importlib.util
 import os
 import re
 import sys
@@ -19,11 +18,6 @@ from typing import NoReturn
 from service.types.errors import SettingsError
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)(b?)\s*", re.IGNORECASE)
-# Flags with which another model is served, or the bundled one in another way.
-_MATTER = (
-    *("model", "version", "config", "restore", "device", "tier", "dtype", "fp16", "bf16", "quantize", "deterministic", "backend_table"),
-    *("attention_window", "far_blocks", "kv_far", "prefill", "max_position_embeddings", "rope_scaling"),
-)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
@@ -50,10 +44,7 @@ def wants_text(arguments: Sequence[str]) -> bool:
 
 
 def likely_backend(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
-    """The backend that flags or environment name, for a worker that is started before they are checked: onnx, or else torch.
-
-    Where nothing is named that could matter the bundled model is served, which is small: the measured table gives it to ONNX Runtime.
-    """
+    """The backend that flags or environment name, for a worker that is started before they are checked: onnx, or else torch."""
     environment = os.environ if environment is None else environment
     named = dict(canonical(argument).partition("=")[::2] for argument in arguments)
     for argument, following in pairwise((*arguments, "")):
@@ -63,11 +54,9 @@ def likely_backend(arguments: Sequence[str], environment: Mapping[str, str] | No
         (named.get("--backend"), "--onnx_runtime" in named),
         (environment.get("DEEPSEEK_BACKEND"), "DEEPSEEK_ONNX_RUNTIME" in environment),
     ):
-        if short or backend not in (None, "", "auto"):
-            return "torch" if backend == "torch" else "onnx"
-    open_ended = not any(f"--{name}" in named or f"DEEPSEEK_{name.upper()}" in environment for name in _MATTER)
-    there = all(importlib.util.find_spec(library) for library in ("onnx", "onnxruntime"))
-    return "onnx" if open_ended and there and not os.path.exists("/proc/driver/nvidia") else "torch"
+        if backend or short:
+            return "torch" if backend in ("torch", "auto") else "onnx"
+    return "torch"
 
 
 class FlagParser(argparse.ArgumentParser):

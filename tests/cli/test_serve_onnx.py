@@ -119,7 +119,7 @@ def test_a_worker_that_was_started_ahead_serves_only_its_own_backend() -> None:
 
 
 def test_the_default_takes_the_graph_and_an_unfit_worker_ahead_is_no_harm(start: Start, tmp_path: Path) -> None:
-    """`--version` leaves open which backend it will be, so torch is loaded ahead; the table gives the bundled model to the graph."""
+    """Nothing names a backend, so torch is loaded ahead; with few sequences the table gives the bundled model to the graph."""
     flags = ("--version", "v2.3", "--device", "cpu", "--port", "0", "--batch_size", "2", "--quantize_cache", str(tmp_path))
     command = start(SERVE, *flags, DEEPSEEK_BACKEND="auto")
     url = command.read_until("serving v2.3 on ")
