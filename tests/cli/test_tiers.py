@@ -48,6 +48,7 @@ def test_full_attention_of_a_model_with_far_blocks_is_a_window_over_everything()
     assert sides("gpu", spec, 0, 1000)[0].attention.attention_window == 1000
 
 
+@pytest.mark.slow
 def test_a_tier_with_a_window_has_a_row_of_three_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gpu tier as it runs on a GPU, here on a CPU with a short window."""
     monkeypatch.setitem(MEASUREMENTS, "gpu", Measurement(2, 2, 2.3, "cpu", "bfloat16", 64))
