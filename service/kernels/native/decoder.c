@@ -98,10 +98,14 @@ static int64_t place_memory(struct run *run, char *workspace, int64_t bytes, int
         attention = largest(attention, lay_out_layer(run, l, threads));
     }
     char *at = (char *)(((uintptr_t)workspace + 63) / 64 * 64), *begin = at;
-    float **rows[] = {&run->memory.normed, &run->memory.qkv, &run->memory.turned, &run->memory.seen, &run->memory.gate_up,
-                      &run->memory.gates};
-    int64_t sizes[] = {s->dim, heads, turned, seen, 2 * hidden, gates};
-    for (int i = 0; i < 6; i++) *rows[i] = (float *)at, at += whole_lines(s->rows * sizes[i] * 4);
+    run->memory.normed = (float *)at, at += whole_lines(s->rows * s->dim * 4);
+    /* What attention leaves is read before the feed-forward writes, and the other way round: both have the same place. */
+    run->memory.gate_up = (float *)at;
+    char *end = at + whole_lines(s->rows * 2 * hidden * 4);
+    float **rows[] = {&run->memory.qkv, &run->memory.turned, &run->memory.seen, &run->memory.gates};
+    int64_t sizes[] = {heads, turned, seen, gates};
+    for (int i = 0; i < 4; i++) *rows[i] = (float *)at, at += whole_lines(s->rows * sizes[i] * 4);
+    at = at > end ? at : end;
     run->memory.linear = (float *)at, at += gates ? whole_lines(threads * native_kernels->linear_scratch() * 4) : 0;
     run->memory.quantised = at, at += whole_lines(quantised);
     run->memory.attention = at, at += attention + 64;
