@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from service.checkpoints.load import load
+from service.checkpoints.load import Quantisation, load
 from service.checkpoints.long_context import adapt
 from service.checkpoints.manifest import read_manifest
 from service.engine.batch import Tables
@@ -35,12 +35,13 @@ class InlineBackend:
         image_tokens: int = 512,
         attention: AttentionSettings | None = None,
         dtype: str = "float32",
+        quantize: str = "none",
     ) -> None:
         torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
         read = read_manifest(directory)
         self.manifest = replace(read, spec=adapt(read.spec, attention or AttentionSettings()))
         self._dtype = getattr(torch, dtype)
-        self._decoder = load(self.manifest, torch.device("cpu"), self._dtype, lambda done, total: None)
+        self._decoder = load(self.manifest, torch.device("cpu"), self._dtype, lambda done, total: None, quantisation=Quantisation(quantize))
         self.blocks = blocks
         self.max_rows = max_rows
         self.lose_at = lose_at

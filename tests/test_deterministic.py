@@ -1,7 +1,8 @@
 """`--deterministic` through the whole serving path: the logits of a sequence have the same bits under every schedule.
 
 Alone, in batches, in slices of every size, after preemption and after a lost worker, for models with plain attention, gates, far blocks and
-images, in float32 and bfloat16. The logits themselves are compared, as the sampler gets them, and the log-probs of every prompt token.
+images, in float32 and bfloat16, and with quantised weights. The logits themselves are compared, as the sampler gets them, and the log-probs
+of every prompt token.
 """
 
 from __future__ import annotations
@@ -51,12 +52,13 @@ class Served:
     logits: dict[tuple[tuple[int, ...], int], bytes] = field(default_factory=dict)
     scores: dict[int, float] = field(default_factory=dict)
     differing: int = 0
+    quantize: str = "none"
     spoil: Callable[[Tensor], None] | None = None
 
     async def start(
         self, telemetry: Telemetry | None = None, blocks: Any = 64, lose_at: frozenset[int] = frozenset(), **settings: Any
     ) -> Router:
-        self.backend = InlineBackend(self.directory, blocks=blocks, lose_at=lose_at, dtype=self.dtype)
+        self.backend = InlineBackend(self.directory, blocks=blocks, lose_at=lose_at, dtype=self.dtype, quantize=self.quantize)
         model = Model("tiny", self.backend.manifest, TokenCodec.load(self.directory), self.backend)
         router = Router([model], SchedulerSettings(**{"batch_size": 32, "prefix_cache": False, **settings}), telemetry or Telemetry())
         await router.start()
@@ -101,10 +103,21 @@ def make(name: str, place: Path) -> Served:
         return Served(line_checkpoint(place / "model", V5_2.spec(SHAPE, end_ids=(257,))), dtype, drawn(1, 330))
     if kind == "gated":
         return Served(line_checkpoint(place / "model", V2_3.spec(GATED, end_ids=(257,))), dtype, drawn(1, 150))
-    return Served(build_tiny(place / "model", "llama", seed=3, tie_word_embeddings=True), dtype, drawn(1, 150))
+    directory = build_tiny(place / "model", "llama", seed=3, tie_word_embeddings=True)
+    return Served(directory, dtype, drawn(1, 150), quantize="none" if kind == "llama" else kind)
 
 
-CASES = ("llama-float32", "llama-bfloat16", "gated-float32", "gated-bfloat16", "far-float32", "far-bfloat16", "images-float32")
+CASES = (
+    "llama-float32",
+    "llama-bfloat16",
+    "gated-float32",
+    "gated-bfloat16",
+    "int8-float32",
+    "int4-float32",
+    "far-float32",
+    "far-bfloat16",
+    "images-float32",
+)
 
 
 @pytest.fixture
@@ -156,7 +169,7 @@ async def every_schedule(served: Served, telemetry: Telemetry) -> set[tuple[int,
 @pytest.mark.parametrize("served", CASES, indirect=True)
 async def test_every_schedule_gives_the_same_bits(served: Served) -> None:
     spec = InlineBackend(served.directory).manifest.spec
-    require_deterministic(spec, torch.device("cpu"), getattr(torch, served.dtype), "none")
+    require_deterministic(spec, torch.device("cpu"), getattr(torch, served.dtype), served.quantize)
     telemetry = Telemetry()
     tokens = await every_schedule(served, telemetry)
     assert len(tokens) == 1 and served.differing == 0

@@ -74,10 +74,11 @@ def test_score_cap_sinks_and_wider_values(scoring: dict[str, Any], store: str) -
     check_close(run(batch), batch.reference(), torch.float32)
 
 
+@pytest.mark.parametrize("refresh", [1, 16])
 @pytest.mark.parametrize("store", ["int8", "int4", "native"])
-def test_the_same_bits_in_one_pass_in_pieces_and_one_by_one(store: str) -> None:
+def test_the_same_bits_in_one_pass_in_pieces_and_one_by_one(store: str, refresh: int) -> None:
     """400 tokens in blocks of 64 cross splits of eight entries; rows meet within and across anchors."""
-    whole = make_sparse([700], [700], budget=3, refresh=16, window=130, block_tokens=64, heads=5, kv_heads=1, size=64, store=store)
+    whole = make_sparse([700], [700], budget=3, refresh=refresh, window=130, block_tokens=64, heads=5, kv_heads=1, size=64, store=store)
     expected = run(whole)
     for start, end in ((0, 700), (100, 101), (650, 651), (333, 349), (128, 420), (5, 699)):
         assert torch.equal(part(whole, start, end), expected[start:end])
