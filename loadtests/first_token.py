@@ -1,10 +1,10 @@
 """Seconds from the command to ready and to the first token: `deepseek-serve` is started anew in every round and asked once.
 
-    python -m loadtests.first_token [--rounds 5] [--model DIR] [--keep] [--sides "--onnx_runtime" "--backend torch"]
+    python -m loadtests.first_token [--rounds 5] [--model DIR] [--keep] [--side="--onnx_runtime" --side="--backend torch"]
 
 The first round warms the disk cache and is not counted. The clock starts before the process is spawned; the request is sent as soon as the
-address answers and /ready says so, streaming, and the clock stops at the first chunk that carries text. Each of `--sides` is a set of flags
-of the service; they alternate, and each makes a row.
+address answers and /ready says so, streaming, and the clock stops at the first chunk that carries text. Each `--side` is a set of flags of
+the service; they alternate, and each makes a row.
 """
 
 from __future__ import annotations
@@ -86,12 +86,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model", type=Path, default=None)
-    parser.add_argument("--sides", nargs="+", default=[""], help="flags of the service, a text for each side")
+    parser.add_argument("--side", action="append", default=None, metavar="FLAGS", help="flags of the service; repeatable")
     parser.add_argument("--keep", action="store_true", help="append the row to results/first_token.jsonl")
     options = parser.parse_args()
     around = surroundings()
-    rounds = [[one_round(options.model, flags) for flags in options.sides] for _ in range(options.rounds + 1)][1:]
-    for flags, found in zip(options.sides, zip(*rounds, strict=True), strict=True):
+    sides = options.side or [""]
+    rounds = [[one_round(options.model, flags) for flags in sides] for _ in range(options.rounds + 1)][1:]
+    for flags, found in zip(sides, zip(*rounds, strict=True), strict=True):
         row: dict[str, Any] = {
             "what": "first_token",
             "model": options.model.name if options.model else "bundled",
