@@ -12,12 +12,14 @@ from service.checkpoints.load import Quantisation, load
 from service.checkpoints.manifest import Manifest, read_manifest
 from service.engine.batch import Tables
 from service.engine.kv_pool import KvPool
+from service.engine.rectangles import Costs
 from service.engine.sampler import Sampler
 from service.engine.torch_backend import TorchBackend
 from service.kernels.dispatch import force
 from service.kernels.native import quantised as native_quantised
 from service.models.attention import DenseAttend
 from service.models.decoder import Decoder
+from tests.engine.drivers import Driver
 from tests.tiny_models import build_tiny
 
 WINDOW = 70
@@ -119,3 +121,69 @@ def backend_of():
         return TorchBackend(decoder, pool, tables, Sampler(max_rows, spec.vocab_size)), pool, tables
 
     return make
+
+
+@pytest.fixture
+def torch_driver(backend_of):
+    """A function that makes a driver over a fresh torch backend of a dense model."""
+
+    def make(dense):
+        backend, pool, tables = backend_of(dense)
+
+        def spoil(layer, blocks) -> None:
+            for tensor in pool.blocks_of(layer):
+                tensor[blocks] = float("nan")
+
+        return Driver(backend, pool.layout, tables, spoil)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def graph_of(tmp_path_factory):
+    """A function that gives the exported graph of a dense model."""
+    found = {}
+
+    def directory(dense):
+        from service.checkpoints.onnx_export import export
+
+        if dense.manifest.digest not in found:
+            found[dense.manifest.digest] = tmp_path_factory.mktemp("graphs") / "graph.onnx"
+            export(dense.manifest, found[dense.manifest.digest], "none")
+        return found[dense.manifest.digest]
+
+    return directory
+
+
+@pytest.fixture
+def onnx_driver(graph_of):
+    """A function that makes a driver over a fresh graph backend of a dense model."""
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    from service.checkpoints.onnx_graph import OnnxGraph
+    from service.engine.onnx_backend import OnnxBackend
+
+    def make(dense, blocks: int = 40):
+        spec = dense.manifest.spec
+        layout = spec.kv_layout()
+        counts = (blocks,) * len(layout.groups)
+        graph = OnnxGraph(graph_of(dense), layout, counts, threads=1)
+
+        def spoil(layer, blocks) -> None:
+            for block in blocks:
+                for cache in (graph.caches[f"keys.{layer}"], graph.caches[f"values.{layer}"]):
+                    cache[:, block * 64 : (block + 1) * 64] = np.nan
+
+        for cache in graph.caches.values():
+            cache[:, 64:] = np.nan
+        tables = Tables(layout, counts, 8, spec.context_tokens, spec.vocab_size)
+        backend = OnnxBackend(graph, layout, tables, Sampler(8, spec.vocab_size), Costs.of(spec, 1 << 20))
+        return Driver(backend, layout, tables, spoil, blocks)
+
+    return make
+
+
+@pytest.fixture(params=["torch", "onnx"])
+def driver_of(request):
+    """Both of them: what every backend must do."""
+    return request.getfixturevalue(f"{request.param}_driver")
