@@ -22,7 +22,31 @@ from service.types.plan import BackendHealth, BackendInfo, BatchPlan, StepResult
 from service.types.settings import AttentionSettings
 
 
-class InlineBackend:
+class Inline:
+    """A backend without a process: `execute` gives what `engine` computes, a little later, or loses it at a step of `lose_at`."""
+
+    def __init__(self, lose_at: frozenset[int]) -> None:
+        self.lose_at = lose_at
+        self.steps = self.starts = 0
+
+    def execute(self, plan: BatchPlan) -> asyncio.Future[StepResult]:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[StepResult] = loop.create_future()
+        self.steps += 1
+        if self.steps in self.lose_at:
+            loop.call_soon(_give, future, WorkerLost("planted"))
+        else:
+            loop.call_soon(_give, future, self.engine.execute(plan))  # later, so that readers run between steps
+        return future
+
+    def health(self) -> BackendHealth:
+        return BackendHealth("ready", 0.0, max(0, self.starts - 1))
+
+    async def close(self) -> None:
+        pass
+
+
+class InlineBackend(Inline):
     """Implements types.plan.Backend over one loaded checkpoint; every start begins with empty tables and poisoned blocks."""
 
     def __init__(
@@ -37,6 +61,7 @@ class InlineBackend:
         dtype: str = "float32",
         quantize: str = "none",
     ) -> None:
+        super().__init__(lose_at)
         torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
         read = read_manifest(directory)
         self.manifest = replace(read, spec=adapt(read.spec, attention or AttentionSettings()))
@@ -44,10 +69,7 @@ class InlineBackend:
         self._decoder = load(self.manifest, torch.device("cpu"), self._dtype, lambda done, total: None, quantisation=Quantisation(quantize))
         self.blocks = blocks
         self.max_rows = max_rows
-        self.lose_at = lose_at
         self.image_tokens = image_tokens
-        self.steps = 0
-        self.starts = 0
 
     async def start(self) -> BackendInfo:
         spec = self.manifest.spec
@@ -62,26 +84,10 @@ class InlineBackend:
         tables = Tables(layout, group_blocks, self.max_rows, spec.context_tokens, spec.vocab_size)
         image_tokens = self.image_tokens if spec.vision is not None else 0
         self.tables = tables
-        self._engine = TorchBackend(self._decoder, pool, tables, Sampler(self.max_rows, spec.vocab_size), image_tokens)
+        self.engine = TorchBackend(self._decoder, pool, tables, Sampler(self.max_rows, spec.vocab_size), image_tokens)
         self.starts += 1
         sizes = (self.max_rows, 4096, spec.context_tokens, spec.vocab_size)
         return BackendInfo(layout, group_blocks, *sizes, "float32", "cpu", "inline", image_tokens=image_tokens)
-
-    def execute(self, plan: BatchPlan) -> asyncio.Future[StepResult]:
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[StepResult] = loop.create_future()
-        self.steps += 1
-        if self.steps in self.lose_at:
-            loop.call_soon(_give, future, WorkerLost("planted"))
-        else:
-            loop.call_soon(_give, future, self._engine.execute(plan))  # later, so that readers run between steps
-        return future
-
-    def health(self) -> BackendHealth:
-        return BackendHealth("ready", 0.0, max(0, self.starts - 1))
-
-    async def close(self) -> None:
-        pass
 
 
 def _give(future: asyncio.Future[StepResult], outcome: StepResult | WorkerLost) -> None:

@@ -259,7 +259,7 @@ async def test_running_sequences_hold_no_more_images_than_the_worker_keeps(direc
 
     def watched(plan: Any) -> Any:
         future = execute(plan)
-        future.add_done_callback(lambda _: kept.append(backend._engine._images.kept_tokens))
+        future.add_done_callback(lambda _: kept.append(backend.engine._images.kept_tokens))
         return future
 
     backend.execute = watched  # type: ignore[method-assign]

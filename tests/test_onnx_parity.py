@@ -5,7 +5,6 @@ The same requests, bounds and references as in `test_parity`, with the graph in 
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,19 +22,30 @@ from service.engine.batch import Tables
 from service.engine.onnx_backend import OnnxBackend
 from service.engine.rectangles import Costs
 from service.engine.sampler import Sampler
-from service.telemetry import Telemetry
-from service.types.plan import BackendHealth, BackendInfo, BatchPlan, StepResult, WorkerLost
-from service.types.request import FinishReason, Sampling, TokenEvent
-from tests.test_parity import Reference, agree, collect, make_case, others, request_for, start
+from service.types.plan import BackendInfo
+from service.types.request import Sampling
+from tests.inline_backend import Inline
+from tests.test_parity import (
+    Reference,
+    among_sixteen_others,
+    collect,
+    forced_preemption,
+    lost_worker,
+    make_case,
+    others,
+    prefix_hits,
+    request_for,
+    start,
+)
 
 
-class InlineGraph:
+class InlineGraph(Inline):
     """Implements types.plan.Backend over an exported graph in this process; every start begins with empty tables and poisoned blocks."""
 
     def __init__(self, directory: Path, graph: Path, blocks: int = 64, lose_at: frozenset[int] = frozenset()) -> None:
+        super().__init__(lose_at)
         self.spec = read_manifest(directory).spec
-        self.graph, self.blocks, self.lose_at = graph, blocks, lose_at
-        self.steps = self.starts = 0
+        self.graph, self.blocks = graph, blocks
 
     async def start(self) -> BackendInfo:
         layout = self.spec.kv_layout()
@@ -47,20 +57,6 @@ class InlineGraph:
         self.engine = OnnxBackend(graph, layout, tables, Sampler(32, self.spec.vocab_size), Costs.of(self.spec, 1 << 16))
         self.starts += 1
         return BackendInfo(layout, counts, 32, 4096, self.spec.context_tokens, self.spec.vocab_size, "float32", "cpu", "inline")
-
-    def execute(self, plan: BatchPlan) -> asyncio.Future[StepResult]:
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[StepResult] = loop.create_future()
-        self.steps += 1
-        outcome = None if self.steps in self.lose_at else self.engine.execute(plan)
-        loop.call_soon(lambda: future.set_exception(WorkerLost("planted")) if outcome is None else future.set_result(outcome))
-        return future
-
-    def health(self) -> BackendHealth:
-        return BackendHealth("ready", 0.0, max(0, self.starts - 1))
-
-    async def close(self) -> None:
-        pass
 
 
 @pytest.fixture(scope="module", params=["llama-bias-tied-linear", "mistral-gqa7-window", "qwen2-mixed-windows"])
@@ -77,52 +73,19 @@ def inline(case: Reference) -> Callable[..., InlineGraph]:
 
 
 async def test_among_sixteen_others(case: Reference, inline) -> None:
-    router = await start(inline(), case.directory, step_tokens=96)
-    crowd = [router.submit([request])[0] for request in others(8)]
-    [mine] = router.submit([request_for(case.prompt, scored=True)])
-    crowd += [router.submit([request])[0] for request in others(16)[8:]]
-    agree(case, *await collect(mine))
-    for stream in crowd:
-        assert (await collect(stream))[2].reason is FinishReason.LENGTH
-    await router.close()
+    await among_sixteen_others(case, inline())
 
 
 async def test_prefix_hits_one_step_ahead(case: Reference, inline) -> None:
-    router = await start(inline(), case.directory, run_ahead=1)
-    hits = []
-    for _ in range(2):
-        [stream] = router.submit([request_for(case.prompt)])
-        tokens, _, finish = await collect(stream)
-        agree(case, tokens, None, finish)
-        hits.append(finish.usage.cached_tokens)
-    assert hits == [0, (len(case.prompt) - 1) // 64 * 64]
-    await router.close()
+    await prefix_hits(case, inline(), run_ahead=1)
 
 
 async def test_after_a_forced_preemption(case: Reference, inline) -> None:
-    telemetry, backend = Telemetry(), inline(blocks=5)
-    router = await start(backend, case.directory, telemetry, prefix_cache=False, step_tokens=64)
-    [older] = router.submit([request_for(case.prompt[:60], tokens=100)])
-    async for event in older:
-        if isinstance(event, TokenEvent) and backend.steps > 50:
-            break
-    [mine] = router.submit([request_for(case.prompt)])
-    tokens, _, finish = await collect(mine)
-    agree(case, tokens, None, finish)
-    assert (await collect(older))[2].reason is FinishReason.LENGTH
-    rows = telemetry.snapshot().render(False)[0].decode().splitlines()
-    assert sum(float(row.split()[-1]) for row in rows if row.startswith("deepseek_preemptions_total")) > 0
-    await router.close()
+    await forced_preemption(case, inline(blocks=5), run_ahead=0)
 
 
 async def test_after_a_lost_worker(case: Reference, inline) -> None:
-    backend = inline(lose_at=frozenset({2, 12}))
-    router = await start(backend, case.directory, step_tokens=40)
-    [stream] = router.submit([request_for(case.prompt)])
-    tokens, _, finish = await collect(stream)
-    agree(case, tokens, None, finish)
-    assert backend.starts == 3
-    await router.close()
+    await lost_worker(case, inline(lose_at=frozenset({2, 12})))
 
 
 async def test_a_sampled_text_is_the_same_in_any_batch(case: Reference, inline) -> None:

@@ -25,7 +25,7 @@ from service.telemetry import Telemetry
 from service.types.plan import Backend, LoadRequest
 from service.types.request import FinishEvent, FinishReason, GenerationRequest, PromptEvent, Sampling, Stop, TokenEvent
 from service.types.settings import EngineSettings, SchedulerSettings
-from tests.inline_backend import InlineBackend
+from tests.inline_backend import Inline, InlineBackend
 from tests.tiny_models import build_tiny
 
 TOLERANCE = 1e-4
@@ -167,7 +167,11 @@ async def test_alone(case: Reference) -> None:
 
 
 async def test_among_sixteen_others(case: Reference) -> None:
-    router = await start(InlineBackend(case.directory), case.directory, step_tokens=96)
+    await among_sixteen_others(case, InlineBackend(case.directory))
+
+
+async def among_sixteen_others(case: Reference, backend: Inline) -> None:
+    router = await start(backend, case.directory, step_tokens=96)
     crowd = [router.submit([request])[0] for request in others(8)]
     [mine] = router.submit([request_for(case.prompt, scored=True)])
     crowd += [router.submit([request])[0] for request in others(16)[8:]]
@@ -199,7 +203,11 @@ async def test_every_chunk_size(case: Reference) -> None:
 
 @pytest.mark.parametrize("run_ahead", [0, 1])
 async def test_prefix_hits(case: Reference, run_ahead: int) -> None:
-    router = await start(InlineBackend(case.directory), case.directory, run_ahead=run_ahead)
+    await prefix_hits(case, InlineBackend(case.directory), run_ahead)
+
+
+async def prefix_hits(case: Reference, backend: Inline, run_ahead: int) -> None:
+    router = await start(backend, case.directory, run_ahead=run_ahead)
     hits = []
     for _ in range(3):
         [stream] = router.submit([request_for(case.prompt)])
@@ -213,9 +221,12 @@ async def test_prefix_hits(case: Reference, run_ahead: int) -> None:
 
 @pytest.mark.parametrize("run_ahead", [0, 1])
 async def test_after_a_forced_preemption(case: Reference, run_ahead: int) -> None:
+    await forced_preemption(case, InlineBackend(case.directory, blocks=5), run_ahead)
+
+
+async def forced_preemption(case: Reference, backend: Inline, run_ahead: int) -> None:
     """Five blocks: an older sequence needs its third while ours, the younger, holds three. Ours is preempted and computed again."""
     telemetry = Telemetry()
-    backend = InlineBackend(case.directory, blocks=5)
     router = await start(backend, case.directory, telemetry, prefix_cache=False, run_ahead=run_ahead, step_tokens=64)
     [older] = router.submit([request_for(case.prompt[:60], tokens=100)])
     async for event in older:
@@ -231,8 +242,11 @@ async def test_after_a_forced_preemption(case: Reference, run_ahead: int) -> Non
 
 
 async def test_after_a_lost_worker(case: Reference) -> None:
+    await lost_worker(case, InlineBackend(case.directory, lose_at=frozenset({2, 12})))
+
+
+async def lost_worker(case: Reference, backend: Inline) -> None:
     """Lost in the middle of the prompt and again in the middle of the generated tokens."""
-    backend = InlineBackend(case.directory, lose_at=frozenset({2, 12}))
     router = await start(backend, case.directory, step_tokens=40)
     [stream] = router.submit([request_for(case.prompt)])
     tokens, _, finish = await collect(stream)

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from service.kernels.linear import PlainLinear
+
 
 class OrderedTile(NamedTuple):
     """Rows, outputs and inputs of a tile, its warps and stages: by type alone, since they are part of the arithmetic."""
@@ -74,18 +76,8 @@ def ordered_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     return out
 
 
-class OrderedLinear:
+class OrderedLinear(PlainLinear):
     """A weight kept as it is and multiplied by `ordered_linear`."""
-
-    def __init__(self, weight: Tensor) -> None:
-        """Keep weight [out, in]."""
-        self._weight = weight.detach()
-        self.outputs, self.inputs = weight.shape
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the weight."""
-        return self._weight.nbytes
 
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, in] -> [T, out] in the type of x."""
