@@ -18,15 +18,15 @@ from service.inputs.bpe import IMAGE, BpeTokenizer
 from service.inputs.recall_tasks import single_needle
 from service.models.attention import DenseAttend
 from service.models.decoder import Decoder
+from service.models.layers import FAKE_INT8
 from service.train.evaluate import held_out_loss
 from service.train.picture_stream import Pictures, PictureStream, right_answers
 from service.train.pictures import load_pictures
 from service.train.recipe import load_recipe
 from service.train.sample import continue_ids
-from service.types.catalog import V2_3, V3_5, V5_2, VersionLine
+from service.types.catalog import LINES, V2_3, V3_5, V4_8, V5_2, VersionLine
 
-PRESENT = complete_lines()
-EVERY_LINE = pytest.mark.parametrize("line", PRESENT, ids=lambda line: line.label)
+EVERY_LINE = pytest.mark.parametrize("line", LINES, ids=lambda line: line.label)
 
 
 def manifest_of(line: VersionLine) -> Manifest:
@@ -42,8 +42,8 @@ def decoder_of(line: VersionLine) -> Decoder:
     return load(manifest_of(line), "cpu", torch.float32, serving=False)
 
 
-def test_the_lines_are_there_and_small_together() -> None:
-    assert PRESENT == [V2_3, V3_5, V5_2]
+def test_all_lines_are_there_and_small_together() -> None:
+    assert complete_lines() == list(LINES)
     assert sum(path.stat().st_size for path in BUNDLED.rglob("*") if path.is_file()) <= 32 * 1024 * 1024
 
 
@@ -65,6 +65,8 @@ def test_its_recipe_is_the_committed_one(line: VersionLine) -> None:
 @EVERY_LINE
 def test_its_loss_can_be_measured_again(line: VersionLine) -> None:
     probe, decoder = row_of(line)["probe"], decoder_of(line)
+    if load_recipe(f"nano-{line.label}").quantise is not None:
+        decoder.use(FAKE_INT8)
     tokenizer = BpeTokenizer.load(bundled_directory(line))
     ids = np.asarray(tokenizer.encode([probe["text"]])[0], dtype=np.uint16)
     measured = held_out_loss(decoder, ids, tokenizer.token_bytes, decoder.spec.context_tokens)
@@ -114,6 +116,13 @@ def test_lines_that_read_images_answer_about_held_out_pictures(line: VersionLine
     assert sum(shares.values()) / len(shares) > least
     told = row_of(line)["pictures"]["right"]
     assert set(told) == set(shares) and all(abs(told[kind] - shares[kind]) < 0.15 for kind in told)
+
+
+def test_the_light_line_is_an_eighth_of_its_teacher_and_loses_little_in_int8() -> None:
+    row = row_of(V4_8)
+    assert 8 * row["parameters"] <= row_of(V5_2)["parameters"] == row["teacher"]["parameters"]
+    assert row["teacher"]["artifact"].startswith("v5.2@")
+    assert row["int8"]["loss_ratio"] <= 1.03
 
 
 def test_the_flagship_finds_needles() -> None:
