@@ -46,6 +46,7 @@ class Residency:
         self._uses = 0
         self._room = asyncio.Lock()
         self._loaded = asyncio.Event()
+        self._settled = asyncio.Event()  # some load ended, well or not
 
     def add(self, name: str, make: Callable[[], Loop], planned_bytes: int) -> Resident:
         """A version, not loaded yet."""
@@ -57,9 +58,12 @@ class Residency:
     async def start(self, resident: Resident) -> None:
         """Load a version that the command asked for. Raises StartupError or Unavailable."""
         resident.loop.state = "loading"
-        await resident.loop.start()
-        resident.was_ready = True
-        self._loaded.set()
+        try:
+            await resident.loop.start()
+            resident.was_ready = True
+            self._loaded.set()
+        finally:
+            self._settled.set()
 
     async def loaded(self) -> None:
         """Return when a version was loaded since the last call; for one caller."""
@@ -97,6 +101,7 @@ class Residency:
         await asyncio.gather(*(resident.loop.close() for resident in self._residents))
 
     async def _load(self, resident: Resident) -> None:
+        """Make room, in turn, and then load; what has room loads beside the others."""
         try:
             async with self._room:
                 try:
@@ -104,17 +109,18 @@ class Residency:
                         await self._make_room(resident)
                 except TimeoutError:
                     raise Unavailable(_NO_ROOM, retry_after_s=RETRY_S) from None
-                try:
-                    await self.start(resident)
-                except (StartupError, Unavailable) as error:
-                    log_event("load_failed", version=resident.name, reason=str(error))
-                    await self._unload(resident)
-                    raise Unavailable("The model cannot be loaded.", retry_after_s=RETRY_S) from error
+                resident.loop.state = "loading"
+            try:
+                await self.start(resident)
+            except (StartupError, Unavailable) as error:
+                log_event("load_failed", version=resident.name, reason=str(error))
+                await self._unload(resident)
+                raise Unavailable("The model cannot be loaded.", retry_after_s=RETRY_S) from error
         finally:
             resident.loading = None
 
     async def _make_room(self, wanted: Resident) -> None:
-        """Unload idle versions, the one used longest ago first, until `wanted` fits; wait for one to become idle where none is.
+        """Unload idle versions, the one used longest ago first, until `wanted` fits; wait where none is idle, or is only being loaded.
 
         Raises Unavailable when the server stops or no version could ever make room.
         """
@@ -127,6 +133,9 @@ class Residency:
                 await self._unload(min(idle, key=lambda one: one.used))
             elif ready:
                 await _any_empty([one.loop for one in ready])
+            elif any(one.loop.state == "loading" for one in self._residents):
+                self._settled.clear()
+                await self._settled.wait()
             else:
                 raise Unavailable(_NO_ROOM, retry_after_s=RETRY_S)
         raise Unavailable("The server is shutting down.", retry_after_s=RETRY_S)

@@ -180,6 +180,31 @@ def test_requests_that_arrive_while_it_loads_wait_for_one_load() -> None:
     run_virtual(main())
 
 
+def test_what_has_room_loads_beside_the_others() -> None:
+    async def main() -> None:
+        fleet = Fleet(budget=0, start_s=3.0, wait_s=4.0)
+        await fleet.router.start()
+        begun = loop_clock()
+        await asyncio.gather(fleet.hold("b"), fleet.hold("c"))
+        assert fleet.states() == "ABC" and loop_clock() - begun == pytest.approx(3.0, abs=0.5)
+        await fleet.router.close()
+
+    run_virtual(main())
+
+
+def test_who_has_no_room_waits_for_one_that_is_only_being_loaded() -> None:
+    async def main() -> None:
+        fleet = Fleet(budget=15, start_s=3.0)
+        await fleet.router.start()
+        (first, second) = await asyncio.gather(fleet.ask("b"), fleet.ask("c"))
+        assert all(outcome.ending.reason is FinishReason.LENGTH for outcome in await read_all([*first, *second]))
+        assert [fleet.backends[name].starts for name in "bc"] == [1, 1]
+        await fleet.router.close()
+        assert all(backend.violation is None for backend in fleet.backends.values())
+
+    run_virtual(main())
+
+
 def test_who_waits_too_long_is_told_and_the_load_goes_on() -> None:
     async def main() -> None:
         fleet = Fleet(start_s=3.0, wait_s=1.0)
