@@ -11,7 +11,7 @@ import base64
 import contextlib
 import io
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from tests.tiny_models import IMAGE_ID, build_tiny_line
 
 TOLERANCE = 1e-4
 GENERATED = 12
+Make = Callable[..., Any]
 
 
 def image_at(start: int, rows: int, columns: int, seed: int) -> ImageInput:
@@ -76,6 +77,21 @@ def request_for(
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     return build_tiny_line(tmp_path_factory.mktemp("line") / "tiny")
+
+
+@pytest.fixture(scope="module", params=["torch", "onnx"])
+def inline(request: pytest.FixtureRequest, directory: Path) -> Make:
+    """A function that makes a backend of the tiny model: the torch engine, or the graphs exported from it."""
+    if request.param == "torch":
+        return lambda **changes: InlineBackend(directory, **changes)
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    from service.checkpoints.onnx_export import export
+    from tests.inline_graph import InlineGraph
+
+    graph = directory.parent / "graph.onnx"
+    export(read_manifest(directory), graph, "none")
+    return lambda **changes: InlineGraph(directory, graph, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -155,12 +171,12 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-async def test_alone_and_in_chunks_of_every_size(directory: Path, decoder: Decoder, name: str) -> None:
+async def test_alone_and_in_chunks_of_every_size(inline: Make, directory: Path, decoder: Decoder, name: str) -> None:
     prompt, images = CASES[name]
     logits = dense_logits(decoder, prompt, images).astype(np.float64)
     scores = (logits - np.log(np.exp(logits).sum(1, keepdims=True)))[np.arange(len(prompt) - 1), prompt[1:]]
     wanted = expected(decoder, prompt, images)
-    backend = InlineBackend(directory)
+    backend = inline()
     for step_tokens in [1, 2, 3, 5, 8, 13, 64, 512]:
         router = await start(backend, directory, step_tokens=step_tokens, prefix_cache=False)
         [stream] = router.submit([request_for(prompt, images, prompt_logprobs=0)])
@@ -170,8 +186,8 @@ async def test_alone_and_in_chunks_of_every_size(directory: Path, decoder: Decod
         await router.close()
 
 
-async def test_among_others_with_and_without_images(directory: Path, decoder: Decoder) -> None:
-    router = await start(InlineBackend(directory), directory, step_tokens=40)
+async def test_among_others_with_and_without_images(inline: Make, directory: Path, decoder: Decoder) -> None:
+    router = await start(inline(), directory, step_tokens=40)
     found = await answer(router, *(request_for(*case) for case in CASES.values()))
     for case, tokens in zip(CASES.values(), found, strict=True):
         wanted = expected(decoder, *case)
@@ -179,20 +195,20 @@ async def test_among_others_with_and_without_images(directory: Path, decoder: De
     await router.close()
 
 
-async def test_the_picture_matters(directory: Path) -> None:
+async def test_the_picture_matters(inline: Make, directory: Path) -> None:
     prompt, _ = CASES["one"]
-    router = await start(InlineBackend(directory), directory)
+    router = await start(inline(), directory)
     found = await answer(router, *(request_for(prompt, (replace(image_at(0, 2, 3, seed), start=5),)) for seed in range(40, 48)))
     assert len(set(found)) > 1
     await router.close()
 
 
 @pytest.mark.parametrize("run_ahead", [0, 1])
-async def test_prefixes_are_shared_with_equal_images_only(directory: Path, decoder: Decoder, run_ahead: int) -> None:
+async def test_prefixes_are_shared_with_equal_images_only(inline: Make, directory: Path, decoder: Decoder, run_ahead: int) -> None:
     prompt, images = CASES["beside each other, over a block"]
     other = (replace(image_at(0, 3, 3, 50), start=images[0].start), images[1])
     later = (images[0], replace(image_at(0, 2, 2, 51), start=images[1].start))
-    router = await start(InlineBackend(directory), directory, run_ahead=run_ahead)
+    router = await start(inline(), directory, run_ahead=run_ahead)
     hits = []
     for pictures in (images, images, other, later, images):
         [stream] = router.submit([request_for(prompt, pictures)])
@@ -205,9 +221,9 @@ async def test_prefixes_are_shared_with_equal_images_only(directory: Path, decod
     await router.close()
 
 
-async def test_after_a_forced_preemption(directory: Path, decoder: Decoder) -> None:
+async def test_after_a_forced_preemption(inline: Make, directory: Path, decoder: Decoder) -> None:
     telemetry = Telemetry()
-    backend = InlineBackend(directory, blocks=5)
+    backend = inline(blocks=5)
     router = await start(backend, directory, telemetry, prefix_cache=False, step_tokens=64)
     prompt, images = prompt_of(58, image_at(0, 3, 3, 5), image_at(0, 2, 2, 6), 49)  # two blocks, and a third while it generates
     [older] = router.submit([request_for(prompt[:58], tokens=100)])
@@ -223,8 +239,8 @@ async def test_after_a_forced_preemption(directory: Path, decoder: Decoder) -> N
     await router.close()
 
 
-async def test_after_a_lost_worker(directory: Path, decoder: Decoder) -> None:
-    backend = InlineBackend(directory, lose_at=frozenset({2, 9}))
+async def test_after_a_lost_worker(inline: Make, directory: Path, decoder: Decoder) -> None:
+    backend = inline(lose_at=frozenset({2, 9}))
     prompt, images = CASES["two sizes"]
     router = await start(backend, directory, step_tokens=12)
     [tokens] = await answer(router, request_for(prompt, images))
@@ -251,8 +267,8 @@ async def test_a_real_worker_takes_pixels_through_its_channel(directory: Path, d
     await router.close()
 
 
-async def test_running_sequences_hold_no_more_images_than_the_worker_keeps(directory: Path, decoder: Decoder) -> None:
-    backend = InlineBackend(directory, image_tokens=10)
+async def test_running_sequences_hold_no_more_images_than_the_worker_keeps(inline: Make, directory: Path, decoder: Decoder) -> None:
+    backend = inline(image_tokens=10)
     router = await start(backend, directory, prefix_cache=False)
     kept: list[int] = []
     execute = backend.execute

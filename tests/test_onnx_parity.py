@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pytest
 
 pytest.importorskip("onnx")
@@ -17,14 +15,8 @@ pytest.importorskip("onnxruntime")
 
 from service.checkpoints.manifest import read_manifest
 from service.checkpoints.onnx_export import export
-from service.checkpoints.onnx_graph import OnnxGraph
-from service.engine.batch import Tables
-from service.engine.onnx_backend import OnnxBackend
-from service.engine.rectangles import Costs
-from service.engine.sampler import Sampler
-from service.types.plan import BackendInfo
 from service.types.request import Sampling
-from tests.inline_backend import Inline
+from tests.inline_graph import InlineGraph
 from tests.test_parity import (
     Reference,
     among_sixteen_others,
@@ -37,26 +29,6 @@ from tests.test_parity import (
     request_for,
     start,
 )
-
-
-class InlineGraph(Inline):
-    """Implements types.plan.Backend over an exported graph in this process; every start begins with empty tables and poisoned blocks."""
-
-    def __init__(self, directory: Path, graph: Path, blocks: int = 64, lose_at: frozenset[int] = frozenset()) -> None:
-        super().__init__(lose_at)
-        self.spec = read_manifest(directory).spec
-        self.graph, self.blocks = graph, blocks
-
-    async def start(self) -> BackendInfo:
-        layout = self.spec.kv_layout()
-        counts = (self.blocks,) * len(layout.groups)
-        graph = OnnxGraph(self.graph, layout, counts, 1)
-        for cache in graph.caches.values():
-            cache[:, 64:] = np.nan
-        tables = Tables(layout, counts, 32, self.spec.context_tokens, self.spec.vocab_size)
-        self.engine = OnnxBackend(graph, layout, tables, Sampler(32, self.spec.vocab_size), Costs.of(self.spec, 1 << 16))
-        self.starts += 1
-        return BackendInfo(layout, counts, 32, 4096, self.spec.context_tokens, self.spec.vocab_size, "float32", "cpu", "inline")
 
 
 @pytest.fixture(scope="module", params=["llama-bias-tied-linear", "mistral-gqa7-window", "qwen2-mixed-windows"])

@@ -1,4 +1,4 @@
-"""An exported graph with its blocks, run by ONNX Runtime: numpy in, logits out; no torch.
+"""Exported graphs run by ONNX Runtime: a decoder with its blocks, numpy in, logits out; and its encoder of images. No torch.
 
 Keys and values are written in place: each cache is bound as an input and as the output that replaces it, in one buffer. It does not know
 plans, sequences or weights. Invariant: a block is zeroed when its first token is written, so whatever a table names is finite unless its
@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.checkpoints.digests import file_digest
-from service.checkpoints.onnx_support import ABOUT, FORMAT, GRAPH, PRODUCT
+from service.checkpoints.onnx_support import ABOUT, ENCODER, FORMAT, GRAPH, PRODUCT
 from service.types.kv_layout import KvGroup, KvLayout
+from service.types.vision import CHANNELS, Grid, VisionSpec
 
 # Official builds from 1.29 on send usage data to their maker unless this is said before the library is loaded. Nothing here may phone home.
 os.putenv("ORT_DISABLE_TELEMETRY", "1")
@@ -37,29 +38,86 @@ class DamagedGraph(Exception):
     """What lies in an exported directory is not what was written there; it is to be exported again."""
 
 
+class Sight(NamedTuple):
+    """What L positions of one sequence show and see of images.
+
+    `shown` [m, dim] stand for the tokens of the positions `at` int64 [m]. `counts` int64 [L] of the image tokens, whose `keys` and `values`
+    [N, Hkv, D] come in order of position, are seen by each position.
+    """
+
+    at: Ints
+    shown: Floats
+    counts: Ints
+    keys: Floats
+    values: Floats
+
+
+class Seen(NamedTuple):
+    """The same of all slices of a rectangle, as the graph takes it: M image tokens shown, V slices that see some, N of them at most.
+
+    `shown_at` int64 [M, 2] (slice, place in it), `shown` [M, dim]; `seers` int64 [V], and which of their positions see anything: `sees`
+    bool [V, L, 1]; `image_keys`, `image_values` [Hkv, V, N, D]; `image_mask` [V, H / Hkv · L, N].
+    """
+
+    shown_at: Ints
+    shown: Floats
+    seers: Ints
+    sees: NDArray[np.bool_]
+    image_keys: Floats
+    image_values: Floats
+    image_mask: Floats
+
+
+def seen_by(sights: Sequence[Sight | None], queries: int) -> Seen | None:
+    """Join what each slice of a rectangle shows and sees, `queries` heads to one of the keys; None where none of them sees any image."""
+    found = [(index, sight) for index, sight in enumerate(sights) if sight is not None]
+    if not found:
+        return None
+    at = [np.stack((np.full(len(sight.at), index), sight.at), axis=1) for index, sight in found]
+    counts = np.stack([sight.counts for _, sight in found])
+    most, heads, size = max(len(sight.keys) for _, sight in found), *found[0][1].keys.shape[1:]
+    keys, values = (np.zeros((heads, len(found), most, size), np.float32) for _ in range(2))
+    for place, (_, sight) in enumerate(found):
+        keys[:, place, : len(sight.keys)] = sight.keys.transpose(1, 0, 2)
+        values[:, place, : len(sight.keys)] = sight.values.transpose(1, 0, 2)
+    # A position that sees none is computed with one and left as it was: a softmax over nothing is not a number.
+    hidden = np.arange(most) >= np.maximum(counts, 1)[..., None]
+    mask = np.where(hidden, np.float32("-inf"), np.float32(0))
+    return Seen(
+        shown_at=np.concatenate(at).astype(np.int64),
+        shown=np.concatenate([sight.shown for _, sight in found]),
+        seers=np.array([index for index, _ in found], np.int64),
+        sees=(counts > 0)[..., None],
+        image_keys=keys,
+        image_values=values,
+        image_mask=np.tile(mask, (1, queries, 1)),
+    )
+
+
 class Rectangle(NamedTuple):
     """Slices of one length L, computed together: S slices, G groups.
 
     `tokens` int64 [S, L]; `starts` int64 [S], the position of each first token; `tables` G × integers [S, M], the blocks from position 0
-    on; `rows` int64 [R], which of the S · L positions want logits.
+    on; `rows` int64 [R], which of the S · L positions want logits; `seen` what they show and see of images.
     """
 
     tokens: Ints
     starts: Ints
     tables: tuple[NDArray[np.integer], ...]
     rows: Ints
+    seen: Seen | None = None
 
 
 class OnnxGraph:
     """The graph in `directory`, computing with `threads` (0: all cores) over `group_blocks` usable blocks of each group.
 
-    `name` is its file; outputs beyond logits and caches are `watched`, in their order. Raises DamagedGraph where it is not one that this
-    code wrote.
+    `name` is its file. After a call `gates` are the sums, head by head, of the gates of the positions that saw images: those of the text,
+    then those of the images. Further outputs are `watched`, in their order. Raises DamagedGraph where it is not one that this code wrote.
     """
 
     def __init__(self, directory: Path, layout: KvLayout, group_blocks: Sequence[int], threads: int = 0, name: str = GRAPH) -> None:
         about = read_about(directory)
-        self._layout = layout
+        self.layout = layout
         self._frequencies = np.array(about["inverse_frequencies"], np.float32)
         self._factor: float = about["rope_factor"]
         self._queries: list[int] = about["queries_per_kv_head"]
@@ -77,7 +135,12 @@ class OnnxGraph:
             value = onnxruntime.OrtValue.ortvalue_from_numpy(array)
             self._binding.bind_ortvalue_input(cache, value)
             self._binding.bind_ortvalue_output(f"{cache}.written", value)
-        self._watching = [output.name for output in self._session.get_outputs()[1 + len(self.caches) :]]
+        further = {output.name: output.shape for output in self._session.get_outputs()[1 + len(self.caches) :]}
+        self.gates = np.zeros(further.pop("gates", [0])[0], np.float32)
+        if len(self.gates):
+            self._binding.bind_output("gates", "cpu", 0, np.float32, self.gates.shape, self.gates.ctypes.data)
+        self._unseen = {entry.name: _empty(entry) for entry in self._session.get_inputs() if entry.name in Seen._fields}
+        self._watching = list(further)
         self.watched: list[Floats] = []
 
     def logits(self, batch: Rectangle) -> Floats:
@@ -90,8 +153,9 @@ class OnnxGraph:
             "cos": (np.cos(angles) * self._factor).astype(np.float32)[:, :, None],
             "sin": (np.sin(angles) * self._factor).astype(np.float32)[:, :, None],
         }
-        for index, (group, table) in enumerate(zip(self._layout.groups, batch.tables, strict=True)):
+        for index, (group, table) in enumerate(zip(self.layout.groups, batch.tables, strict=True)):
             inputs |= self._group_inputs(index, group, table, positions)
+        inputs |= self._unseen if batch.seen is None else batch.seen._asdict()
         for name, array in inputs.items():
             self._binding.bind_cpu_input(name, np.ascontiguousarray(array))
         logits = np.empty((len(batch.rows), self.vocab_size), np.float32)
@@ -101,18 +165,16 @@ class OnnxGraph:
         try:
             self._session.run_with_iobinding(self._binding)
         except _FAILURES as error:
-            if "allocat" in str(error).lower():
-                raise MemoryError(str(error)) from None
-            raise
+            raise _failure(error) from None
         self.watched = [value.numpy() for value in self._binding.get_outputs()[-len(self._watching) :]] if self._watching else []
         return logits
 
     def _group_inputs(self, index: int, group: KvGroup, table: NDArray[np.integer], positions: Ints) -> dict[str, NDArray[np.generic]]:
         """Where the tokens go, which blocks are read (of a window only those it reaches) and what each query may not see."""
-        width = self._layout.block_tokens
+        width = self.layout.block_tokens
         written = np.take_along_axis(table, positions // width, axis=1).astype(np.int64)
         self._clear(group, written[positions % width == 0])
-        first = np.array([self._layout.first_read(group, int(start)) for start in positions[:, 0]])
+        first = np.array([self.layout.first_read(group, int(start)) for start in positions[:, 0]])
         reach = int((positions[:, -1] // width - first).max()) + 1
         entries = first[:, None] + np.arange(reach)
         last = positions[:, -1:] // width  # a block behind it may be there already, as its earlier owner left it
@@ -133,10 +195,43 @@ class OnnxGraph:
     def _clear(self, group: KvGroup, blocks: Ints) -> None:
         """What an earlier owner left behind the last token would be multiplied by 0, and not a number times 0 is not a number."""
         for block in blocks.tolist():
-            here = slice(block * self._layout.block_tokens, (block + 1) * self._layout.block_tokens)
+            here = slice(block * self.layout.block_tokens, (block + 1) * self.layout.block_tokens)
             for layer in group.layers:
                 self.caches[f"keys.{layer}"][:, here] = 0
                 self.caches[f"values.{layer}"][:, here] = 0
+
+
+class OnnxEncoder:
+    """The encoder of images in `directory`, computing with `threads` (0: all cores). Raises DamagedGraph where it is not one of ours."""
+
+    def __init__(self, directory: Path, spec: VisionSpec, threads: int = 0) -> None:
+        self.spec = spec
+        self._session = _open(directory / ENCODER, threads)
+
+    def encode(self, pixels: bytes, grid: Grid) -> tuple[Floats, Floats, Floats]:
+        """RGB bytes of an image of that grid, row by row -> image tokens [N, dim], their keys and values [N, Hkv, D]."""
+        patch, merge = self.spec.patch, self.spec.merge
+        cut = np.frombuffer(pixels, np.uint8).reshape(grid.rows, merge, patch, grid.columns, merge, patch, CHANNELS)
+        # Token by token, and within one patch by patch: those that are merged lie beside each other.
+        patches = cut.transpose(0, 3, 1, 4, 2, 5, 6).reshape(-1, self.spec.patch_values)
+        places = np.indices((grid.rows * merge, grid.columns * merge)).reshape(2, grid.rows, merge, grid.columns, merge)
+        down, along = np.ascontiguousarray(places.transpose(0, 1, 3, 2, 4)).reshape(2, -1)
+        try:
+            embeddings, keys, values = self._session.run(None, {"patches": patches, "down": down, "along": along})
+        except _FAILURES as error:
+            raise _failure(error) from None
+        return embeddings, keys, values
+
+
+def _empty(entry: Any) -> NDArray[np.generic]:
+    """An input with nothing in it."""
+    kind = {"tensor(int64)": np.int64, "tensor(bool)": np.bool_}.get(entry.type, np.float32)
+    return np.zeros([size if isinstance(size, int) else 0 for size in entry.shape], kind)
+
+
+def _failure(error: Exception) -> Exception:
+    """A MemoryError where the runtime reports a failed allocation as one of its own errors."""
+    return MemoryError(str(error)) if "allocat" in str(error).lower() else error
 
 
 def read_about(directory: Path) -> dict[str, Any]:

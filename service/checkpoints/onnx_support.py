@@ -14,9 +14,10 @@ from service.checkpoints.stored_tensors import find_weight_files
 from service.types.errors import CheckpointError
 from service.types.model_spec import ModelSpec, RopeScaling
 
-FORMAT = "deepseek-onnx-3"
-# The files of an exported graph: the decoder, one square product in its kind of weights, all weights, and what else a reader must know.
-GRAPH, PRODUCT, WEIGHTS, ABOUT = "model.onnx", "product.onnx", "weights.bin", "export.json"
+FORMAT = "deepseek-onnx-4"
+# The files of an exported graph: the decoder, the encoder of one that reads images, one square product in its kind of weights, all weights,
+# and what else a reader must know.
+GRAPH, ENCODER, PRODUCT, WEIGHTS, ABOUT = "model.onnx", "encoder.onnx", "product.onnx", "weights.bin", "export.json"
 SUFFIX = ".onnx"
 KINDS = ("none", "int8")
 
@@ -25,7 +26,7 @@ def unsupported(spec: ModelSpec, quantize: str) -> str:
     """The first thing of this model that the graph does not compute, or nothing."""
     reasons = {
         f"{quantize} weights": quantize not in KINDS,
-        "images": spec.vision is not None or spec.fusion is not None,
+        "images without a fusion": (spec.vision is None) != (spec.fusion is None),
         "far blocks": any(layer.attention.far is not None for layer in spec.layers),
         "dynamic rope scaling": spec.rope.scaling is RopeScaling.DYNAMIC,
         "layers of one cache group with different numbers of heads": any(

@@ -37,14 +37,16 @@ async def measure_backends(directory: Path, kinds: tuple[str, ...], threads: int
             for backend in ("torch", "onnx"):
                 engine = LocalEngine(directory, replace(settings, backend=backend), SchedulerSettings(batch_size=max(BATCHES)))
                 engines[backend] = await stack.enter_async_context(engine)
-            parameters = engines["torch"].manifest.spec.parameters
+            spec = engines["torch"].manifest.spec
             forms[kind] = {"dtypes": {name: engine.info.dtype for name, engine in engines.items()}, "batches": {}}
             for batch in BATCHES:
                 sides = await _sides(engines, batch, rounds, asked)
                 torch, onnx = ([round(entry.output, 3) for entry in sides[name]] for name in ("torch", "onnx"))
                 ratio = spread([mine / theirs for mine, theirs in zip(onnx, torch, strict=True)])
                 forms[kind]["batches"][str(batch)] = {"torch": spread(torch), "onnx": spread(onnx), "ratio": ratio}
-                measured.append(Measured(parameters, kind, batch, spread(torch)["median"], spread(onnx)["median"]))
+                measured.append(
+                    Measured(spec.parameters, kind, batch, spread(torch)["median"], spread(onnx)["median"], spec.vision is not None)
+                )
     entries = [asdict(entry) for entry in measured]
     return {"kind": "backends", "prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "forms": forms, "measured": entries}
 
@@ -53,7 +55,7 @@ def keep_table(path: Path, row: dict[str, Any]) -> None:
     """Enter what a row measured into the table at `path`, with where it was measured. Raises SettingsError."""
     new = [Measured(**entry) for entry in row["measured"]]
     known = read_table(str(path)) if path.exists() else []
-    entries = {(entry.parameters, entry.quantize, entry.batch): entry for entry in (*known, *new)}
+    entries = {(entry.parameters, entry.quantize, entry.batch, entry.images): entry for entry in (*known, *new)}
     about = {name: row[name] for name in ("date", "program", "cores", "directory") if name in row}
     table = {"newest": about, "measured": [asdict(entries[key]) for key in sorted(entries)]}
     try:

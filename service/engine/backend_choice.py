@@ -34,13 +34,17 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Generated tokens a second of both engines with `batch` sequences at once of a model with so many parameters, in its `quantize`."""
+    """Generated tokens a second of both engines with `batch` sequences at once of a model with so many parameters, in its `quantize`.
+
+    `images`: it is a model that reads them, whose graphs are others than those of one that does not.
+    """
 
     parameters: int
     quantize: str
     batch: int
     torch: float
     onnx: float
+    images: bool = False
 
 
 def choose_backend(spec: ModelSpec, engine: EngineSettings, batch_size: int) -> Choice:
@@ -60,9 +64,11 @@ def choose_backend(spec: ModelSpec, engine: EngineSettings, batch_size: int) -> 
         return Choice("torch", "there is a GPU")
     if missing := _missing("onnx", "torch"):
         return Choice("torch", f"{missing} is not installed, which exporting needs")
-    nearest = _nearest(read_table(engine.backend_table), spec.parameters, quantize, batch_size)
+    images = spec.vision is not None
+    known = [entry for entry in read_table(engine.backend_table) if (entry.quantize, entry.images) == (quantize, images)]
+    nearest = _nearest(known, spec.parameters, batch_size)
     if nearest is None:
-        return Choice("torch", f"nothing was measured with {quantize} weights")
+        return Choice("torch", f"nothing was measured with {quantize} weights{' and images' if images else ''}")
     ratio = nearest.onnx / nearest.torch
     said = f"onnx measured at {ratio:.2f} of torch with {nearest.parameters / 1e6:.0f} M parameters and {nearest.batch} sequences"
     return Choice("onnx" if ratio >= MARGIN else "torch", said)
@@ -70,21 +76,21 @@ def choose_backend(spec: ModelSpec, engine: EngineSettings, batch_size: int) -> 
 
 def read_table(path: str) -> list[Measured]:
     """The measurements in a file, "" for those that come with the package. Raises SettingsError."""
-    names = {field.name for field in fields(Measured)}
+    names = [field.name for field in fields(Measured)]
     try:
         entries = json.loads((Path(path) if path else TABLE).read_text(encoding="utf-8"))["measured"]
-        return [Measured(**{name: entry[name] for name in names}) for entry in entries if entry["torch"] > 0 and entry["onnx"] > 0]
+        kept = [entry for entry in entries if entry["torch"] > 0 and entry["onnx"] > 0]
+        return [Measured(**{name: entry[name] for name in names if name in entry}) for entry in kept]
     except OSError as error:
         raise SettingsError(f"--backend_table {path} cannot be read: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError):
         raise SettingsError(f"--backend_table {path} is not a table of measurements.") from None
 
 
-def _nearest(table: Sequence[Measured], parameters: int, quantize: str, batch: int) -> Measured | None:
-    """The entry of the same kind of weights nearest in size, then in batch, both by ratio."""
-    same = [entry for entry in table if entry.quantize == quantize]
+def _nearest(table: Sequence[Measured], parameters: int, batch: int) -> Measured | None:
+    """The entry nearest in size, then in batch, both by ratio."""
     return min(
-        same,
+        table,
         key=lambda entry: (abs(math.log(entry.parameters / parameters)), abs(math.log(entry.batch / batch)), entry.batch),
         default=None,
     )

@@ -1,4 +1,4 @@
-"""Plans in, results out, with ONNX Runtime: tables, an exported graph over its own blocks, and the sampler. No torch.
+"""Plans in, results out, with ONNX Runtime: tables, an exported graph over its own blocks, images, and the sampler. No torch.
 
 Slices become rectangles (`rectangles.py`), each one call of the graph. It does not know processes, messages or how a graph is made.
 Invariant: a rectangle that runs out of memory is computed in halves, and nothing that is not finite becomes a token.
@@ -14,24 +14,30 @@ import numpy as np
 from service.checkpoints.onnx_graph import Floats, OnnxGraph, Rectangle
 from service.engine.batch import Batch, PlanError, Tables
 from service.engine.distribution import log_probs
+from service.engine.graph_images import GraphImages
 from service.engine.rectangles import Costs, Part, rectangles
 from service.engine.sampler import Sampler
 from service.engine.scores import joined, prompt_scores, sampled_tokens
-from service.types.kv_layout import KvLayout
 from service.types.plan import BatchPlan, PromptLogprobs, SampledToken, StepResult
 
 
 class OnnxBackend:
-    """An opened graph with its tables. `layers_done` counts layers since the start: it grows while a step gets on."""
+    """An opened graph with its tables and the images of its sequences."""
 
-    def __init__(self, graph: OnnxGraph, layout: KvLayout, tables: Tables, sampler: Sampler, costs: Costs) -> None:
+    def __init__(self, graph: OnnxGraph, tables: Tables, sampler: Sampler, costs: Costs, images: GraphImages) -> None:
         self._graph = graph
-        self._layout = layout
+        self._layout = graph.layout
+        self._images = images
         self._tables = tables
         self._sampler = sampler
         self._costs = costs
-        self._layers = sum(len(group.layers) for group in layout.groups)
-        self.layers_done = 0
+        self._layers = sum(len(group.layers) for group in graph.layout.groups)
+        self._done = 0
+
+    @property
+    def layers_done(self) -> int:
+        """Layers computed and images encoded since the start: it grows while a step gets on."""
+        return self._done + self._images.encodings
 
     def execute(self, plan: BatchPlan) -> StepResult:
         """Run one step. Raises PlanError for a contradictory plan, MemoryError when not even one token fits."""
@@ -39,6 +45,7 @@ class OnnxBackend:
         if plan.demote:
             raise PlanError("a graph has no far blocks")
         self._tables.apply(plan)
+        self._images.apply(plan)
         for sequence in plan.open:
             self._sampler.open(sequence.row, sequence.sampling, sequence.stop, sequence.prompt_tokens)
         tokens: list[SampledToken] = []
@@ -46,7 +53,8 @@ class OnnxBackend:
         calls = 0
         if plan.slices:
             tokens, scores, calls = self._compute(self._tables.batch(plan.slices))
-        return StepResult(plan.step, tuple(tokens), joined(scores), time.perf_counter() - began_s, (("decoder", "onnx", calls),))
+        counts, work = (("decoder", "onnx", calls),), self._images.take_work()
+        return StepResult(plan.step, tuple(tokens), joined(scores), time.perf_counter() - began_s, counts, images=work)
 
     def rest(self) -> None:
         """No step is at hand; nothing waits for that here."""
@@ -57,6 +65,7 @@ class OnnxBackend:
         tables = (table,) * len(self._layout.groups)
         for length in (tokens, 1):
             self._graph.logits(Rectangle(np.zeros((1, length), np.int64), np.zeros(1, np.int64), tables, np.zeros(1, np.int64)))
+        self._images.warm_up()
 
     def _compute(self, batch: Batch) -> tuple[list[SampledToken], list[PromptLogprobs], int]:
         """Sampled tokens in the order of their slices, log-probs of prompts in parts, and the calls of the graph."""
@@ -75,7 +84,7 @@ class OnnxBackend:
                 waiting += reversed(_halves(parts))
                 continue
             calls += 1
-            self.layers_done += self._layers
+            self._done += self._layers
             at = 0
             for part, count in zip(parts, wanted, strict=True):
                 mine = logits[at : at + count]
@@ -97,7 +106,11 @@ class OnnxBackend:
         tables = tuple(table[indices, :entries] for table in batch.block_tables)
         ends = (np.arange(len(parts)) + 1) * length
         rows = [np.arange(end - count, end) for end, count in zip(ends.tolist(), wanted, strict=True)]
-        return self._graph.logits(Rectangle(tokens, starts, tables, np.concatenate(rows).astype(np.int64)))
+        seen = self._images.seen(batch.rows[indices].tolist(), parts)
+        logits = self._graph.logits(Rectangle(tokens, starts, tables, np.concatenate(rows).astype(np.int64), seen))
+        if seen is not None:
+            self._images.count_gates(seen, self._graph.gates)
+        return logits
 
     def _draw(self, batch: Batch, logits: Floats) -> list[SampledToken]:
         if not len(logits):

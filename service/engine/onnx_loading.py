@@ -1,6 +1,6 @@
-"""From a LoadRequest to an OnnxBackend: the exported graph, found or made, the memory plan, blocks, a first step; with times and progress.
+"""From a LoadRequest to an OnnxBackend: the exported graphs, found or made, the memory plan, blocks, a first step; with times and progress.
 
-Only the worker of exported graphs imports this. Invariants: nothing here imports torch; a graph is opened only after its files were
+Only the worker of exported graphs imports this. Invariants: nothing here imports torch; a graph serves only after its files were
 compared with the digests written at export, and one that is damaged is made again, once.
 """
 
@@ -17,11 +17,12 @@ from typing import NamedTuple
 
 from service.checkpoints.cache_room import entry_bytes, make_room, touch
 from service.checkpoints.manifest import Manifest
-from service.checkpoints.onnx_graph import DamagedGraph, OnnxGraph, read_about, verify
+from service.checkpoints.onnx_graph import DamagedGraph, OnnxEncoder, OnnxGraph, read_about, verify
 from service.checkpoints.onnx_support import WEIGHTS, graph_directory, refuse
 from service.checkpoints.quantisation import weight_bytes
 from service.engine.batch import Tables
 from service.engine.export_messages import Answer, Export, Refused
+from service.engine.graph_images import GraphImages
 from service.engine.loaded import WARM_UP_TOKENS, Loaded, Phases, ProgressCallback, read_as_served
 from service.engine.memory import MemoryPlan, Usage, available_bytes, plan_memory, resident_bytes
 from service.engine.onnx_backend import OnnxBackend
@@ -77,6 +78,7 @@ def load_graph(request: LoadRequest, import_s: float, progress: ProgressCallback
         phases_s=tuple(phases.seconds),
         dispatch=(("decoder", "onnx"),),
         pid=os.getpid(),
+        image_tokens=memory.image_tokens,
         limits=limits,
         quantize=quantize,
         backend="onnx",
@@ -158,10 +160,11 @@ class _Opened(NamedTuple):
     graph: OnnxGraph
     memory: MemoryPlan
     weight_bytes: int
+    encoder: OnnxEncoder | None
 
 
 def _open(request: LoadRequest, manifest: Manifest, directory: Path, threads: int) -> _Opened:
-    """Plan the memory and open the graph while its files are compared with their digests. Raises DamagedGraph or CapacityError."""
+    """Plan the memory and open the graphs while their files are compared with their digests. Raises DamagedGraph or CapacityError."""
     read_about(directory)
     try:
         size = (directory / WEIGHTS).stat().st_size
@@ -172,12 +175,13 @@ def _open(request: LoadRequest, manifest: Manifest, directory: Path, threads: in
     with ThreadPoolExecutor(1) as pool:
         comparing = pool.submit(verify, directory)
         graph = OnnxGraph(directory, layout, memory.group_blocks, threads)
+        encoder = None if spec.vision is None else OnnxEncoder(directory, spec.vision, threads)
         comparing.result()
-    return _Opened(graph, memory, size)
+    return _Opened(graph, memory, size, encoder)
 
 
 def _assemble(opened: _Opened, manifest: Manifest, request: LoadRequest) -> OnnxBackend:
     spec, memory = manifest.spec, opened.memory
-    layout = spec.kv_layout()
-    tables = Tables(layout, memory.group_blocks, request.max_rows, memory.context_tokens, spec.vocab_size)
-    return OnnxBackend(opened.graph, layout, tables, Sampler(request.max_rows, spec.vocab_size), Costs.of(spec, opened.weight_bytes))
+    tables = Tables(spec.kv_layout(), memory.group_blocks, request.max_rows, memory.context_tokens, spec.vocab_size)
+    images = GraphImages(spec, opened.encoder, memory.image_tokens)
+    return OnnxBackend(opened.graph, tables, Sampler(request.max_rows, spec.vocab_size), Costs.of(spec, opened.weight_bytes), images)

@@ -11,14 +11,14 @@ import torch
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from service.checkpoints import onnx_check, onnx_export
+from service.checkpoints import onnx_check, onnx_export, onnx_nodes
 from service.checkpoints.load import Quantisation, load
 from service.checkpoints.manifest import read_manifest
 from service.checkpoints.onnx_check import Probe, check_logits, check_quantised
 from service.checkpoints.onnx_export import export
 from service.checkpoints.onnx_support import GRAPH
 from service.types.errors import CheckpointError
-from tests.tiny_models import build_tiny
+from tests.tiny_models import build_tiny, build_tiny_line
 
 
 def test_a_deep_model_s_roundings_grow_and_are_no_error(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_a_deep_model_s_roundings_grow_and_are_no_error(tmp_path: Path) -> None:
 def test_a_wrong_weight_is_seen_and_its_part_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, part: str) -> None:
     """The embedding, then four products a layer, then the head."""
     manifest = read_manifest(build_tiny(tmp_path / "model", num_hidden_layers=2))
-    sound, calls = onnx_export.quantise_weight, []
+    sound, calls = onnx_nodes.quantise_weight, []
 
     def quantise(weight, kind):
         stored = sound(weight, kind)
@@ -45,9 +45,35 @@ def test_a_wrong_weight_is_seen_and_its_part_named(tmp_path: Path, monkeypatch: 
             stored.scales.mul_(1.1)
         return stored
 
-    monkeypatch.setattr(onnx_export, "quantise_weight", quantise)
+    monkeypatch.setattr(onnx_nodes, "quantise_weight", quantise)
     with pytest.raises(CheckpointError, match=f"in its {part}:"):
         export(manifest, tmp_path / "graph", "int8")
+    assert not (tmp_path / "graph").exists()
+
+
+@pytest.mark.parametrize(
+    ("quantize", "module", "instead", "sentence"),
+    [
+        ("none", "vision.layers.0.attention.out", None, "encoder of images differs"),
+        ("none", "fusion.text", "fusion.query", "largest logit"),
+        ("int8", "fusion.text", "fusion.query", "in its fusion:"),
+        ("int8", "fusion.gates", None, "in its fusion:"),
+    ],
+)
+def test_a_wrong_encoder_or_fusion_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantize: str, module: str, instead: str | None, sentence: str
+) -> None:
+    """A product with another module's weight, or one whose result is negated."""
+    sound = onnx_nodes.Nodes.linear
+
+    def linear(nodes, x, name):
+        if name != module:
+            return sound(nodes, x, name)
+        return nodes.op("Neg", sound(nodes, x, name)) if instead is None else sound(nodes, x, instead)
+
+    monkeypatch.setattr(onnx_nodes.Nodes, "linear", linear)
+    with pytest.raises(CheckpointError, match=sentence):
+        export(read_manifest(build_tiny_line(tmp_path / "line")), tmp_path / "graph", quantize)
     assert not (tmp_path / "graph").exists()
 
 

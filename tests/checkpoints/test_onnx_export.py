@@ -18,12 +18,15 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 from service.checkpoints import onnx_export
+from service.checkpoints.bundled import bundled_directory
 from service.checkpoints.load import load
 from service.checkpoints.manifest import Manifest, read_manifest
 from service.checkpoints.onnx_export import export, find_or_export, refuse
-from service.checkpoints.onnx_graph import OnnxGraph, Rectangle
+from service.checkpoints.onnx_graph import OnnxEncoder, OnnxGraph, Rectangle, Sight, seen_by
 from service.models.attention import DenseAttend
+from service.types.catalog import V1_0, V2_3, V3_5, V4_8, VersionLine
 from service.types.errors import CheckpointError
+from service.types.vision import Grid
 from tests.tiny_models import build_tiny, build_tiny_line
 
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
@@ -76,6 +79,46 @@ def test_pieces_then_single_tokens_beside_another_sequence(name: str, tmp_path: 
         np.testing.assert_allclose(found, [truth[1][70 + step], truth[0][190 + step]], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+@pytest.mark.parametrize("line", [V1_0, V2_3, V3_5, V4_8], ids=lambda line: line.label)
+def test_every_bundled_model_without_far_blocks_is_exported_and_agrees(line: VersionLine, quantize: str, tmp_path: Path) -> None:
+    export(read_manifest(bundled_directory(line)), tmp_path / "graph", quantize)
+    assert (tmp_path / "graph" / "encoder.onnx").is_file() == line.reads_images
+
+
+def test_images_of_every_grid_become_what_the_encoder_of_torch_makes_of_them(tmp_path: Path) -> None:
+    manifest = read_manifest(build_tiny_line(tmp_path / "line"))
+    export(manifest, tmp_path / "graph", "none")
+    decoder, vision = load(manifest, "cpu", torch.float32), manifest.spec.vision
+    encoder = OnnxEncoder(tmp_path / "graph", vision, 1)
+    for rows, columns in ((1, 1), (1, 4), (3, 2), (2, 3), (3, 3)):
+        pixels = np.random.default_rng(rows + columns).integers(0, 256, (1, rows * vision.unit, columns * vision.unit, 3), np.uint8)
+        with torch.inference_mode():
+            tokens = decoder.vision(torch.from_numpy(pixels), Grid(rows, columns))[0]
+            expected = (tokens, *decoder.fusion.keys_values(tokens))
+        for found, wanted in zip(encoder.encode(pixels.tobytes(), Grid(rows, columns)), expected, strict=True):
+            np.testing.assert_allclose(found, wanted.numpy(), atol=1e-4, rtol=1e-4)
+
+
+def test_rows_that_see_no_image_are_the_same_beside_one_that_does(tmp_path: Path) -> None:
+    """And the gates are summed over the positions that see: none of the first, two of the second."""
+    manifest = read_manifest(build_tiny_line(tmp_path / "line"))
+    spec = manifest.spec
+    export(manifest, tmp_path / "graph", "none")
+    graph = opened(tmp_path / "graph", manifest, 4)
+    draw, tokens, tables = np.random.default_rng(3), np.array([[7, 8, 9], [5, 6, 7]]), (np.array([[1], [2]]),)
+    keys, values = draw.standard_normal((2, 2, spec.fusion.kv_heads, spec.fusion.head_dim), np.float32)
+    sight = Sight(np.array([1, 2]), draw.standard_normal((2, spec.dim), np.float32), np.array([0, 1, 2]), keys, values)
+    blind = graph.logits(Rectangle(tokens, np.zeros(2, np.int64), tables, np.arange(6)))
+    assert not graph.gates.any()
+    seen = seen_by([None, sight], spec.fusion.heads // spec.fusion.kv_heads)
+    seeing = graph.logits(Rectangle(tokens, np.zeros(2, np.int64), tables, np.arange(6), seen))
+    np.testing.assert_array_equal(seeing[:4], blind[:4])
+    assert (np.abs(seeing[4:] - blind[4:]).max(axis=1) > 1e-3).all()
+    assert ((graph.gates > 0) & (graph.gates < 2)).all() and len(graph.gates) == 2 * spec.fusion.heads
+    assert seen_by([None, None], 2) is None
+
+
 def test_the_caches_are_written_in_place(tmp_path: Path) -> None:
     manifest = read_manifest(build_tiny(tmp_path / "model"))
     export(manifest, tmp_path / "graph", "none")
@@ -125,8 +168,9 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="dynamic rope"):
         refuse(dynamic, "none")
     seeing = read_manifest(build_tiny_line(tmp_path / "line")).spec
-    with pytest.raises(CheckpointError, match="images"):
-        refuse(seeing, "none")
+    refuse(seeing, "none")
+    with pytest.raises(CheckpointError, match="images without a fusion"):
+        refuse(replace(seeing, fusion=None), "none")
     with pytest.raises(CheckpointError, match="far blocks"):
         refuse(replace(spec, layers=(replace(spec.layers[0], attention=_far(spec)), *spec.layers[1:])), "none")
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 from service.cli.wiring import _fitting
 from service.engine.supervisor import Blank
+from service.types.catalog import V5_2
 from tests.cli.conftest import Command, Start
 from tests.cli.test_serve import SERVE, failure
 from tests.tiny_models import build_tiny_line
@@ -96,9 +102,60 @@ def test_the_choice_is_shown_and_the_worker_has_no_torch(pair) -> None:
 
 
 def test_what_cannot_go_that_way_is_refused_before_a_worker_loads(start: Start, tmp_path: Path) -> None:
-    seeing = build_tiny_line(tmp_path / "seeing")
-    sentence = failure(start(SERVE, "--model", str(seeing), "--port", "0", "--onnx_runtime"))
-    assert "images" in sentence and "--backend torch" in sentence
+    far = build_tiny_line(tmp_path / "far", V5_2)
+    sentence = failure(start(SERVE, "--model", str(far), "--port", "0", "--onnx_runtime"))
+    assert "far blocks" in sentence and "--backend torch" in sentence
+
+
+def picture(seed: int, width: int, height: int) -> dict[str, object]:
+    """A part of a message: blots on white, as PNG."""
+    draw = np.random.default_rng(seed)
+    values = np.kron(draw.integers(0, 2, (height // 4, width // 4, 1), np.uint8) * 255, np.ones((4, 4, 3), np.uint8))
+    stream = io.BytesIO()
+    Image.fromarray(values).save(stream, "PNG")
+    return {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()}}
+
+
+def test_the_bundled_v3_5_answers_about_images_as_through_torch(tmp_path: Path) -> None:
+    """One image, two in one message, the first again, and text alone; the worker has no torch."""
+    one, two = picture(1, 28, 28), picture(2, 56, 40)
+    questions = [[one], [one, two], [two], [one], []]
+    answers: list[list[dict]] = []
+    for flags in (("--onnx_runtime",), ("--backend", "torch", "--dtype", "float32")):
+        command = Command(SERVE, ["--version", "v3.5", "--port", "0", "--threads", "1", "--quantize_cache", str(tmp_path), *flags], {})
+        try:
+            url = command.read_until("serving v3.5 on ")
+            command.read_until("try: ")
+            found = []
+            for parts in questions:
+                message = {"role": "user", "content": [*parts, {"type": "text", "text": "Which digit is this?"}]}
+                body = {"messages": [message], "max_tokens": 12, "temperature": 0, "logprobs": True, "top_logprobs": 2}
+                answer = httpx.post(url + "/v1/chat/completions", json=body, timeout=60)
+                assert answer.status_code == 200, answer.text
+                found.append(answer.json())
+            answers.append(found)
+            if "--onnx_runtime" in flags:
+                metrics = httpx.get(url + "/metrics").text
+                children = subprocess.run(["pgrep", "-P", str(command.process.pid)], capture_output=True, text=True, check=True).stdout
+                assert not any("/torch/lib/" in Path(f"/proc/{child}/maps").read_text() for child in children.split())
+            command.signal(signal.SIGINT)
+            assert command.end()[0] == 0
+        finally:
+            if command.process.poll() is None:
+                command.process.kill()
+                command.process.communicate()
+    assert re.search(r'deepseek_images_total{[^}]*result="encoded"[^}]*} 2', metrics)
+    compared = 0
+    for mine, theirs in zip(*answers, strict=True):
+        assert mine["usage"]["prompt_tokens"] == theirs["usage"]["prompt_tokens"]
+        for found, wanted in zip(mine["choices"][0]["logprobs"]["content"], theirs["choices"][0]["logprobs"]["content"], strict=False):
+            ranked = sorted((entry["logprob"] for entry in wanted["top_logprobs"]), reverse=True)
+            if found["token"] != wanted["token"]:
+                assert ranked[0] - ranked[1] < 1e-3
+                break
+            assert abs(found["logprob"] - wanted["logprob"]) < 1e-3
+            compared += 1
+    assert compared >= 2 * len(questions)
 
 
 def test_a_contradiction_is_refused(start: Start) -> None:

@@ -161,6 +161,7 @@ def onnx_driver(graph_of):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     from service.checkpoints.onnx_graph import OnnxGraph
+    from service.engine.graph_images import GraphImages
     from service.engine.onnx_backend import OnnxBackend
 
     def make(dense, blocks: int = 40):
@@ -177,7 +178,7 @@ def onnx_driver(graph_of):
         for cache in graph.caches.values():
             cache[:, 64:] = np.nan
         tables = Tables(layout, counts, 8, spec.context_tokens, spec.vocab_size)
-        backend = OnnxBackend(graph, layout, tables, Sampler(8, spec.vocab_size), Costs.of(spec, 1 << 20))
+        backend = OnnxBackend(graph, tables, Sampler(8, spec.vocab_size), Costs.of(spec, 1 << 20), GraphImages(spec))
         return Driver(backend, layout, tables, spoil, blocks)
 
     return make

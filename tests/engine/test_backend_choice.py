@@ -28,10 +28,10 @@ def bare_machine(monkeypatch, tmp_path) -> None:
 def table(tmp_path):
     """A function that writes a table and gives settings that name it."""
 
-    def write(*entries: tuple[int, str, int, float, float], **settings) -> EngineSettings:
-        names = ("parameters", "quantize", "batch", "torch", "onnx")
+    def write(*entries: tuple[object, ...], **settings) -> EngineSettings:
+        names = ("parameters", "quantize", "batch", "torch", "onnx", "images")
         path = tmp_path / "table.json"
-        path.write_text(json.dumps({"measured": [dict(zip(names, entry, strict=True)) for entry in entries]}))
+        path.write_text(json.dumps({"measured": [dict(zip(names, entry, strict=False)) for entry in entries]}))
         return EngineSettings(backend_table=str(path), **settings)
 
     return write
@@ -61,8 +61,9 @@ def test_an_explicit_choice_that_cannot_work_is_refused(changes, words) -> None:
 
 
 def test_models_that_cannot_go_that_way_are_refused_by_what_they_have() -> None:
-    with pytest.raises(CheckpointError, match="images"):
-        choose_backend(SEEING, EngineSettings(backend="onnx"), 1)
+    assert choose_backend(SEEING, EngineSettings(backend="onnx"), 1).backend == "onnx"
+    with pytest.raises(CheckpointError, match="images without a fusion"):
+        choose_backend(replace(SEEING, fusion=None), EngineSettings(backend="onnx"), 1)
     attention = replace(PLAIN.layers[0].attention, window=64, far=FarSpec())
     far = replace(PLAIN, layers=(replace(PLAIN.layers[0], attention=attention), *PLAIN.layers[1:]))
     with pytest.raises(CheckpointError, match="far blocks"):
@@ -99,7 +100,6 @@ def test_auto_takes_torch_where_the_graph_cannot(table, changes) -> None:
     fast = [(PLAIN.parameters, kind, 1, 1.0, 9.0) for kind in ("none", "int8", "int4")]
     assert choose_backend(PLAIN, table(*fast), 1).backend == "onnx"
     assert choose_backend(PLAIN, table(*fast, **changes), 1).backend == "torch"
-    assert choose_backend(SEEING, table(*fast), 1) == ("torch", "onnx does not support images")
 
 
 def test_auto_leaves_a_machine_with_a_gpu_to_torch(table, monkeypatch, tmp_path) -> None:
@@ -119,6 +119,13 @@ def test_a_line_s_own_weights_are_looked_up(table) -> None:
 
 def test_what_was_never_measured_is_served_by_torch(table) -> None:
     assert "measured" in choose_backend(PLAIN, table(), 1).reason
+
+
+def test_what_was_measured_without_images_says_nothing_of_a_model_that_reads_them(table) -> None:
+    size = SEEING.parameters
+    assert choose_backend(SEEING, table((size, "none", 1, 1.0, 9.0)), 1) == ("torch", "nothing was measured with none weights and images")
+    assert choose_backend(SEEING, table((size, "none", 1, 1.0, 9.0, True)), 1).backend == "onnx"
+    assert choose_backend(PLAIN, table((size, "none", 1, 1.0, 9.0, True)), 1).backend == "torch"
 
 
 def test_the_table_that_comes_with_the_package_reads() -> None:

@@ -22,6 +22,7 @@ from service.engine.export_messages import Export, Exported, Refused
 from service.engine.onnx_limits import bytes_a_second, machine_limits
 from service.engine.onnx_loading import load_graph
 from service.engine.supervisor import WorkerBackend
+from service.types.catalog import V5_2
 from service.types.errors import CapacityError, CheckpointError
 from service.types.plan import BatchPlan, BlockAppend, LoadRequest, OpenSequence, Slice
 from service.types.request import Sampling, Stop
@@ -87,6 +88,19 @@ def test_a_damaged_graph_is_exported_again(full_model, full_dense, tmp_path, cac
 
 
 @pytest.mark.usefixtures("inline_export")
+def test_a_model_that_reads_images_has_its_encoder_and_room_for_them(tmp_path) -> None:
+    seeing = build_tiny_line(tmp_path / "line")
+    request = request_of(seeing, tmp_path / "cache", quantize="none", image_cache_bytes=1 << 20)
+    info = load_graph(request, 0.0, lambda *_: None).info
+    token_bytes = 4 * read_manifest(seeing).spec.image_token_values()
+    assert info.image_tokens == (1 << 20) // token_bytes and dict(info.memory_bytes)["images"] == info.image_tokens * token_bytes
+    (graph,) = (tmp_path / "cache").iterdir()
+    (graph / "encoder.onnx").write_bytes((graph / "encoder.onnx").read_bytes()[:-9])
+    assert load_graph(request, 0.0, lambda *_: None).info.phases_s[2][0] == "graph"
+    assert load_graph(request, 0.0, lambda *_: None).info.image_tokens == info.image_tokens
+
+
+@pytest.mark.usefixtures("inline_export")
 def test_without_a_cache_nothing_stays(full_model, full_dense, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
@@ -107,9 +121,9 @@ def test_an_export_makes_room_in_the_cache(full_model, full_dense, tmp_path) -> 
 
 
 def test_what_the_graph_cannot_compute_is_refused_before_anything_is_written(tmp_path) -> None:
-    seeing = build_tiny_line(tmp_path / "line")
-    with pytest.raises(CheckpointError, match="images"):
-        load_graph(request_of(seeing, tmp_path / "cache", quantize="none"), 0.0, lambda *_: None)
+    far = build_tiny_line(tmp_path / "line", V5_2)
+    with pytest.raises(CheckpointError, match="far blocks"):
+        load_graph(request_of(far, tmp_path / "cache", quantize="none"), 0.0, lambda *_: None)
     assert not (tmp_path / "cache").exists()
 
 
@@ -125,9 +139,9 @@ def test_too_little_memory_is_refused_with_numbers(full_model, cache) -> None:
 
 
 def test_the_child_says_why_it_cannot(full_model, tmp_path) -> None:
-    seeing = build_tiny_line(tmp_path / "line")
-    refused = export_child.answer(Export(str(seeing), AttentionSettings(), "none", str(tmp_path / "graph.onnx")))
-    assert isinstance(refused, Refused) and "images" in refused.message
+    far = build_tiny_line(tmp_path / "line", V5_2)
+    refused = export_child.answer(Export(str(far), AttentionSettings(), "none", str(tmp_path / "graph.onnx")))
+    assert isinstance(refused, Refused) and "far blocks" in refused.message
     (tmp_path / "file").write_text("")
     unwritable = export_child.answer(Export(str(full_model), AttentionSettings(), "none", str(tmp_path / "file" / "graph.onnx")))
     assert isinstance(unwritable, Refused) and "cannot be written" in unwritable.message

@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "tokenizers": ("service/inputs/",),
     "jinja2": ("service/inputs/",),
     "PIL": ("service/inputs/images.py", "service/train/pictures.py"),
-    "onnx": ("service/checkpoints/onnx_export.py",),
+    "onnx": tuple(f"service/checkpoints/onnx_{name}.py" for name in ("export", "nodes", "decoder", "vision")),
     "onnxruntime": ("service/checkpoints/onnx_graph.py",),
     "torch": ("service/kernels/", "service/models/", "service/checkpoints/", "service/engine/", "service/train/"),
     "triton": ("service/kernels/",),
