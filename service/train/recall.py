@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from service.inputs.recall_tasks import TASKS, assignment, names, question, value
 
 _FEWEST_LINES = 4
-_LINES_PER_FACT, _MOST_FACTS = 7, 72
+_LINES_PER_FACT, _MOST_FACTS = (1, 2, 4, 8), 72
 _HANDED_ON = 0.25  # of the facts are the values of earlier names
 
 
@@ -39,8 +39,11 @@ def recall_documents(texts: Sequence[str], number: int, longest_lines: int, seed
 
 
 def _many_questions(filler: Sequence[str], draw: random.Random) -> str:
-    """The filler with facts between its lines, each asked once or twice anywhere after it."""
-    facts = names(draw, min(max(2, len(filler) // _LINES_PER_FACT), _MOST_FACTS))
+    """The filler with facts between its lines, each asked once or twice anywhere after it.
+
+    Every text has a density of its own: only where many names are held at once does the name asked for matter.
+    """
+    facts = names(draw, min(max(2, len(filler) // draw.choice(_LINES_PER_FACT)), _MOST_FACTS))
     held: dict[str, str] = {}
     placed: list[tuple[float, str]] = []
     for name, place in zip(facts, sorted(draw.random() for _ in facts), strict=True):

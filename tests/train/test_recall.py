@@ -21,7 +21,15 @@ def test_documents_are_the_same_again_and_of_many_lengths() -> None:
     assert documents == recall_documents(TEXTS, 40, 100, 1) and documents != recall_documents(TEXTS, 40, 100, 2)
     assert len(set(documents)) == 40
     lengths = [document.count("\n") for document in documents]
-    assert min(lengths) < 20 and 60 < max(lengths) < 200
+    assert min(lengths) < 20 and 60 < max(lengths) < 300
+
+
+def test_some_documents_hold_few_names_and_some_one_for_every_line() -> None:
+    documents = [document for index, document in enumerate(recall_documents(TEXTS, 60, 200, 3)) if index % 3]
+    facts = [
+        len(re.findall(r"^\w+ = \w+$", document, re.M)) / document.count("text ") for document in documents if document.count("text ") >= 16
+    ]
+    assert min(facts) < 0.2 and max(facts) > 0.9
 
 
 def test_every_third_document_ends_with_the_answer_to_its_one_question() -> None:
