@@ -101,6 +101,7 @@ class BlockSpace:
         self._windowed = tuple(index for index, group in enumerate(groups) if group.window is not None and group.source is None)
         self._far = tuple((index, group.source) for index, group in enumerate(groups) if group.source is not None)
         self._far_of = {source: index for index, source in self._far}
+        self._grows_from = tuple(0 if group.source is None else layout.reach(group, layout.first_read(group, 0)) for group in groups)
 
     # Questions.
 
@@ -116,6 +117,11 @@ class BlockSpace:
         """Blocks of each group that the sequence still needs for every token it knows."""
         needs = self.blocks_for(sequence.length)
         return [max(need - self._held(sequence, group), 0) for group, need in enumerate(needs)]
+
+    def may_grow(self, sequences: Iterable[Sequence]) -> list[int]:
+        """How many of the sequences may come to need one more block of each group: none of a far group that stay within its window."""
+        limits = [sequence.limit for sequence in sequences]
+        return [sum(limit > start for limit in limits) if start else len(limits) for start in self._grows_from]
 
     def reach(self, sequence: Sequence) -> int:
         """The positions that its tables and all free blocks together could serve."""

@@ -240,8 +240,8 @@ class Planner:
             self._add_prefill(sequence, draft)
 
     def _reserve(self) -> list[int]:
-        """Blocks of each group spoken for: what running prefills still need, and one for each running sequence to grow into."""
-        reserve = [len(self.running)] * len(self.space.pools)
+        """Blocks of each group spoken for: what running prefills still need, and one for each running sequence that may grow into it."""
+        reserve = self.space.may_grow(self.running)
         for sequence in self.running:
             if sequence.gap > 1:
                 reserve = [have + need for have, need in zip(reserve, self.space.shortfall(sequence), strict=True)]
@@ -276,8 +276,8 @@ class Planner:
             sequence.cached_tokens = start
         draft.opened.append(sequence)
         draft.pixel_bytes += sequence.request.pixel_bytes
-        for kept, need in enumerate(space.shortfall(sequence)):
-            reserve[kept] += need + 1
+        for group, (need, growth) in enumerate(zip(space.shortfall(sequence), space.may_grow((sequence,)), strict=True)):
+            reserve[group] += need + growth
         blocks = self.cache.reusable_blocks(sequence)
         if blocks > hit:
             sequence.leads = sequence.keys[blocks - 1]

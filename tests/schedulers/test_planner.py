@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import pytest
+
 from service.schedulers.blocks import BlockSpace
 from service.schedulers.planner import Planner, Step
 from service.schedulers.prefix_cache import PrefixCache
 from service.schedulers.sequence import Sequence, State
 from service.types.plan import Want
-from tests.fakes import layout
+from tests.fakes import Far, layout
 from tests.schedulers.test_blocks import make_sequence
 
 
@@ -142,6 +144,17 @@ def test_a_sequence_behind_one_that_does_not_fit_waits_its_turn():
     step = run(planner)
     assert lengths(step) == [(0, 1)]
     assert (big.state, small.state) == (State.WAITING, State.WAITING)
+
+
+@pytest.mark.parametrize(("max_tokens", "together"), [(2, 4), (3, 2)])
+def test_what_stays_within_its_window_needs_no_room_in_the_far_group(max_tokens, together):
+    """Blocks of 4 and a window of 8: the first far block is wanted at position 15, the sixteenth."""
+    space = BlockSpace(layout(4, (Far(8),)), (64, 1))
+    assert space.blocks_for(15) == (4, 0) and space.blocks_for(16) == (4, 1)
+    planner = Planner(space, PrefixCache(space, "digest", False), 8, 64)
+    for index in range(4):
+        add(planner, prompt=f"{index} fourteen byt", max_tokens=max_tokens, arrival=index)
+    assert len(run(planner).entries) == together
 
 
 def test_the_same_prompt_waits_for_the_one_that_computes_it():
