@@ -1,12 +1,13 @@
 """Attention of one step over the pool's blocks, for every kind of layer: stores the step's keys and values, then reads over block tables.
 
-What is the same for all layers of a KV group (tables, plans, anchors) is made once for the step. It does not know sequences or sampling.
+What is the same for all layers of a KV group (tables, plans, choices) is made once for the step. It does not know sequences or sampling.
 Invariant: keys and values are written before anything of the layer is read, and a layer reads through its own group's tables only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,49 +17,102 @@ from service.engine.far_choices import FarChoices, StepChoices, find_anchors
 from service.engine.kv_pool import KvPool
 from service.kernels.dispatch import resolve
 from service.kernels.native.decoder import PagedStep
-from service.types.kv_layout import FarSpec, KvGroup
+from service.kernels.reference_sparse import ChosenFar, FarBlocks
+from service.types.kv_layout import FarSpec
 from service.types.model_spec import GroupedQueryAttention, ModelSpec
 
 
-class PagedAttend:
-    """The `Attend` of one step. `far_blocks_read` counts far blocks for each row, layer and K/V head."""
+class StepTensors(NamedTuple):
+    """Where the T tokens of a step's S sequences stand, on the device, as in `Batch`; tables and block ids of each KV group."""
 
-    def __init__(self, spec: ModelSpec, pool: KvPool, batch: Batch, choices: FarChoices, on_layer: Callable[[], None]) -> None:
+    tables: Sequence[Tensor]
+    block_ids: Sequence[Tensor]
+    offsets: Tensor
+    query_starts: Tensor
+    context_lengths: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, device: torch.device) -> StepTensors:
+        """The step of these slices."""
+        tables, block_ids = ([torch.from_numpy(ints).to(device) for ints in groups] for groups in (batch.block_tables, batch.block_ids))
+        alone = (torch.from_numpy(ints).to(device) for ints in (batch.offsets, batch.query_starts, batch.context_lengths))
+        return cls(tables, block_ids, *alone)
+
+
+class Rule(NamedTuple):
+    """By which rule a layer with far blocks reads: tokens of the window, tokens that share a choice, sinks."""
+
+    window: int
+    refresh: int
+    sink_blocks: int
+
+
+class Plans(Protocol):
+    """What the attention of a step needs besides its tensors, made once for the layers of a KV group."""
+
+    def dense(self, tables: Tensor, block_tokens: int, window: int | None) -> object:
+        """For layers that read everything, or everything in their window."""
+
+    def sparse(self, tables: Tensor, block_tokens: int, rule: Rule, far: ChosenFar | None) -> object:
+        """For layers with far blocks."""
+
+
+class Choices(Protocol):
+    """What the step's rows read of the far blocks of one group's layers."""
+
+    def of(self, layer: int, query: Tensor, blocks: FarBlocks, sink_blocks: int) -> ChosenFar:
+        """The choices that query rows [T, Hq, D] of a layer make."""
+
+    def keep(self) -> None:
+        """The step succeeded."""
+
+
+class HostPlans:
+    """Plans from the lengths on the host, so that no layer waits for the device."""
+
+    def __init__(self, batch: Batch, device: torch.device, dtype: torch.dtype) -> None:
+        self._lengths = torch.from_numpy(batch.query_starts), torch.from_numpy(batch.context_lengths)
+        self._dense, self._sparse = (resolve(name, device, dtype) for name in ("plan_attention", "plan_sparse"))
+
+    def dense(self, tables: Tensor, block_tokens: int, window: int | None) -> object:
+        """See Plans."""
+        return self._dense(tables, *self._lengths, block_tokens=block_tokens, window=window)
+
+    def sparse(self, tables: Tensor, block_tokens: int, rule: Rule, far: ChosenFar | None) -> object:
+        """See Plans."""
+        return self._sparse(tables, *self._lengths, far=far, block_tokens=block_tokens, **rule._asdict())
+
+
+class PagedAttend:
+    """The `Attend` of one step. `chosen` are the choices of its far groups, by the group's index; a group without reads nothing far."""
+
+    def __init__(
+        self, spec: ModelSpec, pool: KvPool, where: StepTensors, plans: Plans, chosen: Mapping[int, Choices], on_layer: Callable[[], None]
+    ) -> None:
         self._layers = spec.layers
         self._pool = pool
+        self._where = where
+        self._made = plans
+        self._chosen = chosen
         self._on_layer = on_layer
-        keys = pool.blocks_of(0)[0]
-        device = keys.device
-        self._tables = [torch.from_numpy(table).to(device) for table in batch.block_tables]
-        self._block_ids = [torch.from_numpy(ids).to(device) for ids in batch.block_ids]
-        self._offsets = torch.from_numpy(batch.offsets).to(device)
-        # Plans are made from the lengths on the host, so that no layer waits for the device.
-        self._lengths = torch.from_numpy(batch.query_starts), torch.from_numpy(batch.context_lengths)
-        self._query_starts, self._context_lengths = (lengths.to(device) for lengths in self._lengths)
-        self._write = resolve("write_kv", device, keys.dtype)
-        self._attention = resolve("paged_attention", device, keys.dtype)
-        self._sparse = resolve("window_sparse_attention", device, keys.dtype) if any(group.far for group in pool.layout.groups) else None
-        self._plan = resolve("plan_attention", device, keys.dtype)
+        place = where.offsets.device, pool.blocks_of(0)[0].dtype
+        self._write = resolve("write_kv", *place)
+        self._attention = resolve("paged_attention", *place)
+        self._sparse = resolve("window_sparse_attention", *place) if any(group.far for group in pool.layout.groups) else None
         self._plans: dict[int, object] = {}
-        self._plan_sparse = resolve("plan_sparse", device, keys.dtype)
-        self._chosen: dict[int, StepChoices] = {}
-        self.far_blocks_read = 0
-        for index, group in enumerate(pool.layout.groups):
-            if group.source is not None and group.far is not None:
-                self._plan_choices(index, group, group.far, batch, choices)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [T, Hq, D], key [T, Hkv, D], value [T, Hkv, Dv] -> [T, Hq, Dv]."""
         self._on_layer()
-        group = self._pool.group_of(layer)
+        group, where = self._pool.group_of(layer), self._where
         keys, values = self._pool.blocks_of(layer)
-        self._write(key, value, keys, values, self._block_ids[group], self._offsets)
+        self._write(key, value, keys, values, where.block_ids[group], where.offsets)
         spec = self._layers[layer].attention
         if spec.far is not None:
             return self._attend_sparse(layer, spec, spec.far, query)
-        tables, starts, lengths = self._tables[group], self._query_starts, self._context_lengths
+        tables, starts, lengths = where.tables[group], where.query_starts, where.context_lengths
         if group not in self._plans:
-            self._plans[group] = self._plan(tables, *self._lengths, block_tokens=keys.shape[2], window=spec.window)
+            self._plans[group] = self._made.dense(tables, keys.shape[2], spec.window)
         scoring = {"scale": _scale(spec), "window": spec.window, "softcap": spec.softcap}
         seen: Tensor = self._attention(query, keys, values, tables, starts, lengths, **scoring, plan=self._plans[group])
         return seen
@@ -68,21 +122,16 @@ class PagedAttend:
 
         `done` [1] counts the layers that such a call has computed.
         """
-        where = self._offsets, self._query_starts, self._context_lengths
-        return PagedStep(self._pool.stores, self._pool.groups, self._tables, self._block_ids, *where, torch.from_numpy(done))
+        where = self._where
+        lengths = where.query_starts, where.context_lengths
+        return PagedStep(
+            self._pool.stores, self._pool.groups, where.tables, where.block_ids, where.offsets, *lengths, torch.from_numpy(done)
+        )
 
     def keep_choices(self) -> None:
         """The step succeeded: later steps go on with what its rows chose last."""
         for chosen in self._chosen.values():
             chosen.keep()
-
-    def _plan_choices(self, index: int, group: KvGroup, spec: FarSpec, batch: Batch, choices: FarChoices) -> None:
-        anchors = find_anchors(batch, group, spec, self._pool.layout.block_tokens)
-        if anchors.read:
-            table = self._tables[index]
-            choose = resolve("choose_far", table.device, self._pool.blocks_of(group.layers[0])[0].dtype)
-            self._chosen[index] = StepChoices(anchors, choices, batch, table, choose)
-            self.far_blocks_read += anchors.read * group.kv_heads * len(group.layers)
 
     def _attend_sparse(self, layer: int, spec: GroupedQueryAttention, far_spec: FarSpec, query: Tensor) -> Tensor:
         if self._sparse is None or spec.window is None:
@@ -91,14 +140,27 @@ class PagedAttend:
         keys, values = self._pool.blocks_of(layer)
         chosen = None if far_group is None else self._chosen.get(far_group)
         far = None if chosen is None else chosen.of(layer, query, self._pool.far_of(layer), far_spec.sink_blocks)
-        where = self._tables[group], self._query_starts, self._context_lengths
-        window, refresh, sinks = spec.window, far_spec.refresh, far_spec.sink_blocks
-        rule = {"window": window, "refresh": refresh, "sink_blocks": sinks}
+        where = self._where.tables[group], self._where.query_starts, self._where.context_lengths
+        rule = Rule(spec.window, far_spec.refresh, far_spec.sink_blocks)
         if group not in self._plans:
-            self._plans[group] = self._plan_sparse(where[0], *self._lengths, far=far, block_tokens=keys.shape[2], **rule)
+            self._plans[group] = self._made.sparse(where[0], keys.shape[2], rule, far)
         scoring = {"scale": _scale(spec), "softcap": spec.softcap}
-        seen: Tensor = self._sparse(query, keys, values, *where, far=far, **scoring, **rule, plan=self._plans[group])
+        seen: Tensor = self._sparse(query, keys, values, *where, far=far, **scoring, **rule._asdict(), plan=self._plans[group])
         return seen
+
+
+def choose(pool: KvPool, batch: Batch, tables: Sequence[Tensor], kept: FarChoices) -> tuple[dict[int, StepChoices], int]:
+    """The choices of a step's far groups, by the group's index, and how many far blocks are read: for each row, layer and K/V head."""
+    chosen, read = {}, 0
+    for index, group in enumerate(pool.layout.groups):
+        if group.source is None or group.far is None:
+            continue
+        anchors = find_anchors(batch, group, group.far, pool.layout.block_tokens)
+        if anchors.read:
+            kernel = resolve("choose_far", tables[index].device, pool.blocks_of(group.layers[0])[0].dtype)
+            chosen[index] = StepChoices(anchors, kept, batch, tables[index], kernel)
+            read += anchors.read * group.kv_heads * len(group.layers)
+    return chosen, read
 
 
 def _scale(spec: GroupedQueryAttention) -> float:

@@ -21,7 +21,7 @@ from service.engine.far_choices import FarChoices
 from service.engine.images import ImageStore
 from service.engine.kv_pool import KvPool
 from service.engine.memory import SCORED_ROWS
-from service.engine.paged_attend import PagedAttend
+from service.engine.paged_attend import HostPlans, PagedAttend, StepTensors, choose
 from service.engine.sampler import Sampler
 from service.engine.scores import joined, prompt_scores, sampled_tokens
 from service.kernels.dispatch import take_counts
@@ -131,12 +131,15 @@ class TorchBackend:
         return tokens, scores
 
     def _hidden(self, batch: Batch) -> Tensor:
-        attend = PagedAttend(self._decoder.spec, self._pool, batch, self._choices, self._count_layer)
-        tokens = torch.from_numpy(batch.tokens).to(self._device)
-        positions = torch.from_numpy(batch.positions).to(self._device)
-        hidden = self._decoder.hidden(tokens, positions, attend, self._images.context(batch), attend.step(self._done))
+        images, device, pool = self._images.context(batch), self._device, self._pool
+        where = StepTensors.of(batch, device)
+        chosen, read = choose(pool, batch, where.tables, self._choices)
+        plans = HostPlans(batch, device, pool.blocks_of(0)[0].dtype)
+        attend = PagedAttend(self._decoder.spec, pool, where, plans, chosen, self._count_layer)
+        tokens, positions = (torch.from_numpy(array).to(device) for array in (batch.tokens, batch.positions))
+        hidden = self._decoder.hidden(tokens, positions, attend, images, attend.step(self._done))
         attend.keep_choices()
-        self._far_blocks_read += attend.far_blocks_read
+        self._far_blocks_read += read
         return hidden
 
     @property

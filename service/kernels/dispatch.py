@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from service.kernels import (
     cross_attention,
@@ -95,6 +96,11 @@ def _gpu(like: Kernel, room: str, name: str = "", *, label: str = "triton", stea
 
 def _needs_no_plan(place: Place) -> str | None:
     return _native(place) if place.device == "cpu" else None
+
+
+def plan_decode(context_lengths: Tensor, *, most_tokens: int, window: int | None) -> None:
+    """None: the kernels read lengths on the host, so a step cannot be recorded."""
+    del context_lengths, most_tokens, window
 
 
 def _no_plan(*tables: Any, **rule: Any) -> None:
@@ -203,6 +209,12 @@ TABLE: Mapping[str, tuple[Implementation, ...]] = {
         _gpu(window_sparse.plan_sparse, "window_sparse", "plan_sparse_tiles", label="tiles"),
         Implementation("none", _no_plan, _needs_no_plan, steady=True),
         Implementation("cpu", window_sparse.plan_sparse, _on_cpu),
+    ),
+    # What a step that is recorded in a CUDA graph is told; none where the kernels read lengths on the host.
+    "plan_decode": (
+        _gpu(plan_decode, "decode_plan", steady=False),
+        _gpu(plan_decode, "decode_plan", "plan_decode_tiles", label="tiles"),
+        Implementation("none", plan_decode, _anywhere, steady=True),
     ),
     "sample": (
         _gpu(reference_sampling.sample, "sampling"),
