@@ -85,6 +85,12 @@ METRICS: tuple[Metric, ...] = (
     Metric("model_flops_total", "counter", "Floating-point operations of the steps, from the model's own cost."),
     Metric("model_bytes_read_total", "counter", "Bytes that the steps had to read at least, from the model's own cost."),
     Metric("far_blocks_read_total", "counter", "Far blocks that queries read, counted once for each layer and K/V head."),
+    Metric(
+        "decode_graph_steps_total",
+        "counter",
+        "Steps on a GPU by how they were computed: replayed from a graph, recorded in one, or why outside of graphs.",
+        ("how",),
+    ),
     Metric("time_to_first_token_seconds", "histogram", "From acceptance to the first token.", ("route",), _SECONDS),
     Metric("inter_token_latency_seconds", "histogram", "Between two tokens of a sequence.", ("route",), _SHORT_SECONDS),
     Metric("time_per_output_token_seconds", "histogram", "Mean of a finished sequence after its first token.", ("route",), _SHORT_SECONDS),

@@ -333,7 +333,8 @@ class FakeBackend:
         brought = [image for image in images if image.pixels]
         tokens_shown = sum(image.tokens for image in brought)
         work = ImageWork(len(brought), tokens_shown, len(images) - len(brought), 100.0, 4, (3.0,), (1.0,)) if images else None
-        return StepResult(plan.step, tuple(tokens), tuple(scores), self.behaviour.step_s, (("attention", "fake", 1),), images=work)
+        counts = (("attention", "fake", 1),), 0, work, (("replayed", 1),)
+        return StepResult(plan.step, tuple(tokens), tuple(scores), self.behaviour.step_s, *counts)
 
     def _open(self, opening: OpenSequence) -> None:
         require(opening.row not in self.rows, f"row {opening.row} is open already")

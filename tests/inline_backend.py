@@ -15,6 +15,7 @@ from service.checkpoints.load import Quantisation, load
 from service.checkpoints.long_context import adapt
 from service.checkpoints.manifest import read_manifest
 from service.engine.batch import Tables
+from service.engine.decode_graphs import Recorder
 from service.engine.kv_pool import KvPool
 from service.engine.sampler import Sampler
 from service.engine.torch_backend import TorchBackend
@@ -60,6 +61,7 @@ class InlineBackend(Inline):
         attention: AttentionSettings | None = None,
         dtype: str = "float32",
         quantize: str = "none",
+        recorder: Recorder | None = None,
     ) -> None:
         super().__init__(lose_at)
         torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
@@ -70,6 +72,7 @@ class InlineBackend(Inline):
         self.blocks = blocks
         self.max_rows = max_rows
         self.image_tokens = image_tokens
+        self._recorder = recorder
 
     async def start(self) -> BackendInfo:
         spec = self.manifest.spec
@@ -83,8 +86,8 @@ class InlineBackend(Inline):
                     tensor.fill_(float("nan") if tensor.is_floating_point() else 119)
         tables = Tables(layout, group_blocks, self.max_rows, spec.context_tokens, spec.vocab_size)
         image_tokens = self.image_tokens if spec.vision is not None else 0
-        self.tables = tables
-        self.engine = TorchBackend(self._decoder, pool, tables, Sampler(self.max_rows, spec.vocab_size), image_tokens)
+        self.tables, self.pool = tables, pool
+        self.engine = TorchBackend(self._decoder, pool, tables, Sampler(self.max_rows, spec.vocab_size), image_tokens, self._recorder)
         self.starts += 1
         sizes = (self.max_rows, 4096, spec.context_tokens, spec.vocab_size)
         return BackendInfo(layout, group_blocks, *sizes, "float32", "cpu", "inline", image_tokens=image_tokens)

@@ -64,20 +64,23 @@ def test_every_field_of_http_is_a_setting() -> None:
     assert names <= set(Definition.model_fields) and "api_key" in Definition.model_fields
 
 
+OTHER_NAMES = {
+    "device": "cpu",
+    "dtype": "bfloat16",
+    "kv_cache_dtype": "bfloat16",
+    "cuda_graphs": "off",
+    "tier": "edge",
+    "quantize": "int4",
+    "quantize_cache": "none",
+    "backend_table": "none",
+    "backend": "onnx",
+}
+
+
 def _other_value(name: str) -> tuple[str, object]:
     field = Definition.model_fields[name]
-    if name == "device":
-        return "cpu", "cpu"
-    if name in ("dtype", "kv_cache_dtype"):
-        return "bfloat16", "bfloat16"
-    if name == "tier":
-        return "edge", "edge"
-    if name == "quantize":
-        return "int4", "int4"
-    if name in ("quantize_cache", "backend_table"):
-        return "none", "none"
-    if name == "backend":
-        return "onnx", "onnx"
+    if name in OTHER_NAMES:
+        return OTHER_NAMES[name], OTHER_NAMES[name]
     if field.annotation is bool:
         return ("false", False) if field.default else ("true", True)
     if name == "run_ahead":

@@ -67,6 +67,7 @@ class LocalEngine:
             quantize_cache_bytes=engine.quantize_cache_bytes,
             deterministic=engine.deterministic,
             kv_cache_dtype=engine.kv_cache_dtype,
+            cuda_graphs=engine.cuda_graphs,
             attention=attention,
         )
         backend = WorkerBackend(request, engine)

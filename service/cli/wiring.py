@@ -114,6 +114,7 @@ def load_request(settings: ServeSettings, manifest: Manifest, kv_bytes: int) -> 
         quantize_cache_bytes=engine.quantize_cache_bytes,
         deterministic=engine.deterministic,
         kv_cache_dtype=engine.kv_cache_dtype,
+        cuda_graphs=engine.cuda_graphs,
         image_cache_bytes=engine.image_cache_bytes,
         machine_limits=(engine.machine_bytes_per_s, engine.machine_flops_per_s),
         attention=settings.attention,

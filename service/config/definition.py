@@ -74,6 +74,7 @@ Load = Literal["auto", "start", "demand"]
 Cost = Literal["any", "low"]
 Tier = Literal["auto", "gpu", "edge", "cpu"]
 Compat = Literal["none", "vllm"]
+CudaGraphs = Literal["auto", "off"]
 KvFar = Literal["auto", "int8", "int4", "bf16", "evict"]
 Prefill = Literal["sparse", "dense"]
 RopeScaling = Literal["auto", "keep", "linear", "dynamic", "yarn"]
@@ -237,6 +238,10 @@ class EngineSection(BaseModel):
     kv_cache_dtype: Dtype = Field(
         cast(Dtype, _ENGINE.kv_cache_dtype),
         description="type of cached keys and values, on a CPU; auto is that of the activations; 16 bits read half as much of long contexts",
+    )
+    cuda_graphs: CudaGraphs = Field(
+        cast(CudaGraphs, _ENGINE.cuda_graphs),
+        description="auto replays decode steps from CUDA graphs on a GPU; off launches every kernel of every step",
     )
     deterministic: bool = Field(
         _ENGINE.deterministic,

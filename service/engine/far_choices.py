@@ -137,3 +137,26 @@ class StepChoices:
         """The step succeeded: each row's last choice is what the next step goes on with."""
         for layer, choices in self._made.items():
             self._kept.keep(layer, self._rows, choices[self._last])
+
+
+class FixedChoices:
+    """The choices of rows that decode, one token each and a choice for every token, from tensors at fixed places.
+
+    `ends`, `budgets` and `counts` [S] int32 are filled before the step, as `Anchors` has them; `most` is the largest budget there is.
+    Nothing is kept: a choice for every token goes on with none.
+    """
+
+    def __init__(self, fields: tuple[Tensor, Tensor, Tensor], tables: Tensor, most: int, choose: Kernel) -> None:
+        self._ends, self._budgets, self._counts = fields
+        self._tables, self._most, self._choose = tables, most, choose
+        self._rows = torch.arange(len(tables), dtype=torch.int32, device=tables.device)
+
+    def of(self, layer: int, query: Tensor, blocks: FarBlocks, sink_blocks: int) -> ChosenFar:
+        """What query rows [S, Hq, D] read of the layer's far blocks."""
+        del layer
+        where = self._tables, self._rows, self._ends, self._budgets
+        choices, _ = self._choose(query, blocks, *where, sink_blocks=sink_blocks, most=self._most)
+        return ChosenFar(blocks, self._tables, choices, self._counts, self._rows)
+
+    def keep(self) -> None:
+        """Nothing is kept."""

@@ -15,6 +15,7 @@ from service.checkpoints.manifest import Manifest
 from service.checkpoints.quantisation import weight_bytes
 from service.checkpoints.quantised_cache import cache_in
 from service.engine.batch import Tables
+from service.engine.cuda_graph import CudaRecorder
 from service.engine.deterministic import require_deterministic
 from service.engine.kv_pool import KvPool
 from service.engine.limits import machine_limits
@@ -99,7 +100,8 @@ def _assemble(decoder: Decoder, memory: MemoryPlan, request: LoadRequest, kept: 
     spec, layout = decoder.spec, decoder.spec.kv_layout()
     pool = KvPool(layout, memory.group_blocks, kept, decoder.device)
     tables = Tables(layout, memory.group_blocks, request.max_rows, memory.context_tokens, spec.vocab_size)
-    return TorchBackend(decoder, pool, tables, Sampler(request.max_rows, spec.vocab_size), memory.image_tokens)
+    recorder = CudaRecorder() if decoder.device.type == "cuda" and request.cuda_graphs == "auto" else None
+    return TorchBackend(decoder, pool, tables, Sampler(request.max_rows, spec.vocab_size), memory.image_tokens, recorder)
 
 
 def choose_device(name: str) -> torch.device:

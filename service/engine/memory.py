@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from service.engine.choosing_memory import StepSize, kept_bytes, step_bytes
+from service.engine.graph_memory import graph_bytes
 from service.types.errors import CapacityError
 from service.types.kv_layout import KvGroup, KvLayout
 from service.types.model_spec import ELEMENT_BYTES, ModelSpec
@@ -65,15 +66,18 @@ def plan_memory(spec: ModelSpec, layout: KvLayout, element_bytes: int, request: 
     workspace = workspace_bytes(spec, request.max_step_tokens, request.max_rows, element_bytes)
     workspace += step_bytes(layout, StepSize(request.max_step_tokens, request.max_rows, context), usage.on_gpu)
     choices = kept_bytes(layout, request.max_rows)
+    graphs = 0
+    if usage.on_gpu and request.cuda_graphs == "auto":
+        graphs = graph_bytes(spec, layout, request.max_rows, context, element_bytes)
     image_tokens, image_bytes = image_room(spec, context, request.image_cache_bytes, element_bytes)
     kept_element_bytes = ELEMENT_BYTES.get(request.kv_cache_dtype, element_bytes)
-    left = usage.available_bytes - usage.weight_bytes - workspace - choices - image_bytes
+    left = usage.available_bytes - usage.weight_bytes - workspace - choices - graphs - image_bytes
     most = _pool_bytes(layout, context, request, float(request.max_rows), kept_element_bytes)
     budget = request.kv_bytes or min(most, int(left * AUTO_SHARE))
     if budget > left:
         raise CapacityError(
-            f"The model needs {_mib(usage.weight_bytes)} for weights, {_mib(workspace + choices)} for workspace and {_mib(budget)} for KV "
-            f"blocks, and {_mib(usage.available_bytes)} are free: set a smaller KV cache or serve a smaller model."
+            f"The model needs {_mib(usage.weight_bytes)} for weights, {_mib(workspace + choices + graphs)} for workspace and "
+            f"{_mib(budget)} for KV blocks, and {_mib(usage.available_bytes)} are free: set a smaller KV cache or serve a smaller model."
         )
     if _pool_bytes(layout, context, request, 1.0, kept_element_bytes) > budget:
         context = _shrunk_context(layout, context, request, budget, kept_element_bytes)
@@ -82,7 +86,7 @@ def plan_memory(spec: ModelSpec, layout: KvLayout, element_bytes: int, request: 
         (f"kv:{group.name}", (count + 1) * layout.block_bytes(group, kept_element_bytes))
         for group, count in zip(layout.groups, blocks, strict=True)
     )
-    other_lines = [(name, size) for name, size in (("choices", choices), ("images", image_bytes)) if size]
+    other_lines = [(name, size) for name, size in (("choices", choices), ("graphs", graphs), ("images", image_bytes)) if size]
     lines = (("weights", usage.weight_bytes), *kv_lines, *other_lines, ("workspace", workspace), ("runtime", usage.runtime_bytes))
     return MemoryPlan(lines, blocks, context, image_tokens)
 

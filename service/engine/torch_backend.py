@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from service.engine.batch import Batch, Tables
+from service.engine.decode_graphs import DecodeGraphs, Recorder
 from service.engine.distribution import log_probs
 from service.engine.drawing import draw_tokens
 from service.engine.far_choices import FarChoices
@@ -33,7 +34,10 @@ from service.types.request import TokenLogprob
 class TorchBackend:
     """A loaded checkpoint with its blocks and tables. `layers_done` counts layers since the start: it grows while a step gets on."""
 
-    def __init__(self, decoder: Decoder, pool: KvPool, tables: Tables, sampler: Sampler, image_tokens: int = 0) -> None:
+    def __init__(
+        self, decoder: Decoder, pool: KvPool, tables: Tables, sampler: Sampler, image_tokens: int = 0, recorder: Recorder | None = None
+    ) -> None:
+        """`image_tokens` encoded image tokens are kept. With a `recorder` decode steps are recorded and replayed."""
         self._decoder = decoder
         self._pool = pool
         self._tables = tables
@@ -44,6 +48,8 @@ class TorchBackend:
         # Counted from compiled code too, while a call that computes all layers runs.
         self._done = np.zeros(1, np.int64)
         self._images = ImageStore(decoder, image_tokens, self._count_layer)
+        most = tables.tokens.shape[0], tables.tokens.shape[1] - 1
+        self._graphs = None if recorder is None else DecodeGraphs(decoder, pool, recorder, *most, self._count_layer)
         self._idle = threading.Event()
         pool.populate(self._idle)
 
@@ -67,7 +73,8 @@ class TorchBackend:
         counts = tuple((op, name, count) for (op, name), count in take_counts().items())
         self._idle.set()
         work, far_blocks_read = self._images.take_work(), self._far_blocks_read
-        return StepResult(plan.step, tuple(tokens), joined(scores), time.perf_counter() - began_s, counts, far_blocks_read, work)
+        forwards = () if self._graphs is None else self._graphs.take_counts()
+        return StepResult(plan.step, tuple(tokens), joined(scores), time.perf_counter() - began_s, counts, far_blocks_read, work, forwards)
 
     def rest(self) -> None:
         """No step is at hand: what can wait may be done in the background until the next one."""
@@ -100,6 +107,8 @@ class TorchBackend:
         self._decoder.logits(self._hidden(batch)[-1:])
         self._images.warm_up()
         take_counts()
+        if self._graphs is not None:
+            self._graphs.take_counts()
 
     def _compute(self, slices: Sequence[Slice], tokens: list[SampledToken], scores: list[PromptLogprobs]) -> None:
         try:
@@ -132,6 +141,10 @@ class TorchBackend:
 
     def _hidden(self, batch: Batch) -> Tensor:
         images, device, pool = self._images.context(batch), self._device, self._pool
+        replayed = None if self._graphs is None else self._graphs.hidden(batch, images is not None)
+        if replayed is not None:
+            self._far_blocks_read += replayed[1]
+            return replayed[0]
         where = StepTensors.of(batch, device)
         chosen, read = choose(pool, batch, where.tables, self._choices)
         plans = HostPlans(batch, device, pool.blocks_of(0)[0].dtype)

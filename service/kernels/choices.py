@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 Kernel = Callable[..., Any]
 Condition = Callable[["Place"], str | None]
+Result = TypeVar("Result")
 
 
 class Place(NamedTuple):
@@ -66,6 +67,7 @@ class Dispatch:
         self._forced: dict[str, str] = {}
         self._steady_only = False
         self._choices: dict[tuple[str, Place], Counted] = {}
+        self._again: dict[tuple[str, str], int] = {}
 
     def resolve(self, operation: str, device: str | torch.device, dtype: torch.dtype) -> Kernel:
         """The function that computes `operation` in that place; the same one each time until another is forced."""
@@ -128,13 +130,30 @@ class Dispatch:
 
     def take_counts(self) -> dict[tuple[str, str], int]:
         """Calls per (operation, implementation) since the last take; only those that were called."""
-        counts: dict[tuple[str, str], int] = {}
+        counts, self._again = self._again, {}
         for choice in self._choices.values():
             if choice.calls:
                 key = (choice.operation, choice.name)
                 counts[key] = counts.get(key, 0) + choice.calls
                 choice.calls = 0
         return counts
+
+    def apart(self, work: Callable[[], Result]) -> tuple[Result, dict[tuple[str, str], int]]:
+        """What `work` gives, and the calls that it made, which are not counted: they are recorded, to be made later."""
+        before = {key: choice.calls for key, choice in self._choices.items()}
+        result = work()
+        made: dict[tuple[str, str], int] = {}
+        for key, choice in self._choices.items():
+            calls = choice.calls - before.get(key, 0)
+            choice.calls -= calls
+            if calls:
+                made[choice.operation, choice.name] = made.get((choice.operation, choice.name), 0) + calls
+        return result, made
+
+    def again(self, counts: Mapping[tuple[str, str], int]) -> None:
+        """Count recorded calls, which were made once more."""
+        for key, calls in counts.items():
+            self._again[key] = self._again.get(key, 0) + calls
 
     def _implementations(self, operation: str) -> tuple[Implementation, ...]:
         if operation not in self._table:

@@ -263,3 +263,5 @@ unsteady = _PROCESS.unsteady
 chosen = _PROCESS.chosen
 passed_over = _PROCESS.passed_over
 take_counts = _PROCESS.take_counts
+apart = _PROCESS.apart
+again = _PROCESS.again

@@ -111,6 +111,8 @@ class Accounting:
             self._looked(result.images)
         for op, implementation, calls in result.dispatch:
             self._metrics.value("kernel_dispatch_total", op, implementation).add(calls)
+        for how, forwards in result.forwards:
+            self._metrics.value("decode_graph_steps_total", how).add(forwards)
 
     def _looked(self, work: ImageWork) -> None:
         self._metrics.value("images_total", "encoded").add(work.encoded)

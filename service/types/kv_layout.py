@@ -14,6 +14,8 @@ from enum import Enum
 BLOCK_TOKENS = 64
 # Candidates whose sub-blocks are looked at, for each far block that may be chosen.
 FIRST_STAGE = 4
+# Tokens of the pieces in which a GPU decodes a row (the kernels' own number, which a test compares).
+SPLIT_TOKENS = 512
 
 
 class FarStore(Enum):

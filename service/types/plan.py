@@ -137,7 +137,8 @@ class StepResult:
     """What one step gave: tokens in the order of the slices that wanted one; numbers for the metrics. Workers count nothing themselves.
 
     `execute_s` is the step's time in the worker in seconds; `dispatch` counts (op, implementation) calls since the last result;
-    `far_blocks_read` are the far blocks that queries read, counted once for each layer and K/V head.
+    `far_blocks_read` are the far blocks that queries read, counted once for each layer and K/V head. `forwards` counts how the decoder's
+    passes were computed where decode steps are recorded: replayed, or why not.
     """
 
     step: int
@@ -147,6 +148,7 @@ class StepResult:
     dispatch: tuple[tuple[str, str, int], ...] = ()
     far_blocks_read: int = 0
     images: ImageWork | None = None
+    forwards: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +156,8 @@ class BackendInfo:
     """What a ready worker says of itself.
 
     `group_blocks` are the usable block ids per KV group: 1 … n (0 is the null block). `memory_bytes` names what was taken (weights,
-    kv:<group>, choices, images, workspace, runtime). `phases_s` are the start-up phases in order with their seconds. `limits` are what
-    the machine can do a second, by kind (bytes, flops). `kernels` says whether the compiled kernels are in use, and for which
+    kv:<group>, choices, graphs, images, workspace, runtime). `phases_s` are the start-up phases in order with their seconds. `limits` are
+    what the machine can do a second, by kind (bytes, flops). `kernels` says whether the compiled kernels are in use, and for which
     instruction set. `image_tokens` is the most image tokens of all running sequences together, 0 for a model that reads no images.
     `backend` is the engine: torch, or onnx for an exported graph. `kv_cache_dtype` is the type of keys and values, "" for the dtype.
     """
@@ -220,7 +222,7 @@ class LoadRequest:
 
     `backend` torch or onnx decides which worker it is sent to. `kv_cache_dtype` auto keeps keys and values in the dtype.
     `machine_limits` are bytes read and operations a second, 0 where the worker is to measure. `deterministic`: a row's bits must not
-    depend on its batch.
+    depend on its batch. `cuda_graphs` auto records decode steps on a GPU, off does not.
     """
 
     directory: str
@@ -238,5 +240,6 @@ class LoadRequest:
     quantize_cache_bytes: int = 0
     deterministic: bool = False
     kv_cache_dtype: str = "auto"
+    cuda_graphs: str = "auto"
     attention: AttentionSettings = field(default_factory=AttentionSettings)
     backend: str = "torch"

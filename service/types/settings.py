@@ -92,6 +92,7 @@ class EngineSettings:
     `spare_worker` keeps a second process with its libraries loaded: a restart is a load only. `deterministic` computes each row of a step
     to the same bits whatever else the step holds, or refuses to start. `backend` is torch, onnx (an exported graph in ONNX Runtime) or
     auto, which asks the measured table `backend_table` ("": the one that comes with this package). `kv_cache_dtype` auto is the dtype.
+    `cuda_graphs` auto replays decode steps from graphs on a GPU, off launches every kernel of every step.
     """
 
     backend: str = "auto"
@@ -114,6 +115,7 @@ class EngineSettings:
     machine_flops_per_s: float = 0.0
     deterministic: bool = False
     kv_cache_dtype: str = "auto"
+    cuda_graphs: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from service.kernels.gpu.paged_attention import SPLIT_TOKENS, AttentionPlan, Tile, Work
+from service.kernels.gpu.paged_attention import AttentionPlan, Tile, Work
+from service.kernels.splits import SPLIT_TOKENS, most_splits
 
 
 class DecodePlan(AttentionPlan):
-    """Splits, or with `tiled` tiles, of S rows that see context_lengths [S] int32 tokens, which lie on the device: `most_tokens` at most."""
+    """Splits, or with `tiled` tiles, of S rows that see context_lengths [S] int32 tokens (on the device), `most_tokens` at most."""
 
     def __init__(self, context_lengths: Tensor, most_tokens: int, window: int | None, *, tiled: bool) -> None:
         self._lengths = context_lengths
@@ -44,12 +45,6 @@ class DecodePlan(AttentionPlan):
 
     def _in_tiles(self) -> Work:
         return Work(self._each, self._none, len(self._each), 0)
-
-
-def most_splits(most_tokens: int, window: int | None) -> int:
-    """The most splits that one row of a context up to `most_tokens` is decoded in."""
-    whole = max(-(-most_tokens // SPLIT_TOKENS), 1)
-    return whole if window is None else min(whole, (window + SPLIT_TOKENS - 2) // SPLIT_TOKENS + 1)
 
 
 def plan_decode(context_lengths: Tensor, *, most_tokens: int, window: int | None) -> DecodePlan:

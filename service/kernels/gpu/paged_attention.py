@@ -17,9 +17,8 @@ from torch import Tensor
 from service.kernels.gpu.dense_rows import decode_kernel, reduce_kernel
 from service.kernels.gpu.dense_tiles import prefill_kernel
 from service.kernels.gpu.online_softmax import LOG2_E
+from service.kernels.splits import SPLIT_TOKENS
 
-# Tokens of a split: part of the arithmetic, so a constant and never a tuning parameter.
-SPLIT_TOKENS = 512
 BLOCK_SIZES = (16, 32, 64, 128)
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Registers a thread may have: left to itself the assembler stops at 128 or 168 in small kernels and spills.

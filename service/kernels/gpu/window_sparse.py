@@ -14,9 +14,10 @@ from torch import Tensor
 
 from service.kernels.gpu.dense_rows import reduce_kernel
 from service.kernels.gpu.online_softmax import LOG2_E
-from service.kernels.gpu.paged_attention import REGISTERS, SPLIT_TOKENS, AttentionPlan, Tile, attention_options, capability, check_attention
+from service.kernels.gpu.paged_attention import REGISTERS, AttentionPlan, Tile, attention_options, capability, check_attention
 from service.kernels.gpu.sparse_tiles import sparse_kernel
 from service.kernels.reference_sparse import ChosenFar
+from service.kernels.splits import SPLIT_TOKENS
 
 
 def sparse_tile(dtype: torch.dtype, head_dim: int, group: int, refresh: int, block_tokens: int, chip: int) -> tuple[Tile, int]:

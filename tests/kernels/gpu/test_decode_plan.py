@@ -1,0 +1,131 @@
+"""Plans found on the device: the bits of plans from the host, and launches that stay right when they are replayed for other lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from service.kernels import splits
+from service.kernels.gpu import decode_plan, kv_store, window_sparse
+from service.kernels.gpu import paged_attention as kernel
+from tests.kernels.conftest import PagedBatch, make_batch
+from tests.kernels.gpu.conftest import DEVICE, ON_DEVICE, moved
+from tests.kernels.sparse_batches import make_sparse
+from tests.tape import Tape
+
+CONTEXTS = [150, 1, 70, 33, 17]
+PLANS = {"splits": decode_plan.plan_decode, "tiles": decode_plan.plan_decode_tiles}
+HOST = {"splits": (kernel.plan_attention, window_sparse.plan_sparse), "tiles": (kernel.plan_tiles, window_sparse.plan_sparse_tiles)}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splits of two blocks, and products that compute each row by itself."""
+    for module in (kernel, window_sparse, decode_plan, splits):
+        monkeypatch.setattr(module, "SPLIT_TOKENS", 32)
+    if not ON_DEVICE:
+        monkeypatch.setattr(np, "matmul", lambda a, b, dtype: np.einsum("ij,jk->ik", a, b, dtype=dtype))
+        monkeypatch.setattr(kernel, "tile_of", lambda dtype, size, capability: kernel.Tile(16, 4, 1))
+
+
+def run(batch: PagedBatch, plan: Any) -> Tensor:
+    return batch.run(lambda *tensors, **scoring: kernel.paged_attention(*tensors, **scoring, plan=plan))
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("window", [None, 1, 33, 40])
+@pytest.mark.parametrize("most", [150, 400])
+def test_attention_has_the_bits_of_a_plan_from_the_host(window: int | None, most: int, name: str) -> None:
+    batch = moved(make_batch(CONTEXTS, [1] * 5, block_tokens=16, window=window))
+    arguments = batch.block_tables, batch.query_starts.cpu(), batch.context_lengths.cpu()
+    expected = run(batch, HOST[name][0](*arguments, block_tokens=16, window=window))
+    found = run(batch, PLANS[name](batch.context_lengths, most_tokens=most, window=window))
+    assert torch.equal(found, expected) and expected.isfinite().all()
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("store", ["int8", "evict"])
+def test_attention_over_two_stores_too(store: str, name: str) -> None:
+    batch = make_sparse(CONTEXTS, [1] * 5, block_tokens=16, window=40, store=store)
+    lengths = batch.context_lengths
+
+    def attend(*tensors: Any, **rule: Any) -> Tensor:
+        return window_sparse.window_sparse_attention(*tensors, **rule, plan=plan)
+
+    rule = {"far": None, "block_tokens": 16, "window": 40, "refresh": 1, "sink_blocks": 1}
+    plan = HOST[name][1](batch.near_tables, batch.query_starts, lengths, **rule)
+    expected = batch.run(attend)
+    plan = PLANS[name](lengths, most_tokens=150, window=40)
+    assert torch.equal(batch.run(attend), expected)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 5000), st.one_of(st.none(), st.integers(1, 3000)), st.data())
+def test_no_context_has_more_splits_than_there_is_room_for(most: int, window: int | None, data: st.DataObject) -> None:
+    contexts = torch.tensor([*data.draw(st.lists(st.integers(1, most), min_size=1, max_size=4)), most], dtype=torch.int32)
+    tile = kernel.Tile(16, 4, 1)
+    found = decode_plan.DecodePlan(contexts, most, window, tiled=False).dense(2, tile)
+    starts = torch.arange(len(contexts) + 1, dtype=torch.int32)
+    expected = kernel.AttentionPlan(starts, contexts, contexts.device, window).dense(2, tile)
+    assert found.split_ends.tolist() == expected.split_ends.tolist()
+    assert int(found.split_ends[-1]) <= found.splits == len(contexts) * splits.most_splits(most, window)
+
+
+def recorder() -> Callable[[Callable[[], Tensor]], Callable[[], Tensor]]:
+    """A real graph on a device, a tape without one."""
+    if not ON_DEVICE:
+        return Tape().record
+    from service.engine.cuda_graph import CudaRecorder
+
+    return CudaRecorder().record
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_replay_is_right_for_other_lengths(name: str) -> None:
+    """A step's write and its attention, recorded for one set of lengths and replayed for two others."""
+    steps = [moved(make_batch(contexts, [1] * 3, block_tokens=16, poison=0.0, seed=seed)) for seed, contexts in enumerate(
+        ([5, 33, 16], [150, 1, 64], [97, 96, 95])
+    )]  # fmt: skip
+    blocks, width = max(len(step.key_blocks) for step in steps), max(step.block_tables.shape[1] for step in steps)
+    fixed = replace(
+        steps[0],
+        key_blocks=torch.zeros(blocks, *steps[0].key_blocks.shape[1:], device=DEVICE),
+        value_blocks=torch.zeros(blocks, *steps[0].value_blocks.shape[1:], device=DEVICE),
+        block_tables=torch.zeros(3, width, dtype=torch.int32, device=DEVICE),
+    )
+    key, value = (torch.zeros(3, 2, 16, device=DEVICE) for _ in range(2))
+    ids, offsets = (torch.zeros(3, dtype=torch.int32, device=DEVICE) for _ in range(2))
+
+    def work() -> Tensor:
+        kv_store.write_kv(key, value, fixed.key_blocks, fixed.value_blocks, ids, offsets)
+        return run(fixed, PLANS[name](fixed.context_lengths, most_tokens=160, window=None))
+
+    replay = None
+    for step in steps:
+        last = step.context_lengths - 1
+        ids.copy_(step.block_tables[torch.arange(3, device=DEVICE), last // 16])
+        offsets.copy_(last % 16)
+        expected = step.run(kernel.paged_attention)
+        for name_of, stored in (("key_blocks", key), ("value_blocks", value)):
+            there, where = getattr(step, name_of), (ids.long(), slice(None), offsets.long())
+            stored.copy_(there[where])
+            target = getattr(fixed, name_of)
+            target.zero_()[: len(there)] = there
+            target[where] = 7.0  # only the recorded write puts the step's own keys and values in
+        for tensor in ("query", "context_lengths"):
+            getattr(fixed, tensor).copy_(getattr(step, tensor).clone())
+        fixed.block_tables.zero_()[:, : step.block_tables.shape[1]] = step.block_tables
+        if replay is None:
+            work()
+            replay = recorder()(work)
+        assert torch.equal(replay(), expected), "what is replayed depends on the lengths of the recording"
