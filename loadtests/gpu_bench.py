@@ -222,6 +222,28 @@ def elementwise_cases() -> Iterator[Case]:
             yield Case(name, {"rows": rows}, lambda mine=mine, arguments=arguments: mine(*arguments), moved, 0.0, peers)  # type: ignore[misc]
 
 
+def write_cases() -> Iterator[Case]:
+    """Rotation of 32 query and 8 key heads and the write of keys and values, beside the same in two launches."""
+    from service.kernels.gpu import elementwise, kv_store
+
+    for rows in (32, 8192):
+        heads = torch.randn(rows, 48, 128, device="cuda", dtype=torch.bfloat16)
+        phase = torch.rand(rows, 64, device="cuda")
+        angles, value = (phase.cos(), phase.sin()), heads[:, 40:]
+        blocks = torch.zeros(2, rows // 64 + 2, 8, 64, 128, device="cuda", dtype=torch.bfloat16)
+        places = *blocks, torch.arange(rows, device="cuda") // 64 + 1, torch.arange(rows, device="cuda") % 64
+
+        def fused(heads: Tensor = heads, value: Tensor = value, angles: Any = angles, places: Any = places) -> Tensor:
+            return kv_store.rotate_write(heads[:, :40], value, *angles, *places)
+
+        def apart(heads: Tensor = heads, value: Tensor = value, angles: Any = angles, places: Any = places) -> Tensor:
+            turned = elementwise.rotate(heads[:, :40], *angles)
+            kv_store.write_kv(turned[:, 32:], value, *places)
+            return turned[:, :32]
+
+        yield Case("rotate_write", {"rows": rows}, fused, 2.0 * heads.nbytes, 0.0, {"two launches": apart})
+
+
 def check(found: Tensor, expected: Tensor) -> None:
     """Refuse to time what is wrong."""
     error = (found.float() - expected.float()).abs().max().item()
@@ -234,6 +256,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "sparse": sparse_cases,
     "linear": linear_cases,
     "elementwise": elementwise_cases,
+    "write": write_cases,
 }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from service.engine.batch import Batch, Ints
 from service.engine.far_choices import FarChoices, StepChoices, find_anchors
 from service.engine.kv_pool import KvPool
-from service.kernels.dispatch import resolve
+from service.kernels.dispatch import chosen_name, resolve
 from service.kernels.native.decoder import PagedStep
 from service.kernels.reference_sparse import ChosenFar, FarBlocks
 from service.types.kv_layout import FarSpec
@@ -84,7 +84,10 @@ class HostPlans:
 
 
 class PagedAttend:
-    """The `Attend` of one step. `chosen` are the choices of its far groups, by the group's index; a group without reads nothing far."""
+    """The `Attend` of one step; `turns` where one kernel rotates and writes.
+
+    `chosen` are the choices of its far groups, by the group's index; a group without reads nothing far.
+    """
 
     def __init__(
         self, spec: ModelSpec, pool: KvPool, where: StepTensors, plans: Plans, chosen: Mapping[int, Choices], on_layer: Callable[[], None]
@@ -96,17 +99,26 @@ class PagedAttend:
         self._chosen = chosen
         self._on_layer = on_layer
         place = where.offsets.device, pool.blocks_of(0)[0].dtype
-        self._write = resolve("write_kv", *place)
+        self.turns = chosen_name("rotate_write", *place) != "separate"
+        self._write = resolve("rotate_write" if self.turns else "write_kv", *place)
         self._attention = resolve("paged_attention", *place)
         self._sparse = resolve("window_sparse_attention", *place) if any(group.far for group in pool.layout.groups) else None
         self._plans: dict[int, object] = {}
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query [T, Hq, D], key [T, Hkv, D], value [T, Hkv, Dv] -> [T, Hq, Dv]."""
+        """query [T, Hq, D], key [T, Hkv, D], value [T, Hkv, Dv], where it does not turn -> [T, Hq, Dv]."""
+        self._write(key, value, *self._pool.blocks_of(layer), self._where.block_ids[self._pool.group_of(layer)], self._where.offsets)
+        return self._attend(layer, query)
+
+    def turned(self, layer: int, heads: Tensor, value: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """See models.attention.TurningAttend."""
+        where = self._where.block_ids[self._pool.group_of(layer)], self._where.offsets
+        return self._attend(layer, self._write(heads, value, *rotation, *self._pool.blocks_of(layer), *where))
+
+    def _attend(self, layer: int, query: Tensor) -> Tensor:
         self._on_layer()
         group, where = self._pool.group_of(layer), self._where
         keys, values = self._pool.blocks_of(layer)
-        self._write(key, value, keys, values, where.block_ids[group], where.offsets)
         spec = self._layers[layer].attention
         if spec.far is not None:
             return self._attend_sparse(layer, spec, spec.far, query)

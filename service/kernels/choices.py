@@ -77,6 +77,11 @@ class Dispatch:
             self._choices[key] = Counted(operation, self._choose(operation, place))
         return self._choices[key].call
 
+    def chosen_name(self, operation: str, device: str | torch.device, dtype: torch.dtype) -> str:
+        """The name of the implementation that `resolve` gives in that place."""
+        self.resolve(operation, device, dtype)
+        return self._choices[operation, Place(torch.device(device).type, dtype)].name
+
     def force(self, operation: str, name: str | None) -> None:
         """Use implementation `name` of `operation` from the next `resolve` on, or choose freely again (None)."""
         names = [implementation.name for implementation in self._implementations(operation)]

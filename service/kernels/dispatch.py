@@ -175,6 +175,11 @@ TABLE: Mapping[str, tuple[Implementation, ...]] = {
         Implementation("torch", kv_store.write_kv, _anywhere, steady=True),
         Implementation("reference", reference.write_kv, _anywhere),
     ),
+    # Rotation and K/V write in one; where there is none, two calls.
+    "rotate_write": (
+        _gpu(reference.rotate_write, "kv_store"),
+        Implementation("separate", reference.rotate_write, _anywhere, steady=True),
+    ),
     "paged_attention": (
         Implementation("native", native_attention.paged_attention, _native, steady=True),
         Implementation("cpu", paged_attention.paged_attention, _on_cpu),
@@ -262,6 +267,7 @@ require_steady = _PROCESS.require_steady
 unsteady = _PROCESS.unsteady
 chosen = _PROCESS.chosen
 passed_over = _PROCESS.passed_over
+chosen_name = _PROCESS.chosen_name
 take_counts = _PROCESS.take_counts
 apart = _PROCESS.apart
 again = _PROCESS.again

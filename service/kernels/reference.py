@@ -77,6 +77,26 @@ def write_kv(key: Tensor, value: Tensor, key_blocks: Tensor, value_blocks: Tenso
         value_blocks[block, :, offset] = value[token]
 
 
+def rotate_write(
+    heads: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_blocks: Tensor,
+    value_blocks: Tensor,
+    block_ids: Tensor,
+    offsets: Tensor,
+) -> Tensor:
+    """`rotate` of heads [T, Hq + Hkv, D], the query heads first, and `write_kv` of what the key heads become with value [T, Hkv, Dv].
+
+    The rotated query heads [T, Hq, D].
+    """
+    turned = rotate(heads, cos, sin)
+    query_heads = heads.shape[1] - value.shape[1]
+    write_kv(turned[:, query_heads:], value, key_blocks, value_blocks, block_ids, offsets)
+    return turned[:, :query_heads]
+
+
 def gather_tokens(blocks: Tensor, table: Tensor, start: int, end: int) -> Tensor:
     """Positions start … end − 1 of one sequence, [end − start, Hkv, D], from blocks [N, Hkv, B, D] through its table [M]."""
     size = blocks.shape[2]

@@ -1,12 +1,12 @@
 """Grouped-query attention around a pluggable `Attend`: projections, q/k norm, rotation and the head gate live here, the cache does not.
 
 Who calls decides how keys and values are kept: serving passes an `Attend` that reads paged blocks, training passes `DenseAttend`.
-Invariant: an `Attend` sees queries and keys already normed and rotated, so no implementation needs to know positions for that.
+Invariant: an `Attend` sees queries and keys already normed, and rotated or with the angles at hand: none needs to know positions for that.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,17 @@ class Attend(Protocol):
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [T, Hq, D], key [T, Hkv, D], value [T, Hkv, Dv] of this step's tokens -> [T, Hq, Dv]."""
+
+
+class TurningAttend(Attend, Protocol):
+    """Attention that can rotate queries and keys itself, on their way into the cache."""
+
+    @property
+    def turns(self) -> bool:
+        """Whether it does; else it is called with what was rotated before."""
+
+    def turned(self, layer: int, heads: Tensor, value: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """Heads [T, Hq + Hkv, D] before rotation, the query heads first, and cos and sin [T, rotary_dim / 2] -> [T, Hq, Dv]."""
 
 
 class GroupedAttention(Computed):
@@ -47,8 +58,11 @@ class GroupedAttention(Computed):
         turning, value = heads[:, :turning_heads], heads[:, turning_heads:]
         if self.query_norm is not None and self.key_norm is not None:
             turning = torch.cat((self.query_norm(heads[:, : spec.heads]), self.key_norm(heads[:, spec.heads : turning_heads])), dim=1)
-        turned = self.kernels.rotate(turning, cos, sin)
-        seen = attend(layer, turned[:, : spec.heads], turned[:, spec.heads :], value)
+        if getattr(attend, "turns", False):
+            seen = cast(TurningAttend, attend).turned(layer, turning, value, (cos, sin))
+        else:
+            turned = self.kernels.rotate(turning, cos, sin)
+            seen = attend(layer, turned[:, : spec.heads], turned[:, spec.heads :], value)
         if self.gate is not None:
             seen = self.kernels.head_gate(seen, self.gate(x))
         update: Tensor = self.out(seen.reshape(tokens, spec.heads * spec.head_dim))

@@ -105,7 +105,7 @@ def dense_shapes() -> list[Shape]:
 
 
 def elementwise_shapes() -> list[Shape]:
-    """One shape of each elementwise kernel and of the K/V write."""
+    """Shapes of each elementwise kernel and of the K/V writes."""
     data = (
         "p_x",
         "p_residual",
@@ -118,13 +118,15 @@ def elementwise_shapes() -> list[Shape]:
         "p_value",
         "p_key_blocks",
         "p_value_blocks",
+        "p_heads",
     )
     types = dict.fromkeys(data, "*bf16") | dict.fromkeys(("p_cos", "p_sin"), "*fp32") | dict.fromkeys(("p_block_ids", "p_offsets"), "*i64")
-    types |= dict.fromkeys(("rows", "heads", "hidden"), "i32") | {"eps": "fp32"}
+    types |= dict.fromkeys(("rows", "heads", "hidden", "query_heads"), "i32") | {"eps": "fp32"}
     strides = ("outer", "inner", "token", "head", "row", "key_token", "key_head", "value_token", "value_head")
     strides += tuple(f"{store}_block{part}" for store in ("key", "value") for part in ("", "_head", "_token"))
     types |= {f"stride_{name}": "i32" for name in strides}
     pairs = {"DIM": 128, "HALF": 64, "BLOCK_HALF": 64, "BLOCK_REST": 1, "ROWS": 16}
+    turning = {"DIM": 128, "HALF": 64, "VALUE_DIM": 128, "BLOCK_HALF": 64, "BLOCK_REST": 1, "BLOCK_VALUE": 128}
     return [
         Shape("norm-4096", "elementwise", "norm_kernel", types, {"DIM": 4096, "BLOCK": 4096, "ROWS": 1, "ADD": True}, 8),
         Shape("norm-heads", "elementwise", "norm_kernel", types, {"DIM": 80, "BLOCK": 128, "ROWS": 8, "ADD": False}, 2),
@@ -133,6 +135,8 @@ def elementwise_shapes() -> list[Shape]:
         Shape("swiglu", "elementwise", "swiglu_kernel", types, {"BLOCK": 1024}),
         Shape("head-gate", "elementwise", "gate_kernel", types, {"DIM": 64, "BLOCK": 64, "ROWS": 16}, 2),
         Shape("write-kv", "kv_store", "write_kernel", types, {"KEY_DIM": 128, "VALUE_DIM": 128, "BLOCK": 128}, 1),
+        Shape("rotate-write", "kv_store", "rotate_write_kernel", types, turning, 1),
+        Shape("rotate-write-part", "kv_store", "rotate_write_kernel", types, turning | {"DIM": 160, "BLOCK_REST": 32}, 1),
     ]
 
 

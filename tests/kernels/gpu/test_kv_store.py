@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from service.kernels import reference
-from service.kernels.gpu import kv_store
+from service.kernels.gpu import elementwise, kv_store
 from tests.kernels.gpu.conftest import DEVICE, DTYPES
 
 
@@ -29,6 +29,33 @@ def test_only_the_named_places_change(tokens: int, size: int, dtype: torch.dtype
     assert int((keys != 7.0).any(dim=-1).sum()) == tokens * 3
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [0, 1, 7])
+@pytest.mark.parametrize(("size", "half", "value_size"), [(16, 8, 16), (24, 8, 8), (80, 40, 80), (24, 5, 24)])
+def test_rotating_on_the_way_gives_the_bits_of_two_calls(tokens: int, size: int, half: int, value_size: int, dtype: torch.dtype) -> None:
+    """Whole and partial rotations, heads in one matrix with the values, poison wherever nothing is named."""
+    torch.manual_seed(tokens)
+    wide = torch.randn(tokens, 8, size).to(dtype).to(DEVICE)
+    heads, value = wide[:, :6], wide[:, 6:, :value_size]
+    phase = torch.rand(tokens, half, device=DEVICE) * 6
+    cos, sin = phase.cos(), phase.sin()
+    places = torch.randperm(5 * 4, device=DEVICE)[:tokens]
+    where = places // 4, places % 4
+    shapes = (5, 2, 4, size), (5, 2, 4, value_size)
+    found, apart, plain = ([torch.full(shape, float("nan"), dtype=dtype, device=DEVICE) for shape in shapes] for _ in range(3))
+    query = kv_store.rotate_write(heads, value, cos, sin, *found, *where)
+    turned = elementwise.rotate(heads, cos, sin)
+    kv_store.write_kv(turned[:, 4:], value, *apart, *where)
+    assert query.is_contiguous() and torch.equal(query, turned[:, :4])
+    for one, other in zip(found, apart, strict=True):
+        assert torch.equal(one.nan_to_num(9.0), other.nan_to_num(9.0))
+        assert int((~one.isnan()).any(dim=-1).sum()) == tokens * 2
+    expected = reference.rotate_write(heads.double(), value.double(), cos.double(), sin.double(), *plain, *where)
+    tolerance = 1e-5 if dtype == torch.float32 else 2.0**-7
+    assert torch.allclose(query.double(), expected, atol=tolerance, rtol=tolerance)
+    assert torch.allclose(found[0].nan_to_num(9.0).double(), plain[0].nan_to_num(9.0).double(), atol=tolerance, rtol=tolerance)
+
+
 def test_blocks_far_past_int32_elements() -> None:
     storage = torch.empty(32770 * 65536, dtype=torch.float16, device=DEVICE)
     far = torch.as_strided(storage, (32770, 1, 4, 16), (65536, 64, 16, 1))
@@ -42,3 +69,6 @@ def test_other_strides_are_refused() -> None:
     at = torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ValueError, match="contiguous"):
         kv_store.write_kv(torch.zeros(1, 1, 32)[..., ::2], key, blocks, blocks, at, at)
+    heads, angles = torch.zeros(1, 2, 16), torch.zeros(1, 8)
+    with pytest.raises(ValueError, match="contiguous"):
+        kv_store.rotate_write(heads.repeat(1, 1, 2)[..., ::2], key, angles, angles, blocks, blocks, at, at)
