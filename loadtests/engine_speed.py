@@ -1,6 +1,7 @@
 """Tokens per second of the loop and a worker without HTTP, beside another engine on the same weights, in alternating rounds.
 
     python -m loadtests.engine_speed --shape llama-385m --cache DIR [--quantize int8|int4] [--dtype float32] [--rounds 3] [--batches 1 8 32]
+        [--kv_cache_dtype bfloat16] [--attention_window 2048 [--far_blocks 16] [--far_refresh 16]]
         [--peer transformers|none] [--peer openvino --peer_python PYTHON --peer_model EXPORTED] [--keep]
 
 Each round asks for B sequences of `--prompt` random tokens and `--generate` greedy ones (ends ignored). Prefill is prompt tokens over the
@@ -15,6 +16,7 @@ import asyncio
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import torch
 from loadtests.peers import OpenVinoPeer, Peer, Speed, TransformersPeer
 from loadtests.rows import keep, spread, surroundings
 from loadtests.shapes import write_shape
+from service.checkpoints.long_context import adapt
 from service.checkpoints.manifest import read_manifest
 from service.checkpoints.quantisation import weight_bytes
 from service.engine.supervisor import WorkerBackend
@@ -33,10 +36,10 @@ from service.kernels.quantised import quantise_weight
 from service.schedulers.router import Model, Router
 from service.schedulers.streams import Stream
 from service.telemetry import Telemetry
-from service.types.model_spec import ModelSpec
+from service.types.model_spec import ELEMENT_BYTES, ModelSpec
 from service.types.plan import LoadRequest
 from service.types.request import FinishEvent, GenerationRequest, Sampling, Stop, TokenEvent
-from service.types.settings import EngineSettings, SchedulerSettings
+from service.types.settings import AttentionSettings, EngineSettings, SchedulerSettings
 
 
 def prompts(count: int, length: int, vocabulary: int, seed: int) -> list[tuple[int, ...]]:
@@ -93,7 +96,9 @@ def machine_limits() -> dict[str, float]:
 async def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All rounds of all batches; the row."""
     directory = write_shape(options.shape, options.cache / options.shape)
-    manifest = read_manifest(directory)
+    attention = AttentionSettings(options.attention_window, far_blocks=options.far_blocks, far_refresh=options.far_refresh)
+    read = read_manifest(directory)
+    manifest = replace(read, spec=adapt(read.spec, attention))
     limits = machine_limits()
     largest = max(options.batches)
     load = LoadRequest(
@@ -106,6 +111,8 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
         quantize=options.quantize,
         quantize_cache=str(options.cache),
         quantize_cache_bytes=1 << 40,
+        kv_cache_dtype=options.kv_cache_dtype,
+        attention=attention,
     )
     settings = SchedulerSettings(batch_size=largest, step_tokens=options.step_tokens, prefix_cache=False, run_ahead=options.run_ahead)
     backend = WorkerBackend(load, EngineSettings(threads=options.threads, step_deadline_s=600.0))
@@ -134,6 +141,8 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
         "shape": options.shape,
         "dtype": info.dtype if info else "",
         "quantize": options.quantize,
+        "kv_cache_dtype": info.kv_cache_dtype if info else "",
+        "attention": {name: getattr(options, name) for name in ("attention_window", "far_blocks", "far_refresh")},
         "peer": options.peer,
         "memory_bytes": dict(info.memory_bytes) if info else {},
         "phases_s": {name: round(seconds, 2) for name, seconds in info.phases_s} if info else {},
@@ -145,7 +154,7 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
         **surroundings(),
         "torch": torch.__version__,
         "machine": best,
-        "limit_tokens_per_s": limits_of(manifest.spec, options, best),
+        "limit_tokens_per_s": limits_of(manifest.spec, options, best, ELEMENT_BYTES.get(info.kv_cache_dtype if info else "", 4)),
         "batches": rows,
     }
 
@@ -160,11 +169,14 @@ def start_peer(options: argparse.Namespace, directory: Path) -> Peer | None:
     return None
 
 
-def limits_of(spec: ModelSpec, options: argparse.Namespace, machine: dict[str, float]) -> dict[str, float]:
-    """Tokens a second that the machine's memory and products allow: one decoding sequence, many, and a prompt."""
+def limits_of(spec: ModelSpec, options: argparse.Namespace, machine: dict[str, float], kept_bytes: int) -> dict[str, float]:
+    """Tokens a second that the machine's memory and products allow: one decoding sequence, many, and a prompt.
+
+    `kept_bytes` is the size of a cached element.
+    """
     context = options.prompt + options.generate / 2
     plain = options.quantize == "none"
-    read = spec.bytes_read(1, context, 4, 4) + weight_bytes(spec, 4, options.quantize) - 4 * spec.parameters
+    read = spec.bytes_read(1, context, 4, kept_bytes) + weight_bytes(spec, 4, options.quantize) - 4 * spec.parameters
     rate = machine["product_gflop_s" if plain else "int8_gop_s"] * 1e9
     return {
         "decode_1_of_read": round(machine["read_gb_s"] * 1e9 / read, 1),
@@ -202,6 +214,10 @@ def main() -> None:
     parser.add_argument("--run_ahead", type=int, default=0)
     parser.add_argument("--context", type=int, default=0, help="longest sequence, 0 for the shape's own")
     parser.add_argument("--quantize", choices=("none", "int8", "int4"), default="none")
+    parser.add_argument("--kv_cache_dtype", default="auto", help="as of deepseek-serve")
+    parser.add_argument("--attention_window", type=int, default=0, help="as of deepseek-serve, like the next two")
+    parser.add_argument("--far_blocks", type=int, default=0)
+    parser.add_argument("--far_refresh", type=int, default=0)
     parser.add_argument("--peer", choices=("transformers", "openvino", "none"), default="transformers")
     parser.add_argument("--peer_python", default="", help="the Python of the environment that openvino-genai is installed in")
     parser.add_argument("--peer_model", default="", help="directory of the model exported for it")
