@@ -31,7 +31,7 @@ def share_kv(manifests: Sequence[Manifest], engine: EngineSettings, scheduler: S
     for manifest in manifests:
         spec = manifest.spec
         context = min(engine.context_tokens or spec.context_tokens, spec.context_tokens)
-        needs.append(scheduler.batch_size * spec.kv_layout().sequence_bytes(context, _kept_bytes(engine)))
+        needs.append(scheduler.batch_size * _sequence_bytes(spec, context, engine))
         taken += _fixed_bytes(spec, engine, scheduler)
     left = int((available_bytes - taken) * AUTO_SHARE)
     if left <= 0:
@@ -52,7 +52,7 @@ def plan_demand(
         spec = manifest.spec
         context = min(engine.context_tokens or spec.context_tokens, spec.context_tokens)
         fixed = _fixed_bytes(spec, engine, scheduler)
-        need = scheduler.batch_size * spec.kv_layout().sequence_bytes(context, _kept_bytes(engine))
+        need = scheduler.batch_size * _sequence_bytes(spec, context, engine)
         kv_bytes = engine.kv_bytes or min(need, int((budget_bytes - fixed) * AUTO_SHARE))
         if kv_bytes <= 0 or fixed + kv_bytes > budget_bytes:
             raise CapacityError(
@@ -63,9 +63,12 @@ def plan_demand(
     return plans
 
 
-def _kept_bytes(engine: EngineSettings) -> int:
-    """Bytes of an element of keys and values."""
-    return ELEMENT_BYTES.get(engine.dtype if engine.kv_cache_dtype == "auto" else engine.kv_cache_dtype, 4)
+def _sequence_bytes(spec: ModelSpec, context: int, engine: EngineSettings) -> int:
+    """Bytes of keys and values of one sequence of `context` tokens. (A model that cannot keep them in 8 bits is refused later.)"""
+    layout, kept = spec.kv_layout(), engine.dtype if engine.kv_cache_dtype == "auto" else engine.kv_cache_dtype
+    if kept == "int8" and not any(group.far for group in layout.groups):
+        layout = layout.in_eight_bits()
+    return layout.sequence_bytes(context, ELEMENT_BYTES.get(kept, 4))
 
 
 def _fixed_bytes(spec: ModelSpec, engine: EngineSettings, scheduler: SchedulerSettings) -> int:

@@ -69,6 +69,7 @@ Rate = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1e18, allow_in
 Size = Annotated[int, BeforeValidator(to_bytes), Field(ge=0, le=1 << 50)]
 Backend = Literal["auto", "torch", "onnx"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+KvCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
 Quantize = Literal["auto", "none", "int8", "int4"]
 Load = Literal["auto", "start", "demand"]
 Cost = Literal["any", "low"]
@@ -235,9 +236,9 @@ class EngineSection(BaseModel):
     context_tokens: Whole = Field(
         _ENGINE.context_tokens, description="longest sequence, prompt and output together; 0 takes the checkpoint's own"
     )
-    kv_cache_dtype: Dtype = Field(
-        cast(Dtype, _ENGINE.kv_cache_dtype),
-        description="type of cached keys and values, on a CPU; auto is that of the activations; 16 bits read half as much of long contexts",
+    kv_cache_dtype: KvCacheDtype = Field(
+        cast(KvCacheDtype, _ENGINE.kv_cache_dtype),
+        description="type of cached keys and values; auto is that of the activations; bfloat16, float16 and int8 on a CPU, fp8 on a GPU",
     )
     cuda_graphs: CudaGraphs = Field(
         cast(CudaGraphs, _ENGINE.cuda_graphs),

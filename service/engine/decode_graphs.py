@@ -49,9 +49,9 @@ class Recorded(NamedTuple):
 class FixedPlans:
     """Plans of a recorded step; see paged_attend.Plans."""
 
-    def __init__(self, context_lengths: Tensor, most_tokens: int, dtype: torch.dtype) -> None:
+    def __init__(self, context_lengths: Tensor, most_tokens: int, place: tuple[torch.device, torch.dtype]) -> None:
         self._lengths, self._most = context_lengths, most_tokens
-        self._plan = resolve("plan_decode", context_lengths.device, dtype)
+        self._plan = resolve("plan_decode", *place)
 
     def dense(self, tables: Tensor, block_tokens: int, window: int | None) -> object:
         """Splits of what each row sees."""
@@ -147,16 +147,15 @@ class DecodeGraphs:
 
     def _compute(self, step: FixedStep, on_layer: Callable[[], None]) -> Tensor:
         fields, pool, decoder = step.fields, self._pool, self._decoder
-        dtype = pool.blocks_of(0)[0].dtype
-        plans = FixedPlans(fields.context_lengths, step.shape.blocks * self._layout.block_tokens, dtype)
-        chosen = {group: self._choices(group, step, dtype) for group in fields.far}
+        plans = FixedPlans(fields.context_lengths, step.shape.blocks * self._layout.block_tokens, pool.place)
+        chosen = {group: self._choices(group, step) for group in fields.far}
         attend = PagedAttend(decoder.spec, pool, step.where, plans, chosen, on_layer)
         return decoder.hidden(fields.tokens, fields.positions, attend)
 
-    def _choices(self, group: int, step: FixedStep, dtype: torch.dtype) -> FixedChoices:
+    def _choices(self, group: int, step: FixedStep) -> FixedChoices:
         far, tables = self._layout.groups[group].far, step.fields.tables[group]
         most = 0 if far is None else far.budget(FAR_POSITION)
-        return FixedChoices(step.fields.far[group], tables, most, resolve("choose_far", tables.device, dtype))
+        return FixedChoices(step.fields.far[group], tables, most, resolve("choose_far", *self._pool.place))
 
 
 def _nothing() -> None:

@@ -28,10 +28,21 @@ REST_S = 0.05
 
 
 class KvPool:
-    """Blocks of all groups. `group_blocks` are the usable ids: 1 … n. `groups` and `stores`: `group_of` and `blocks_of` of every layer."""
+    """Blocks of all groups in `dtype`, for kernels that `compute` in a type (that of the blocks unless it is given), which `place` names.
 
-    def __init__(self, layout: KvLayout, group_blocks: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    `group_blocks` are the usable ids: 1 … n. `groups` and `stores`: `group_of` and `blocks_of` of every layer.
+    """
+
+    def __init__(
+        self,
+        layout: KvLayout,
+        group_blocks: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        compute: torch.dtype | None = None,
+    ) -> None:
         self.layout = layout
+        self.place = device, compute or dtype
         self._near: dict[int, tuple[Tensor, Tensor]] = {}
         self._far: dict[int, FarBlocks] = {}
         self._places: dict[int, tuple[int, int]] = {}
@@ -44,7 +55,7 @@ class KvPool:
                 self._near[index] = empty(layout.block_tokens, group.key_dim), empty(layout.block_tokens, group.value_dim)
             places = self._places if group.source is None else self._far_places
             places.update({layer: (index, at) for at, layer in enumerate(group.layers)})
-        self._demote = resolve("demote", device, dtype)
+        self._demote = resolve("demote", *self.place)
         layers = range(len(self._places))
         self.groups = tuple(self.group_of(layer) for layer in layers)
         self.stores = tuple(self.blocks_of(layer) for layer in layers)

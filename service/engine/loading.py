@@ -27,8 +27,17 @@ from service.kernels.dispatch import chosen, require_steady
 from service.kernels.native.binding import describe
 from service.models.decoder import Decoder
 from service.types.errors import CapacityError
+from service.types.kv_layout import KvLayout
 from service.types.model_spec import ELEMENT_BYTES, ModelSpec
 from service.types.plan import BackendInfo, LoadRequest
+
+KEPT_TYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
 
 
 def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallback) -> Loaded:
@@ -39,7 +48,7 @@ def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallba
     spec = manifest.spec
     device, quantize, dtype = _choose_place(request, manifest)
     element_bytes = ELEMENT_BYTES[dtype]
-    layout = spec.kv_layout()
+    layout = _kept_layout(spec, request.kv_cache_dtype)
     usage = Usage(weight_bytes(spec, element_bytes, quantize), resident_bytes(), _free_bytes(device), device.type == "cuda")
     memory = plan_memory(spec, layout, element_bytes, request, usage)
     phases.end("plan")
@@ -52,7 +61,7 @@ def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallba
     )
     phases.end("weights")
     kept = dtype if request.kv_cache_dtype == "auto" else request.kv_cache_dtype
-    backend = _assemble(decoder, memory, request, getattr(torch, kept))
+    backend = _assemble(decoder, layout, memory, request, KEPT_TYPES[kept])
     phases.end("kv")
     backend.warm_up(min(WARM_UP_TOKENS, memory.context_tokens))
     phases.end("warm_up")
@@ -86,8 +95,7 @@ def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallba
 def _choose_place(request: LoadRequest, manifest: Manifest) -> tuple[torch.device, str, str]:
     """Device, quantisation and dtype; from here on this process computes by steady kernels only, where that is asked."""
     spec, device = manifest.spec, choose_device(request.device)
-    if device.type != "cpu" and request.kv_cache_dtype != "auto":
-        raise CapacityError(f"--kv_cache_dtype {request.kv_cache_dtype} is for a CPU: leave it out, or set --dtype.")
+    _check_kv_cache(request.kv_cache_dtype, device)
     quantize = choose_quantize(request.quantize, spec, device)
     dtype = choose_dtype(request.dtype, spec, device, manifest.stored_dtype, quantize)
     require_steady(False)
@@ -96,9 +104,29 @@ def _choose_place(request: LoadRequest, manifest: Manifest) -> tuple[torch.devic
     return device, quantize, dtype
 
 
-def _assemble(decoder: Decoder, memory: MemoryPlan, request: LoadRequest, kept: torch.dtype) -> TorchBackend:
-    spec, layout = decoder.spec, decoder.spec.kv_layout()
-    pool = KvPool(layout, memory.group_blocks, kept, decoder.device)
+def _check_kv_cache(name: str, device: torch.device) -> None:
+    """Raises CapacityError for a type of keys and values that the device's kernels do not read."""
+    if device.type == "cpu" and name == "fp8":
+        raise CapacityError("--kv_cache_dtype fp8 is for a GPU: set bfloat16, or leave it out.")
+    if device.type == "cuda" and name not in ("auto", "fp8"):
+        raise CapacityError(f"--kv_cache_dtype {name} is for a CPU: set fp8, leave it out, or set --dtype.")
+    if device.type == "cuda" and name == "fp8" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise CapacityError("--kv_cache_dtype fp8 needs a GPU of compute capability 8.9 or higher: leave it out.")
+
+
+def _kept_layout(spec: ModelSpec, name: str) -> KvLayout:
+    """How the cache is kept in a type. Raises CapacityError where the model's layers cannot keep it so."""
+    layout = spec.kv_layout()
+    if name != "int8":
+        return layout
+    if any(group.far is not None for group in layout.groups):
+        raise CapacityError("--kv_cache_dtype int8 is for models without far blocks: set bfloat16, and --kv_far for what lies far back.")
+    return layout.in_eight_bits()
+
+
+def _assemble(decoder: Decoder, layout: KvLayout, memory: MemoryPlan, request: LoadRequest, kept: torch.dtype) -> TorchBackend:
+    spec = decoder.spec
+    pool = KvPool(layout, memory.group_blocks, kept, decoder.device, decoder.dtype)
     tables = Tables(layout, memory.group_blocks, request.max_rows, memory.context_tokens, spec.vocab_size)
     recorder = CudaRecorder() if decoder.device.type == "cuda" and request.cuda_graphs == "auto" else None
     return TorchBackend(decoder, pool, tables, Sampler(request.max_rows, spec.vocab_size), memory.image_tokens, recorder)

@@ -70,9 +70,9 @@ class Choices(Protocol):
 class HostPlans:
     """Plans from the lengths on the host, so that no layer waits for the device."""
 
-    def __init__(self, batch: Batch, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, batch: Batch, place: tuple[torch.device, torch.dtype]) -> None:
         self._lengths = torch.from_numpy(batch.query_starts), torch.from_numpy(batch.context_lengths)
-        self._dense, self._sparse = (resolve(name, device, dtype) for name in ("plan_attention", "plan_sparse"))
+        self._dense, self._sparse = (resolve(name, *place) for name in ("plan_attention", "plan_sparse"))
 
     def dense(self, tables: Tensor, block_tokens: int, window: int | None) -> object:
         """See Plans."""
@@ -98,7 +98,7 @@ class PagedAttend:
         self._made = plans
         self._chosen = chosen
         self._on_layer = on_layer
-        place = where.offsets.device, pool.blocks_of(0)[0].dtype
+        place = pool.place
         self.turns = chosen_name("rotate_write", *place) != "separate"
         self._write = resolve("rotate_write" if self.turns else "write_kv", *place)
         self._attention = resolve("paged_attention", *place)
@@ -169,8 +169,7 @@ def choose(pool: KvPool, batch: Batch, tables: Sequence[Tensor], kept: FarChoice
             continue
         anchors = find_anchors(batch, group, group.far, pool.layout.block_tokens)
         if anchors.read:
-            kernel = resolve("choose_far", tables[index].device, pool.blocks_of(group.layers[0])[0].dtype)
-            chosen[index] = StepChoices(anchors, kept, batch, tables[index], kernel)
+            chosen[index] = StepChoices(anchors, kept, batch, tables[index], resolve("choose_far", *pool.place))
             read += anchors.read * group.kv_heads * len(group.layers)
     return chosen, read
 

@@ -147,7 +147,7 @@ class TorchBackend:
             return replayed[0]
         where = StepTensors.of(batch, device)
         chosen, read = choose(pool, batch, where.tables, self._choices)
-        plans = HostPlans(batch, device, pool.blocks_of(0)[0].dtype)
+        plans = HostPlans(batch, pool.place)
         attend = PagedAttend(self._decoder.spec, pool, where, plans, chosen, self._count_layer)
         tokens, positions = (torch.from_numpy(array).to(device) for array in (batch.tokens, batch.positions))
         hidden = self._decoder.hidden(tokens, positions, attend, images, attend.step(self._done))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from service.kernels.kv_store import row_size, widen_rows, widened
 from service.kernels.workspace import Workspace
 
 # K and V gathered at once, so that both fit the second and third level caches.
@@ -146,8 +147,9 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of query [T, Hq, D] over block tables: [T, Hq, Dv] in the type of query, computed in float32.
 
-    key_blocks [N, Hkv, B, D], value_blocks [N, Hkv, B, Dv], block_tables [S, M] int32, query_starts [S + 1] int32, context_lengths [S]
-    int32. Sequence s owns the query rows query_starts[s] … query_starts[s + 1] − 1: the last of its context_lengths[s] tokens. Table entry
+    key_blocks [N, Hkv, B, D], value_blocks [N, Hkv, B, Dv] (in int8 as `kv_store` has them), block_tables [S, M] int32, query_starts
+    [S + 1] int32, context_lengths [S] int32. Sequence s owns the query rows query_starts[s] … query_starts[s + 1] − 1: the last of its
+    context_lengths[s] tokens. Table entry
     i holds the block of positions i·B … i·B + B − 1; entries behind the window or past the end may hold anything. The row at position p
     sees positions max(0, p − window + 1) … p; rows that see nothing give 0. `softcap` c bounds the scores: c·tanh(score / c).
     `sink_logits` [Hq] takes part in the softmax and has no value. `plan` is what `plan_attention` gives for the same tables and window.
@@ -159,7 +161,7 @@ def paged_attention(
     scoring = Scoring(scale, window, softcap, None if sink_logits is None else sink_logits.float().view(kv_heads, group))
     if len(plan.rows) == query.shape[0] > 0:
         return _decode(query, key_blocks, value_blocks, plan, scoring)
-    out = query.new_zeros(query.shape[0], heads, value_blocks.shape[3])
+    out = query.new_zeros(query.shape[0], heads, row_size(value_blocks))
     if len(plan.rows):
         out.index_copy_(0, plan.rows, _decode(query.index_select(0, plan.rows), key_blocks, value_blocks, plan, scoring))
     for tile in plan.tiles:
@@ -199,7 +201,7 @@ def attend_pairs(query: Tensor, key_blocks: Tensor, value_blocks: Tensor, plan: 
 def _attend(query: Tensor, key_blocks: Tensor, value_blocks: Tensor, plan: AttentionPlan, scoring: Scoring, *, clean: bool) -> Partial:
     """`attend_pairs`; `clean` overwrites unused slots instead of weighing them 0."""
     count, kv_heads, group, size = query.shape
-    pairs, tokens, value_size = len(plan.ids), key_blocks.shape[2], value_blocks.shape[3]
+    pairs, tokens, value_size = len(plan.ids), key_blocks.shape[2], row_size(value_blocks)
     step = max(1, min(pairs, GATHER_BYTES // (kv_heads * tokens * max(size, value_size) * 4)))
     packed = query.index_select(0, plan.sequences).view(pairs * kv_heads, group, size)
     scores = _WORKSPACE.take("scores", pairs * kv_heads, group, tokens)
@@ -225,7 +227,9 @@ def _pick(blocks: Tensor, plan: AttentionPlan, start: int, end: int) -> Tensor:
     """The blocks of pairs start … end − 1 in float32, [n, Hkv, B, D]: a view where they lie one after the other, else in the workspace."""
     ids = plan.ids[start:end]
     if plan.run is not None:
-        return blocks[plan.run + start : plan.run + start + len(ids)].float()
+        return widened(blocks[plan.run + start : plan.run + start + len(ids)])
+    if blocks.dtype == torch.int8:
+        return widen_rows(blocks.index_select(0, ids))
     picked = _WORKSPACE.take("blocks", len(ids), *blocks.shape[1:])
     if blocks.dtype == torch.float32:
         return torch.index_select(blocks, 0, ids, out=picked)
@@ -258,7 +262,7 @@ def _gather(blocks: Tensor, tile: PrefillTile, name: str) -> Tensor:
     else:
         picked = blocks.index_select(0, tile.ids).transpose(0, 1).contiguous()
     seen = picked.view(heads, count * tokens, size)[:, tile.key_start - tile.block_start : tile.key_end - tile.block_start]
-    return seen.float()
+    return widened(seen)
 
 
 def lone_row(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:

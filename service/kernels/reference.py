@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from service.kernels.kv_store import quantise_rows, row_size, widen_rows
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [T, in] times weight [out, in] transposed, plus bias [out]: [T, out]."""
@@ -70,7 +72,12 @@ def head_gate(out: Tensor, gate_logits: Tensor) -> Tensor:
 
 
 def write_kv(key: Tensor, value: Tensor, key_blocks: Tensor, value_blocks: Tensor, block_ids: Tensor, offsets: Tensor) -> None:
-    """Store key [T, Hkv, D] and value [T, Hkv, Dv] of token t at [block_ids[t], :, offsets[t]] of the blocks [N, Hkv, B, D or Dv]."""
+    """Store key [T, Hkv, D] and value [T, Hkv, Dv] of token t at [block_ids[t], :, offsets[t]] of the blocks [N, Hkv, B, D or Dv].
+
+    Blocks of int8 have rows as `kv_store.quantise_rows` makes them.
+    """
+    if key_blocks.dtype == torch.int8:
+        key, value = quantise_rows(key), quantise_rows(value)
     for token in range(key.shape[0]):
         block, offset = int(block_ids[token]), int(offsets[token])
         key_blocks[block, :, offset] = key[token]
@@ -126,7 +133,7 @@ def paged_attention(
     again what the tables say, so the reference reads the tables.
     """
     del plan
-    heads, kv_heads, value_dim = query.shape[1], key_blocks.shape[1], value_blocks.shape[3]
+    heads, kv_heads, value_dim = query.shape[1], key_blocks.shape[1], row_size(value_blocks)
     out = query.new_zeros(query.shape[0], heads, value_dim)
     for sequence in range(context_lengths.shape[0]):
         first, last, context = int(query_starts[sequence]), int(query_starts[sequence + 1]), int(context_lengths[sequence])
@@ -135,8 +142,8 @@ def paged_attention(
             if position < 0:
                 continue
             start = 0 if window is None else max(0, position - window + 1)
-            keys = gather_tokens(key_blocks, block_tables[sequence], start, position + 1).to(query.dtype)
-            values = gather_tokens(value_blocks, block_tables[sequence], start, position + 1).to(query.dtype)
+            seen = [gather_tokens(blocks, block_tables[sequence], start, position + 1) for blocks in (key_blocks, value_blocks)]
+            keys, values = ((widen_rows(rows) if rows.dtype == torch.int8 else rows).to(query.dtype) for rows in seen)
             for head in range(heads):
                 shared = head // (heads // kv_heads)
                 scores = keys[:, shared] @ query[row, head] * scale

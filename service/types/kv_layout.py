@@ -7,13 +7,15 @@ a group exist is a function of positions alone, and this file is the only place 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 # Tokens of a block, in every group.
 BLOCK_TOKENS = 64
 # Candidates whose sub-blocks are looked at, for each far block that may be chosen.
 FIRST_STAGE = 4
+# Bytes behind a token's keys, and behind its values, of one head in a cache of 8 bits on a CPU: their scale.
+SCALE_BYTES = 4
 # Tokens of the pieces in which a GPU decodes a row (the kernels' own number, which a test compares).
 SPLIT_TOKENS = 512
 
@@ -123,6 +125,16 @@ class KvLayout:
         """The first position whose window starts behind block `start`."""
         step = group.refresh
         return -(-((start + 1) * self.block_tokens + (group.window or 0) - 1) // step) * step
+
+    def in_eight_bits(self) -> KvLayout:
+        """The same cache with keys and values in 8 bits on a CPU, where dims count the bytes of the scales too.
+
+        Raises ValueError for layers that keep far blocks: their near ones stay as they are computed.
+        """
+        if any(group.far is not None for group in self.groups):
+            raise ValueError("layers with far blocks keep their window as it was computed")
+        scaled = (replace(g, key_dim=g.key_dim + SCALE_BYTES, value_dim=g.value_dim + SCALE_BYTES) for g in self.groups)
+        return replace(self, groups=tuple(scaled))
 
     def blocks_for(self, group: KvGroup, context_tokens: int) -> int:
         """Most blocks of `group` that one sequence of `context_tokens` holds at a step boundary."""

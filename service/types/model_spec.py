@@ -15,7 +15,7 @@ from itertools import groupby
 from service.types.kv_layout import BLOCK_TOKENS, FIRST_STAGE, FarSpec, FarStore, KvGroup, KvLayout
 from service.types.vision import FusionSpec, VisionSpec
 
-ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}
 
 
 class RopeScaling(Enum):

@@ -18,6 +18,7 @@ from service.types.errors import CapacityError
 from service.types.model_spec import ELEMENT_BYTES
 from service.types.plan import BatchPlan, BlockAppend, LoadRequest, OpenSequence, Slice, Want
 from service.types.request import Sampling, Stop
+from service.types.settings import AttentionSettings
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FREE = V2_3.spec(V2_3.shapes[0][1])
@@ -95,6 +96,24 @@ def test_keys_and_values_in_16_bits_are_for_a_cpu(full_model: str, monkeypatch: 
         load_backend(LoadRequest(str(full_model), kv_cache_dtype="bfloat16"), 0.0, lambda *_: None)
 
 
+def test_int8_keys_and_values_are_for_a_cpu_and_models_without_far_blocks(full_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    far = AttentionSettings(attention_window=64)
+    with pytest.raises(CapacityError, match="int8 is for models without far blocks: set bfloat16"):
+        load_backend(LoadRequest(str(full_model), device="cpu", kv_cache_dtype="int8", attention=far), 0.0, lambda *_: None)
+    monkeypatch.setattr(loading, "choose_device", lambda name: CUDA)
+    with pytest.raises(CapacityError, match="int8 is for a CPU: set fp8"):
+        load_backend(LoadRequest(str(full_model), kv_cache_dtype="int8"), 0.0, lambda *_: None)
+
+
+def test_eight_bits_are_for_a_gpu_that_has_them(full_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CapacityError, match="fp8 is for a GPU: set bfloat16"):
+        load_backend(LoadRequest(str(full_model), device="cpu", kv_cache_dtype="fp8"), 0.0, lambda *_: None)
+    monkeypatch.setattr(loading, "choose_device", lambda name: CUDA)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(CapacityError, match=r"8\.9 or higher"):
+        load_backend(LoadRequest(str(full_model), kv_cache_dtype="fp8"), 0.0, lambda *_: None)
+
+
 @pytest.mark.parametrize(
     ("dtype", "kept", "tolerance"),
     [
@@ -103,6 +122,7 @@ def test_keys_and_values_in_16_bits_are_for_a_cpu(full_model: str, monkeypatch: 
         ("bfloat16", "auto", 0.2),
         ("float32", "float16", 0.01),
         ("float32", "bfloat16", 0.1),
+        ("float32", "int8", 0.1),
         ("bfloat16", "float32", 0.2),
     ],
 )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
+from service.engine.kv_pool import KvPool
 from service.engine.memory import Usage, _group_room, available_bytes, plan_memory, resident_bytes, workspace_bytes
-from service.types.catalog import V2_3
+from service.types.catalog import V2_3, V5_2
 from service.types.errors import CapacityError
 from service.types.model_spec import ModelSpec
 from service.types.plan import LoadRequest
@@ -46,8 +48,22 @@ def test_unbounded_memory_gives_every_row_its_full_context() -> None:
 
 
 def test_keys_and_values_may_have_a_type_of_their_own() -> None:
-    whole, half = planned(full_spec(), max_rows=8), planned(full_spec(), max_rows=8, kv_cache_dtype="bfloat16")
-    assert dict(half.lines) == dict(whole.lines) | {"kv:full": dict(whole.lines)["kv:full"] // 2}
+    whole = planned(full_spec(), max_rows=8)
+    for kept, share in (("bfloat16", 2), ("fp8", 4)):
+        narrow = planned(full_spec(), max_rows=8, kv_cache_dtype=kept)
+        assert dict(narrow.lines) == dict(whole.lines) | {"kv:full": dict(whole.lines)["kv:full"] // share}
+
+
+def test_eight_bits_with_scales_are_counted_to_the_byte() -> None:
+    spec, request = full_spec(), LoadRequest("model", max_rows=8, kv_cache_dtype="int8")
+    layout = spec.kv_layout().in_eight_bits()
+    lines = dict(plan_memory(spec, layout, 4, request, PLENTY).lines)
+    pool = KvPool(layout, (8 * 64,), torch.int8, torch.device("cpu"))
+    assert lines["kv:full"] == pool.reserved_bytes
+    head_dim = spec.layers[0].attention.head_dim
+    assert pool.reserved_bytes * 4 * head_dim == dict(planned(spec, max_rows=8).lines)["kv:full"] * (head_dim + 4)
+    with pytest.raises(ValueError, match="far blocks"):
+        V5_2.spec(dict(V5_2.shapes)["nano"]).kv_layout().in_eight_bits()
     bounded = [planned(full_spec(), kv_bytes=20 * MIB, kv_cache_dtype=kept).group_blocks[0] for kept in ("auto", "float16")]
     assert bounded[1] == 2 * bounded[0] + 1
 

@@ -12,6 +12,15 @@ from torch import Tensor
 
 
 @triton.jit
+def narrowed(b_x, p_blocks):
+    """b_x in the type of the blocks: in 8 bits the largest finite value stands for all beyond it."""
+    if p_blocks.dtype.element_ty == tl.float8e4nv:
+        b_x = tl.maximum(b_x.to(tl.float32), -448.0, propagate_nan=tl.PropagateNan.ALL)
+        b_x = tl.minimum(b_x, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    return b_x.to(p_blocks.dtype.element_ty)
+
+
+@triton.jit
 def copy_value(
     p_value, p_value_blocks, i_token, i_head, i_block, i_offset,
     stride_token, stride_head, stride_block, stride_block_head, stride_block_token,
@@ -21,7 +30,7 @@ def copy_value(
     o_dim = tl.arange(0, BLOCK)
     b_value = tl.load(p_value + i_token * stride_token + i_head * stride_head + o_dim, mask=o_dim < DIM)
     o_value = i_block * stride_block + i_head * stride_block_head + i_offset * stride_block_token
-    tl.store(p_value_blocks + o_value + o_dim, b_value, mask=o_dim < DIM)
+    tl.store(p_value_blocks + o_value + o_dim, narrowed(b_value, p_value_blocks), mask=o_dim < DIM)
 
 
 @triton.jit
@@ -38,7 +47,7 @@ def write_kernel(
     o_dim = tl.arange(0, BLOCK)
     b_key = tl.load(p_key + i_token * stride_key_token + i_head * stride_key_head + o_dim, mask=o_dim < KEY_DIM)  # [BLOCK]
     o_key = i_block * stride_key_block + i_head * stride_key_block_head + i_offset * stride_key_block_token
-    tl.store(p_key_blocks + o_key + o_dim, b_key, mask=o_dim < KEY_DIM)
+    tl.store(p_key_blocks + o_key + o_dim, narrowed(b_key, p_key_blocks), mask=o_dim < KEY_DIM)
     copy_value(
         p_value, p_value_blocks, i_token, i_head, i_block, i_offset, stride_value_token, stride_value_head,
         stride_value_block, stride_value_block_head, stride_value_block_token, VALUE_DIM, BLOCK,
@@ -49,7 +58,8 @@ def write_kv(key: Tensor, value: Tensor, key_blocks: Tensor, value_blocks: Tenso
     """Store key [T, Hkv, D] and value [T, Hkv, Dv] of token t at [block_ids[t], :, offsets[t]].
 
     block_ids and offsets are integers [T]; (block, offset) pairs must differ from each other. key_blocks is [N, Hkv, B, D], value_blocks
-    [N, Hkv, B, Dv]; last dimensions are contiguous. Moves each value twice. Raises ValueError for other strides.
+    [N, Hkv, B, Dv]; last dimensions are contiguous. In blocks of float8_e4m3fn the largest finite value stands for all beyond it. Moves
+    each value twice. Raises ValueError for other strides.
     """
     if any(tensor.stride(-1) != 1 for tensor in (key, value, key_blocks, value_blocks)):
         raise ValueError("the last dimension of keys, values and their blocks must be contiguous")
@@ -95,10 +105,10 @@ def rotate_write_kernel(
         i_block, i_offset = tl.load(p_block_ids + i_token).to(tl.int64), tl.load(p_offsets + i_token).to(tl.int64)
         i_kv_head = i_head - query_heads
         p_key = p_key_blocks + i_block * stride_key_block + i_kv_head * stride_key_block_head + i_offset * stride_key_block_token
-        tl.store(p_key + o_pair, b_low, mask=m_pair)
-        tl.store(p_key + o_pair + HALF, b_high, mask=m_pair)
+        tl.store(p_key + o_pair, narrowed(b_low, p_key_blocks), mask=m_pair)
+        tl.store(p_key + o_pair + HALF, narrowed(b_high, p_key_blocks), mask=m_pair)
         if DIM > 2 * HALF:
-            tl.store(p_key + o_rest, tl.load(p_head + o_rest, mask=m_rest), mask=m_rest)
+            tl.store(p_key + o_rest, narrowed(tl.load(p_head + o_rest, mask=m_rest), p_key_blocks), mask=m_rest)
         copy_value(
             p_value, p_value_blocks, i_token, i_kv_head, i_block, i_offset, stride_value_token, stride_value_head,
             stride_value_block, stride_value_block_head, stride_value_block_token, VALUE_DIM, BLOCK_VALUE,

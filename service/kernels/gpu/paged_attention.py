@@ -21,6 +21,8 @@ from service.kernels.splits import SPLIT_TOKENS
 
 BLOCK_SIZES = (16, 32, 64, 128)
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
+# What keys and values may be besides the type of the queries: widened in registers.
+FP8 = torch.float8_e4m3fn
 # Registers a thread may have: left to itself the assembler stops at 128 or 168 in small kernels and spills.
 REGISTERS = 255
 # Decode programs kept on one multiprocessor at once; each loops over the work that is left.
@@ -142,8 +144,8 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of query [T, Hq, D] over block tables: [T, Hq, Dv] in the type of query, sums in float32.
 
-    key_blocks [N, Hkv, B, D], value_blocks [N, Hkv, B, Dv] of query's type, each head's rows contiguous, B of 16, 32, 64, 128;
-    block_tables [S, M] int32, query_starts [S + 1] int32, context_lengths [S] int32. Every query row belongs to a sequence; else as
+    key_blocks [N, Hkv, B, D], value_blocks [N, Hkv, B, Dv] of query's type or float8_e4m3fn, each head's rows contiguous, B of 16, 32, 64,
+    128; block_tables [S, M] int32, query_starts [S + 1] int32, context_lengths [S] int32. Every query row belongs to a sequence; else as
     `reference.paged_attention`. Reads 2 · Hkv · D elements for each token seen by a sequence; 4 · Hq · D FLOPs for each (row, token) pair.
     Raises ValueError for other types, sizes or strides.
     """
@@ -234,8 +236,9 @@ def capability(device: torch.device) -> int:
 
 def check_attention(query: Tensor, keys: Tensor, values: Tensor, tables: Tensor) -> None:
     """Raise ValueError, with what is wrong, for tensors that the attention kernels do not take."""
-    if query.dtype not in TYPES or keys.dtype != query.dtype or values.dtype != query.dtype:
-        raise ValueError(f"query, keys and values must share one of {TYPES}, not {query.dtype}, {keys.dtype}, {values.dtype}")
+    if query.dtype not in TYPES or keys.dtype not in (query.dtype, FP8) or values.dtype != keys.dtype:
+        types = f"{query.dtype}, {keys.dtype}, {values.dtype}"
+        raise ValueError(f"query, keys and values must share one of {TYPES}, or keys and values be {FP8}: not {types}")
     if keys.shape[2] not in BLOCK_SIZES or keys.shape[:3] != values.shape[:3]:
         raise ValueError(f"blocks of keys {tuple(keys.shape)} and values {tuple(values.shape)} must agree and hold {BLOCK_SIZES} tokens")
     if query.shape[1] % keys.shape[1] or query.shape[2] != keys.shape[3]:

@@ -16,6 +16,8 @@ INLINE vfloat vtanh(vfloat x) {
     return pick(square < splat(0.09f), near, far);
 }
 
+#include "panels_int8.h"
+
 /* Scores of one row over a block -> unnormalised weights; updates the row's maximum and lane sums and gives the factor for what was mixed. */
 INLINE float weigh_row(float *scores, int64_t columns, int64_t low, int64_t high, float softcap, const float *key_scales,
                        const float *value_scales, float *maximum, float *sums) {
@@ -61,7 +63,18 @@ static void attend_rows(const struct attention *a, struct scratch *s, int64_t ro
         to = high[r] > to ? high[r] : to;
     }
     if (from >= to) return;
-    float *scores = s->scores, factors[ROWS];
+    float *scores = s->scores, *mixed = s->mixed + row0 * value_columns, factors[ROWS];
+#if HAS_STEPS
+    if (type == STORED_INT8) {
+        const struct weighing scales = {s->key_scales, s->value_scales, a->softcap};
+        float steps[ROWS];
+        score_steps(rows, columns, a->key_size, s->query_steps + row0 * whole_words(a->key_size), s->query_scales + row0,
+                    s->query_sums + row0, (const uint32_t *)s->panel, scores);
+        weigh_steps(rows, columns, &scales, scores, low, high, s->maxima + row0, s->sums + row0 * WIDTH, factors, s->weight_steps, steps);
+        mix_steps(rows, value_columns, from, to, s->weight_steps, columns, steps, factors, values, mixed, ahead);
+        return;
+    }
+#endif
     multiply_float32(rows, columns / WIDTH, 0, a->key_size, s->query + row0 * a->key_size, a->key_size, s->panel, columns, scores, columns,
                      NULL, NULL);
     for (int r = 0; r < rows; r++) {
@@ -74,7 +87,6 @@ static void attend_rows(const struct attention *a, struct scratch *s, int64_t ro
                                    scaled ? s->value_scales : NULL, s->maxima + row0 + r, s->sums + (row0 + r) * WIDTH);
         }
     }
-    float *mixed = s->mixed + row0 * value_columns;
     if (type == FLOAT32)
         multiply_float32(rows, value_columns / WIDTH, from, to, scores, columns, values, value_stride, mixed, value_columns, factors, ahead);
     else if (type == BFLOAT16)
@@ -83,7 +95,7 @@ static void attend_rows(const struct attention *a, struct scratch *s, int64_t ro
         multiply_float16(rows, value_columns / WIDTH, from, to, scores, columns, values, value_stride, mixed, value_columns, factors, ahead);
 }
 
-/* Where one head of a block lies: its keys and values, in which form, and the scales of far blocks. */
+/* Where one head of a block lies: its keys and values, in which form, and the scales of far blocks; those of near ones lie in the block. */
 struct place {
     enum element type;
     const char *keys, *values;
@@ -152,6 +164,26 @@ static void widen_scales(const uint16_t *scales, int64_t tokens, float *out) {
         store_float(out + i, load_some(FLOAT16, scales, i, tokens - i < WIDTH ? tokens - i : WIDTH));
 }
 
+/* The scales behind the integers of tokens from .. to - 1 of a near block; 0 for all others, whatever stands there. */
+static void gather_scales(const char *rows, int64_t token_bytes, int64_t size, int64_t from, int64_t to, int64_t columns, float *out) {
+    memset(out, 0, columns * sizeof *out);
+    for (int64_t token = from; token < to; token++) memcpy(out + token, rows + token * token_bytes + size, sizeof *out);
+}
+
+/* Scales of the tokens of a block that some row of the tile sees. */
+static void load_scales(const struct attention *a, struct scratch *s, const struct tile *tile, const struct place *here, int64_t tokens) {
+    int64_t columns = whole_vectors(a->block_tokens);
+    if (here->key_scales) {
+        widen_scales(here->key_scales, a->block_tokens, s->key_scales);
+        widen_scales(here->value_scales, a->block_tokens, s->value_scales);
+    } else {
+        int64_t from = tile->first_position - a->window + 1 - here->start;
+        from = from < 0 ? 0 : from;
+        gather_scales(here->keys, here->key_stride, a->key_size, from, tokens, columns, s->key_scales);
+        gather_scales(here->values, here->value_stride, a->value_size, from, tokens, columns, s->value_scales);
+    }
+}
+
 /* The rows of one visit over the block it reads, while the next visit's block is fetched. */
 static void attend_block(const struct attention *a, struct scratch *s, const struct tile *tile, int64_t head, struct visit visit) {
     int64_t value_columns = whole_vectors(a->value_size), last_position = tile->first_position + tile->tokens - 1;
@@ -166,22 +198,26 @@ static void attend_block(const struct attention *a, struct scratch *s, const str
         keys_ahead = (struct upcoming){next.keys, a->block_tokens * next.key_stride * bytes / 64};
         values_ahead = (struct upcoming){next.values, a->block_tokens * next.value_stride * bytes / 64};
     }
-    pack_keys(here.type, here.keys, here.key_stride * element_bytes(here.type), tokens, a->key_size, s->panel,
-              whole_vectors(a->block_tokens), &keys_ahead);
-    if (here.key_scales) {
-        widen_scales(here.key_scales, a->block_tokens, s->key_scales);
-        widen_scales(here.value_scales, a->block_tokens, s->value_scales);
-    }
+    const int scaled = here.type == STORED_INT8 || here.type == STORED_INT4, in_steps = scaled && !here.key_scales && steps_fit(whole_vectors(a->block_tokens));
+    if (scaled) load_scales(a, s, tile, &here, tokens);
     enum element type = here.type;
     const void *mixed_from = here.values;
     int64_t stride = here.value_stride;
-    if (here.key_scales || value_columns != a->value_size || (type != FLOAT32 && rows > 2 * ROWS)) {
-        widen_values(type, here.values, stride, 0, tokens, a->value_size, s->values);
-        type = FLOAT32, mixed_from = s->values, stride = value_columns;
+    if (in_steps) {
+        pack_key_steps(here.keys, here.key_stride, tokens, a->key_size, (uint32_t *)s->panel, whole_vectors(a->block_tokens), &keys_ahead);
+        pack_value_steps(here.values, here.value_stride, tokens, a->value_size, (uint32_t *)s->values);
+        mixed_from = s->values;
+    } else {
+        pack_keys(here.type, here.keys, here.key_stride * element_bytes(here.type), tokens, a->key_size, s->panel,
+                  whole_vectors(a->block_tokens), &keys_ahead);
+        if (scaled || value_columns != a->value_size || (type != FLOAT32 && rows > 2 * ROWS)) {
+            widen_values(type, here.values, stride, 0, tokens, a->value_size, s->values);
+            type = FLOAT32, mixed_from = s->values, stride = value_columns;
+        }
     }
     for (int64_t row = 0; row < rows; row += ROWS)
         attend_rows(a, s, first_row + row, rows - row < ROWS ? (int)(rows - row) : ROWS, tile->first_position, here.start, type, mixed_from,
-                    stride, here.key_scales != NULL, &values_ahead);
+                    stride, scaled, &values_ahead);
 }
 
 /* All rows of a tile over one split of what it reads: s->maxima, s->mixed and s->totals hold the split's result. */
@@ -211,6 +247,10 @@ static void pack_query(const struct attention *a, struct scratch *s, int64_t fir
                 store_some(FLOAT32, out, i, x, count);
             }
         }
+    if (HAS_STEPS && a->kv_type == STORED_INT8)
+        for (int64_t row = 0; row < tokens * a->group; row++)
+            s->query_scales[row] = step_query(s->query + row * a->key_size, a->key_size, s->query_steps + row * whole_words(a->key_size),
+                                              s->query_sums + row);
 }
 
 /* Add a split's result (maximum, total and mixed [value_columns]) to a row's (the same); in the order of the splits. */
@@ -266,12 +306,16 @@ static void carve(const struct attention *a, float *memory, struct scratch *s) {
     s->joined_totals = s->joined_maxima + rows;
     s->key_scales = s->joined_totals + rows;
     s->value_scales = s->key_scales + columns;
+    s->query_scales = s->value_scales + columns;
+    s->query_sums = (int32_t *)(s->query_scales + rows);
+    s->query_steps = (int8_t *)(s->query_sums + rows);
+    s->weight_steps = (uint8_t *)(s->query_steps + whole_vectors(rows * whole_words(a->key_size)));
 }
 
 static int64_t attention_scratch(const struct attention *a) {
     struct scratch s;
     carve(a, NULL, &s);
-    return s.value_scales + whole_vectors(a->block_tokens) - (float *)NULL;
+    return (float *)s.weight_steps + whole_vectors(ROWS * whole_vectors(a->block_tokens)) / 4 - (float *)NULL;
 }
 
 static int64_t attention_partial(const struct attention *a) { return a->tile_rows * (2 + whole_vectors(a->value_size)); }

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from service.kernels.native.binding import ELEMENTS, functions
+from service.kernels.kv_store import row_size
+from service.kernels.native.binding import ELEMENTS, KEPT, functions
 from service.kernels.workspace import Workspace
 
 # Every position is behind fewer than this many others: the window of layers that have none.
@@ -39,8 +40,9 @@ def paged_attention(
     """Causal attention of query [T, Hq, D] over block tables: [T, Hq, Dv] in the type of query, computed in float32.
 
     key_blocks [N, Hkv, B, D], value_blocks [N, Hkv, B, Dv], block_tables [S, M], query_starts [S + 1], context_lengths [S] int32; on the
-    CPU, in any strides. What they mean is said at `reference.paged_attention`; `plan` is not needed. Raises ValueError for shapes or types
-    that do not fit each other.
+    CPU, in any strides. Blocks of int8 are those of `kv_store.quantise_rows`: with dot products of bytes (AVX-512) query rows, and weights
+    block by block, are rounded to 8 bits too, elsewhere keys and values are widened. What arguments mean is said at
+    `reference.paged_attention`; `plan` is not needed. Raises ValueError for shapes or types that do not fit each other.
     """
     del plan
     call = prepare(query, key_blocks, value_blocks, (block_tables, query_starts, context_lengths), scale, window, softcap, sink_logits)
@@ -70,12 +72,12 @@ def prepare(
     tables, starts, contexts = (t.contiguous() for t in indices)
     _check(query, key_blocks, value_blocks, (tables, starts, contexts))
     query, key_blocks, value_blocks = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key_blocks, value_blocks))
-    heads, kv_heads, value_size = query.shape[1], key_blocks.shape[1], value_blocks.shape[3]
+    heads, kv_heads, value_size = query.shape[1], key_blocks.shape[1], row_size(value_blocks)
     out = query.new_empty(query.shape[0], heads, value_size)
     sinks = None if sink_logits is None else sink_logits.float().contiguous()
     arguments = (
         *(ELEMENTS[query.dtype], query.data_ptr(), *query.stride()[:2]),
-        *(ELEMENTS[key_blocks.dtype], key_blocks.data_ptr(), *key_blocks.stride()[:3]),
+        *(KEPT[key_blocks.dtype], key_blocks.data_ptr(), *key_blocks.stride()[:3]),
         *(value_blocks.data_ptr(), *value_blocks.stride()[:3]),
         *(tables.data_ptr(), tables.shape[1], starts.data_ptr(), contexts.data_ptr(), contexts.shape[0]),
         *(kv_heads, heads // kv_heads, query.shape[2], value_size, key_blocks.shape[2]),
@@ -98,7 +100,7 @@ def compute(attend: Callable[..., int], *arguments: object) -> None:
 def _check(query: Tensor, key_blocks: Tensor, value_blocks: Tensor, indices: tuple[Tensor, Tensor, Tensor]) -> None:
     tables, starts, contexts = indices
     shapes = f"queries {tuple(query.shape)}, keys {tuple(key_blocks.shape)}, values {tuple(value_blocks.shape)}"
-    if query.shape[2] != key_blocks.shape[3] or query.shape[1] % key_blocks.shape[1] or key_blocks.shape[:3] != value_blocks.shape[:3]:
+    if query.shape[2] != row_size(key_blocks) or query.shape[1] % key_blocks.shape[1] or key_blocks.shape[:3] != value_blocks.shape[:3]:
         raise ValueError(f"{shapes} do not fit each other")
     if key_blocks.dtype != value_blocks.dtype or any(index.dtype != torch.int32 for index in indices):
         raise ValueError("keys and values must have one type, and tables, starts and lengths must be int32")

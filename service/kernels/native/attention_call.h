@@ -36,9 +36,13 @@ struct tile {
     atomic_llong *pending;
 };
 
-/* Memory of one thread; all float32. */
+/* Memory of one thread; all float32 but what is left when attention is computed in 8 bits: query rows, sums of each, and weights. */
 struct scratch {
     float *panel, *values, *query, *scores, *mixed, *joined, *sums, *maxima, *totals, *joined_maxima, *joined_totals, *key_scales, *value_scales;
+    float *query_scales;
+    int32_t *query_sums;
+    int8_t *query_steps;
+    uint8_t *weight_steps;
 };
 
 /* What the rows of a window + far batch share beyond `struct attention`; anchors [T] int64, -1 for none; counts [A], choices [A, kv_heads, most]. */

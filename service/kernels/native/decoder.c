@@ -116,7 +116,7 @@ static int64_t place_memory(struct run *run, char *workspace, int64_t bytes, int
 /* Rotate queries and keys of one row and write its keys and values into their blocks. */
 static void turn_row(const struct run *run, const struct layer *l, int64_t row) {
     const struct step *s = run->step;
-    int64_t size = l->head_dim, turning = l->heads + l->kv_heads, bytes = s->kv_type == FLOAT32 ? 4 : 2;
+    int64_t size = l->head_dim, turning = l->heads + l->kv_heads, bytes = s->kv_type == FLOAT32 ? 4 : s->kv_type == STORED_INT8 ? 1 : 2;
     float *heads = run->memory.qkv + row * (turning + l->kv_heads) * size, *turned = run->memory.turned + row * turning * size;
     if (l->query_norm) {
         native_kernels->add_rms_norm(FLOAT32, heads, NULL, l->query_norm, s->eps, heads, NULL, 0, l->heads, size);

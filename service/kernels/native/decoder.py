@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from service.kernels.kv_store import row_size
 from service.kernels.native.attention import NO_WINDOW
-from service.kernels.native.binding import ELEMENTS, functions
+from service.kernels.native.binding import KEPT, functions
 from service.kernels.native.linear import OrderedLinear
 from service.kernels.native.quantised import NativeQuantisedLinear
 from service.kernels.workspace import Workspace
@@ -121,7 +122,8 @@ class BoundLayers:
             return
         for layer, (keys, values), group in zip(self.layers, step.stores, step.group_of, strict=True):
             shape = (layer.kv_heads, step.stores[0][0].shape[2], layer.head_dim)
-            if keys.shape[1:] != shape or values.shape[1:] != shape or keys.stride(-1) != 1 or values.stride(-1) != 1:
+            found = [(*blocks.shape[1:3], row_size(blocks)) for blocks in (keys, values)]
+            if found != [shape, shape] or keys.stride(-1) != 1 or values.stride(-1) != 1:
                 raise ValueError(f"blocks {tuple(keys.shape)} and {tuple(values.shape)} do not fit a layer of {shape}")
             layer.keys, layer.values, layer.group = keys.data_ptr(), values.data_ptr(), group
             layer.key_strides, layer.value_strides = (_size * 3)(*keys.stride()[:3]), (_size * 3)(*values.stride()[:3])
@@ -145,7 +147,7 @@ def decoder_layers(bound: BoundLayers, update: Tensor, residual: Tensor, rotatio
     keys = step.stores[0][0]
     call = _Step(
         *(ctypes.addressof(bound.layers), ctypes.addressof(groups)),
-        *(len(bound.layers), rows, dim, rotation[0].shape[1], len(step.context_lengths), keys.shape[2], ELEMENTS[keys.dtype]),
+        *(len(bound.layers), rows, dim, rotation[0].shape[1], len(step.context_lengths), keys.shape[2], KEPT[keys.dtype]),
         bound.eps,
         *(t.data_ptr() for t in (update, residual, *rotation, step.offsets, step.query_starts, step.context_lengths, step.done)),
     )

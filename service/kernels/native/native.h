@@ -17,9 +17,10 @@
 #define INLINE static inline __attribute__((always_inline))
 
 /* Counted up whenever an exported function changes; binding.py names the one it speaks to. */
-#define NATIVE_ABI 9
+#define NATIVE_ABI 10
 
-/* The last two only in far blocks: integers with a scale for each token, INT4 two in a byte, the even index in the low half. */
+/* The last two only in the cache: integers with a scale for each token, INT4 two in a byte, the even index in the low half. Of far blocks
+ * the scales lie apart, in float16; a near block has INT8 only, and behind each token's integers their scale in float32. */
 enum element { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, STORED_INT8 = 3, STORED_INT4 = 4 };
 
 /* Inputs that share a scale of int4 weights. */
@@ -88,7 +89,7 @@ struct kernels {
     int64_t (*linear_scratch)(void);
     int has_pairs;
     void (*linear_tile)(const struct linear *linear, int64_t strip, int64_t tile, float *memory);
-    /* Float32 x [count] -> out in `type`, rounded to nearest even. */
+    /* Float32 x [count] -> out in `type`, rounded to nearest even; to STORED_INT8 with the scale behind, see elementwise.h. */
     void (*narrow)(enum element type, const float *x, void *out, int64_t count);
     /* Quantise a row, see quantised.h; these three are NULL where the instruction set has no dot products of int8. */
     float (*quantise_row)(const float *x, int64_t inputs, int64_t padded, int64_t group, int8_t *out, int32_t *sums);

@@ -99,6 +99,12 @@ def dense_shapes() -> list[Shape]:
             shapes.append(
                 Shape(f"{kernel}-{name}", module, f"{kernel}_kernel", types, constants | rows, *tile[1:], stack, tile.rows >= 64, (chip,))
             )
+    for dim in (64, 128):
+        types = attention_types("bf16") | dict.fromkeys(("p_keys", "p_values"), "*fp8e4nv")
+        constants, wide, row = attention_constants(dim, 4, 0), tile_of(torch.bfloat16, dim, 90), decode_tile(torch.bfloat16, dim, 4)
+        widest, lone = constants | {"ROWS": wide.rows}, constants | {"ROWS": row.rows}
+        shapes.append(Shape(f"prefill-fp8-d{dim}", "dense_tiles", "prefill_kernel", types, widest, *wide[1:], 0, True, (90,)))
+        shapes.append(Shape(f"decode-fp8-d{dim}", "dense_rows", "decode_kernel", types, lone, *row[1:], 0, False, (90,)))
     reduce_types = attention_types("bf16")
     shapes.append(Shape("reduce-d128", "dense_rows", "reduce_kernel", reduce_types, attention_constants(128, 4, 0), 1, 3))
     return shapes
@@ -126,6 +132,7 @@ def elementwise_shapes() -> list[Shape]:
     strides += tuple(f"{store}_block{part}" for store in ("key", "value") for part in ("", "_head", "_token"))
     types |= {f"stride_{name}": "i32" for name in strides}
     pairs = {"DIM": 128, "HALF": 64, "BLOCK_HALF": 64, "BLOCK_REST": 1, "ROWS": 16}
+    narrow = dict.fromkeys(("p_key_blocks", "p_value_blocks"), "*fp8e4nv")
     turning = {"DIM": 128, "HALF": 64, "VALUE_DIM": 128, "BLOCK_HALF": 64, "BLOCK_REST": 1, "BLOCK_VALUE": 128}
     return [
         Shape("norm-4096", "elementwise", "norm_kernel", types, {"DIM": 4096, "BLOCK": 4096, "ROWS": 1, "ADD": True}, 8),
@@ -136,6 +143,7 @@ def elementwise_shapes() -> list[Shape]:
         Shape("head-gate", "elementwise", "gate_kernel", types, {"DIM": 64, "BLOCK": 64, "ROWS": 16}, 2),
         Shape("write-kv", "kv_store", "write_kernel", types, {"KEY_DIM": 128, "VALUE_DIM": 128, "BLOCK": 128}, 1),
         Shape("rotate-write", "kv_store", "rotate_write_kernel", types, turning, 1),
+        Shape("rotate-write-fp8", "kv_store", "rotate_write_kernel", types | narrow, turning, 1, capabilities=(90,)),
         Shape("rotate-write-part", "kv_store", "rotate_write_kernel", types, turning | {"DIM": 160, "BLOCK_REST": 32}, 1),
     ]
 
@@ -158,6 +166,11 @@ def sparse_shapes() -> list[Shape]:
     for store, levels in (("int8", 127), ("int4", 7), ("native", 0)):
         types = attention_types("bf16") | sparse_types(*stores[store])
         shapes.append(Shape(f"demote-{store}", "far_store", "demote_kernel", types, sizes | {"LEVELS": levels}, 8))
+    tile, tokens = sparse_tile(torch.bfloat16, 128, 4, 1, 64, 90)
+    rule = {"ROWS": tile.rows, "TOKENS": tokens, "REFRESH": 1, "SINK_BLOCKS": 1, "HAS_FAR": True, "QUANTISED": True, "NIBBLES": False}
+    types = attention_types("bf16") | sparse_types(*stores["int8"]) | dict.fromkeys(("p_keys", "p_values"), "*fp8e4nv")
+    constants = attention_constants(128, 4, 2048) | rule | {"SPLIT": True}
+    shapes.append(Shape("sparse-decode-fp8", "sparse_tiles", "sparse_kernel", types, constants, *tile[1:], capabilities=(90,)))
     types = attention_types("bf16") | sparse_types(*stores["int8"])
     choose = {"GROUP": 4, "DIM": 128, "BLOCK_DIM": 128, "SINK_BLOCKS": 1, "SUBS": 4, "FIRST": 4, "KEPT": 128, "MOST": 32}
     shapes.append(Shape("score", "far_store", "score_kernel", types, choose | {"CANDIDATES": 32}, 4))

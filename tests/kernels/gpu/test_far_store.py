@@ -63,6 +63,17 @@ def test_any_scale_gives_the_bytes_of_the_reference(seed: int, factor: float) ->
     assert same(actual, expected)
 
 
+@pytest.mark.parametrize("store", ["int8", "int4"])
+def test_near_blocks_in_eight_bits_are_demoted_as_what_they_widen_to(store: str) -> None:
+    torch.manual_seed(1)
+    keys, values = (torch.randn(4, 2, 16, 32, device=DEVICE).to(torch.float8_e4m3fn) for _ in range(2))
+    ids = torch.tensor([1, 3], device=DEVICE), torch.tensor([2, 1], device=DEVICE)
+    found, expected = (placed(make_store(4, 2, 16, (32, 32), store, 4, torch.float32)) for _ in range(2))
+    far_store.demote(keys, values, found, *ids)
+    far_store.demote(keys.float(), values.float(), expected, *ids)
+    assert same(found, placed(expected)) and found.keys[ids[1]].any()
+
+
 def test_nothing_to_demote_and_other_layouts() -> None:
     store = placed(make_store(2, 1, 16, (16, 16), "int8", 2, torch.float32))
     keys, none = torch.zeros(2, 1, 16, 16, device=DEVICE), torch.zeros(0, dtype=torch.int64, device=DEVICE)

@@ -9,7 +9,8 @@ pytest.importorskip("triton")
 
 from service.kernels import reference
 from service.kernels.gpu import elementwise, kv_store
-from tests.kernels.gpu.conftest import DEVICE, DTYPES
+from service.kernels.gpu.paged_attention import FP8
+from tests.kernels.gpu.conftest import DEVICE, DTYPES, ON_DEVICE
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -54,6 +55,35 @@ def test_rotating_on_the_way_gives_the_bits_of_two_calls(tokens: int, size: int,
     tolerance = 1e-5 if dtype == torch.float32 else 2.0**-7
     assert torch.allclose(query.double(), expected, atol=tolerance, rtol=tolerance)
     assert torch.allclose(found[0].nan_to_num(9.0).double(), plain[0].nan_to_num(9.0).double(), atol=tolerance, rtol=tolerance)
+
+
+def widened(blocks: torch.Tensor) -> torch.Tensor:
+    return blocks.float().nan_to_num(9.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_eight_bits_hold_the_nearest_value_and_the_largest_for_all_beyond(dtype: torch.dtype) -> None:
+    """Every finite value of the type between -70000 and 70000 in steps, halves, tiny ones, infinities and NaN."""
+    odd = torch.tensor([0.0, -0.0, 7e4, -7e4, float("inf"), float("nan")])
+    some = torch.cat((torch.linspace(-600, 600, 400), torch.randn(80) * 0.01, odd))
+    if not ON_DEVICE:  # the interpreter turns to 8 bits wrongly (127.8 to 64, NaN to 384): what needs no rounding, and what lies beyond
+        some = torch.where(some.abs() <= 448, some.to(FP8).float(), some).nan_to_num(500.0)
+    key = some[:480].view(10, 2, 24).to(dtype).to(DEVICE)
+    value = some[-480:].view(10, 2, 24).to(dtype).to(DEVICE)
+    places = torch.randperm(12, device=DEVICE)[:10]
+    where = places // 4, places % 4
+    keys, values = (torch.zeros(3, 2, 4, 24, device=DEVICE).to(FP8) for _ in range(2))
+    kv_store.write_kv(key, value, keys, values, *where)
+    for stored, given in ((keys, key), (values, value)):
+        expected = given.float().clamp(-448, 448).to(FP8)
+        found = stored.view(torch.uint8)[where[0], :, where[1]]
+        assert torch.equal(widened(found.view(FP8)), widened(expected))
+        assert found.view(FP8).float().isnan().equal(given.isnan())
+    angles = torch.ones(10, 12, device=DEVICE), torch.zeros(10, 12, device=DEVICE)
+    turned = [torch.zeros(3, 2, 4, 24, device=DEVICE).to(FP8) for _ in range(2)]
+    kv_store.rotate_write(torch.cat((key, key), dim=1), value, *angles, *turned, *where)
+    finite = ~keys.float().isnan() & (keys.float().abs() < 448)
+    assert torch.equal(widened(turned[0])[finite], widened(keys)[finite]) and torch.equal(widened(turned[1]), widened(values))
 
 
 def test_blocks_far_past_int32_elements() -> None:

@@ -55,6 +55,18 @@ def sixteen_bit_attention(query: Tensor, *arguments: Any, **options: Any) -> Ten
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 33])
+def test_eight_bits_have_the_bits_of_what_they_widen_to(window: int | None, dtype: torch.dtype) -> None:
+    """Poison included: NaN in eight bits is NaN."""
+    batch = batch_of(*MIXED, window=window, dtype=dtype)
+    narrow = replace(batch, key_blocks=batch.key_blocks.to(kernel.FP8), value_blocks=batch.value_blocks.to(kernel.FP8))
+    wide = replace(batch, key_blocks=narrow.key_blocks.to(dtype), value_blocks=narrow.value_blocks.to(dtype))
+    assert wide.key_blocks.isnan().any() and not torch.equal(wide.key_blocks.nan_to_num(), batch.key_blocks.nan_to_num())
+    found = run(narrow)
+    assert found.isfinite().all() and torch.equal(found, run(wide))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 1, 15, 16, 17, 33, 100])
 def test_a_mixed_batch_equals_the_reference(window: int | None, dtype: torch.dtype) -> None:
     check(batch_of(*MIXED, window=window, dtype=dtype))

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 from service.kernels import reference_sparse
 from service.kernels.gpu import paged_attention, window_sparse
+from service.kernels.gpu.paged_attention import FP8
 from service.kernels.reference_sparse import ChosenFar, FarBlocks
 from tests.kernels.gpu.conftest import DEVICE, DTYPES, ON_DEVICE, check_error
 from tests.kernels.sparse_batches import SparseBatch, make_sparse
@@ -63,6 +64,21 @@ def test_a_mixed_batch_equals_the_reference(store: str, refresh: int) -> None:
 @pytest.mark.parametrize("store", STORES)
 def test_sixteen_bits(store: str, dtype: torch.dtype) -> None:
     check(batch_of(*MIXED, store=store, dtype=dtype))
+
+
+@pytest.mark.parametrize("store", ["int8", "native"])
+def test_eight_bits_have_the_bits_of_what_they_widen_to(store: str) -> None:
+    batch = batch_of(*MIXED, store=store)
+    far = batch.far
+    assert far is not None
+    if store == "native":
+        blocks = far.blocks._replace(keys=far.blocks.keys.to(FP8), values=far.blocks.values.to(FP8))
+        far = far._replace(blocks=blocks)
+    narrow = replace(batch, key_blocks=batch.key_blocks.to(FP8), value_blocks=batch.value_blocks.to(FP8), far=far)
+    wide_far = far._replace(blocks=far.blocks._replace(keys=far.blocks.keys.float(), values=far.blocks.values.float()))
+    wide = replace(narrow, key_blocks=narrow.key_blocks.float(), value_blocks=narrow.value_blocks.float())
+    found = run(narrow)
+    assert found.isfinite().all() and torch.equal(found, run(replace(wide, far=wide_far if store == "native" else far)))
 
 
 @pytest.mark.parametrize("store", STORES[:3])
