@@ -113,30 +113,19 @@ INLINE void narrow_to(enum element type, const float *x, void *out, int64_t coun
     }
 }
 
+#if defined(ISA_AVX512)
 /* x [count] as steps of -127 .. 127 of its largest magnitude, and behind them what a step is; what is not finite makes that not finite. */
 static void narrow_to_steps(const float *x, int8_t *out, int64_t count) {
-    float scale;
-#if defined(ISA_AVX512)
     int32_t sum;
-    scale = quantise_row(x, count, count, count, out, &sum);
-#else
-    uint32_t top = 0, bits;
-    for (int64_t i = 0; i < count; i++) {
-        memcpy(&bits, x + i, sizeof bits);
-        bits &= 0x7fffffffu;
-        top = bits > top ? bits : top;
-    }
-    float largest;
-    memcpy(&largest, &top, sizeof largest);
-    float inverse = largest > 0 && top < 0x7f800000u ? 127.0f / largest : 0.0f;
-    for (int64_t i = 0; i < count; i++) out[i] = inverse > 0 ? (int8_t)lrintf(x[i] * inverse) : 0;
-    scale = largest / 127.0f;
-#endif
+    float scale = quantise_row(x, count, count, count, out, &sum);
     memcpy(out + count, &scale, sizeof scale);
 }
+#endif
 
 static void narrow(enum element type, const float *x, void *out, int64_t count) {
+#if defined(ISA_AVX512)
     if (type == STORED_INT8) narrow_to_steps(x, out, count);
+#endif
     if (type == FLOAT32) memcpy(out, x, count * sizeof *x);
     if (type == BFLOAT16) narrow_to(BFLOAT16, x, out, count);
     if (type == FLOAT16) narrow_to(FLOAT16, x, out, count);

@@ -89,7 +89,7 @@ struct kernels {
     int64_t (*linear_scratch)(void);
     int has_pairs;
     void (*linear_tile)(const struct linear *linear, int64_t strip, int64_t tile, float *memory);
-    /* Float32 x [count] -> out in `type`, rounded to nearest even; to STORED_INT8 with the scale behind, see elementwise.h. */
+    /* Float32 x [count] -> out in `type`, rounded to nearest even; where there are dot products of int8, to STORED_INT8 too, the scale behind. */
     void (*narrow)(enum element type, const float *x, void *out, int64_t count);
     /* Quantise a row, see quantised.h; these three are NULL where the instruction set has no dot products of int8. */
     float (*quantise_row)(const float *x, int64_t inputs, int64_t padded, int64_t group, int8_t *out, int32_t *sums);
