@@ -77,7 +77,8 @@ class FixedStep:
         for group, (ends, budgets, counts) in to.far.items():
             of = anchors[group]
             ends[:], budgets[:], counts[:] = of.ends[take], of.budgets[take], of.counts[take]
-        self._device.copy_(self._host, non_blocking=True)
+        # Waited for: the next step may fill these arrays before the device has come to this one.
+        self._device.copy_(self._host)
 
 
 def _cut(flat: Any, layout: KvLayout, shape: Shape) -> Fields:
