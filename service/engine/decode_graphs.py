@@ -17,8 +17,8 @@ from torch import Tensor
 
 from service.engine.batch import Batch
 from service.engine.far_choices import Anchors, FixedChoices, find_anchors
-from service.engine.fixed_step import FixedStep, Shape, far_groups, fixed_values
-from service.engine.graph_memory import MOST_GRAPHS, MOST_SPLITS, rows_for, splits_of, tables_for
+from service.engine.fixed_step import FixedStep
+from service.engine.graph_memory import MOST_GRAPHS, MOST_SPLITS, Shape, far_groups, fixed_values, rows_for, splits_of, tables_for
 from service.engine.kv_pool import KvPool
 from service.engine.paged_attend import PagedAttend, Rule
 from service.kernels.dispatch import again, apart, resolve

@@ -15,15 +15,9 @@ from torch import Tensor
 
 from service.engine.batch import Batch
 from service.engine.far_choices import Anchors
+from service.engine.graph_memory import Shape, far_groups, fixed_values
 from service.engine.paged_attend import StepTensors
 from service.types.kv_layout import KvLayout
-
-
-class Shape(NamedTuple):
-    """For how many rows, and for block tables of how many entries, a step is recorded."""
-
-    rows: int
-    blocks: int
 
 
 class Fields(NamedTuple):
@@ -36,16 +30,6 @@ class Fields(NamedTuple):
     block_ids: tuple[Any, ...]
     tables: tuple[Any, ...]
     far: Mapping[int, tuple[Any, Any, Any]]
-
-
-def far_groups(layout: KvLayout) -> list[int]:
-    """Indices of the far groups."""
-    return [index for index, group in enumerate(layout.groups) if group.source is not None and group.far is not None]
-
-
-def fixed_values(layout: KvLayout, shape: Shape) -> int:
-    """Values of int32 that a step of this shape has."""
-    return shape.rows * (4 + len(layout.groups) * (1 + shape.blocks) + 3 * len(far_groups(layout)))
 
 
 class FixedStep:

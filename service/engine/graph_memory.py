@@ -6,6 +6,8 @@ and an allowance for what the driver keeps of each graph, which was not measured
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from service.engine.choosing_memory import StepSize, step_bytes
 from service.types.kv_layout import FAR_POSITION, SPLIT_TOKENS, KvGroup, KvLayout
 from service.types.model_spec import ModelSpec
@@ -16,6 +18,23 @@ MOST_GRAPHS, GRAPH_BYTES = 32, 4 << 20
 MOST_SPLITS = 4096
 # The shortest tables that are recorded for, in blocks; longer ones double.
 FEWEST_BLOCKS = 64
+
+
+class Shape(NamedTuple):
+    """For how many rows, and for block tables of how many entries, a step is recorded."""
+
+    rows: int
+    blocks: int
+
+
+def far_groups(layout: KvLayout) -> list[int]:
+    """Indices of the far groups."""
+    return [index for index, group in enumerate(layout.groups) if group.source is not None and group.far is not None]
+
+
+def fixed_values(layout: KvLayout, shape: Shape) -> int:
+    """Values of int32 that a step of this shape has."""
+    return shape.rows * (4 + len(layout.groups) * (1 + shape.blocks) + 3 * len(far_groups(layout)))
 
 
 def rows_for(rows: int) -> int:
@@ -49,8 +68,7 @@ def _splits(group: KvGroup, tokens: int, block_tokens: int) -> int:
 def graph_bytes(spec: ModelSpec, layout: KvLayout, rows: int, context_tokens: int, element_bytes: int) -> int:
     """Bytes that recorded decode steps of up to `rows` sequences take on a GPU."""
     rows, blocks = rows_for(rows), tables_for(-(-context_tokens // layout.block_tokens))
-    far = sum(group.source is not None for group in layout.groups)
-    fixed = 4 * rows * (4 + len(layout.groups) * (1 + blocks) + 3 * far)
+    fixed = 4 * fixed_values(layout, Shape(rows, blocks))
     widest = max(
         max(3 * layer.mlp.hidden, (4 * layer.attention.heads + 6 * layer.attention.kv_heads) * layer.attention.head_dim)
         for layer in spec.layers

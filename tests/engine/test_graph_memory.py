@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.engine.fixed_step import Shape, fixed_values
-from service.engine.graph_memory import GRAPH_BYTES, MOST_GRAPHS, graph_bytes, rows_for, splits_of, tables_for
+from service.engine.graph_memory import GRAPH_BYTES, MOST_GRAPHS, Shape, fixed_values, graph_bytes, rows_for, splits_of, tables_for
 from service.engine.memory import Usage, plan_memory
 from service.kernels import splits
 from service.types.catalog import V5_2
