@@ -6,6 +6,7 @@ said in one sentence ends with exit code 2 and no traceback.
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Coroutine, Sequence
@@ -20,11 +21,21 @@ PROGRAM = "deepseek-serve"
 def main() -> int:
     """Run the command; returns its exit code."""
     began_s = time.perf_counter()
+    _hear_signals()
     try:
         from service.cli.ending import run_command
     except KeyboardInterrupt:
         return 130
     return run_command(PROGRAM, lambda arguments: _serve(arguments, began_s), sys.argv[1:])
+
+
+def _hear_signals() -> None:
+    """Until the server takes both over, Ctrl-C and SIGTERM end the command, also where its parent left them ignored.
+
+    A shell's background job starts with SIGINT ignored; the kernel keeps SIGTERM from a container's first process that has no handler.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
 
 
 def _serve(arguments: Sequence[str], began_s: float) -> int:

@@ -135,8 +135,8 @@ async def _serve(
     tasks = [loading, serving]
     try:
         await asyncio.wait({loading, serving}, return_when=asyncio.FIRST_COMPLETED)
-        if not loading.done():
-            serving.result()
+        if not loading.done() or application.services.draining:
+            await serving
             return INTERRUPTED
         _raise_of(loading)
         times.mark("load")

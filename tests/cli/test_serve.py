@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -219,10 +220,19 @@ def test_a_version_is_loaded_when_it_is_asked_for(start: Start, tiny: Path, tmp_
     assert command.end()[0] == 0
 
 
-def test_ctrl_c_while_loading(start: Start, tiny: Path) -> None:
-    command = start(SERVE, "--model", str(tiny), "--port", "0")
+@pytest.mark.parametrize(
+    ("number", "inherited"),
+    [(signal.SIGINT, signal.default_int_handler), (signal.SIGINT, signal.SIG_IGN), (signal.SIGTERM, signal.default_int_handler)],
+    ids=["ctrl_c", "ctrl_c_ignored_by_the_parent", "sigterm"],
+)
+def test_a_signal_while_loading(start: Start, tiny: Path, number: signal.Signals, inherited: Any) -> None:
+    ours = signal.signal(signal.SIGINT, inherited)
+    try:
+        command = start(SERVE, "--model", str(tiny), "--port", "0")
+    finally:
+        signal.signal(signal.SIGINT, ours)
     url = command.read_until("loading tiny for ")
-    command.signal(signal.SIGINT)
+    command.signal(number)
     code, out, error = command.end()
     assert code == 130 and "Traceback" not in error and "serving" not in out, (code, out, error)
     with pytest.raises(httpx.ConnectError):
