@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from service.cli.backends import KINDS, keep_table, measure_backends
-from service.cli.quality import BOUNDS, measure_quality
+from service.cli.quality import FORMS, measure_quality
 from service.cli.server_load import surroundings
 from service.cli.tiers import MEASUREMENTS, measure_tier
 from service.cli.version_comparison import Comparison, compare_versions
@@ -38,7 +38,10 @@ def add_machine_flags(parser: FlagParser, count: Callable[[str], int], whole: Ca
         "--tier", choices=tuple(MEASUREMENTS), default=None, help="what the flags recommended for a tier gain over float32 without them"
     )
     machine.add_argument(
-        "--quality", metavar="KINDS", default="", help="int8, int4 or both by comma, against float32; or far, against full attention"
+        "--quality",
+        metavar="KINDS",
+        default="",
+        help=f"weights or caches in {', '.join(FORMS)}, some by comma, against float32; or far, against full attention",
     )
     machine.add_argument(
         "--versions",
@@ -82,8 +85,8 @@ def check_machine(given: Namespace) -> None:
     if len(asked) > 1:
         raise SettingsError(f"--{asked[0]} and --{asked[1]} are two measurements: give only one of them.")
     for kind in filter(None, given.quality.split(",")):
-        if kind not in BOUNDS:
-            raise SettingsError(f"--quality must name {' or '.join(BOUNDS)}, or both by comma, not {kind[:40]!r}.")
+        if kind not in FORMS:
+            raise SettingsError(f"--quality must name {', '.join(FORMS)}, or some of them by comma, not {kind[:40]!r}.")
     for kind in filter(None, given.backends.split(",")):
         if kind not in KINDS:
             raise SettingsError(f"--backends must name {' or '.join(KINDS)}, or both by comma, not {kind[:40]!r}.")
@@ -162,8 +165,8 @@ def _print(row: dict[str, Any]) -> None:
         return
     table = Table(title=f"{row['directory']} · {row.get('tier') or row['kind']} · {row['cores']} cores", title_justify="left")
     if row["kind"] == "quality":
-        for column in ("weights", "perplexity", "over float32", "same likeliest token"):
-            table.add_column(column, justify="left" if column == "weights" else "right")
+        for column in ("form", "perplexity", "over float32", "same likeliest token"):
+            table.add_column(column, justify="left" if column == "form" else "right")
         table.add_row("float32", f"{row['float32_perplexity']:.4f}", "", "")
         for kind, form in row["forms"].items():
             table.add_row(kind, f"{form['perplexity']:.4f}", f"{form['ratio'] - 1:+.2%}", f"{form['agreement']:.1%}")
@@ -187,7 +190,7 @@ def _print(row: dict[str, Any]) -> None:
 
 def _fill_backends(table: Table, row: dict[str, Any]) -> None:
     for column in ("weights", "sequences", "torch, tokens/s", "onnx, tokens/s", "ratio", "least", "most"):
-        table.add_column(column, justify="left" if column == "weights" else "right")
+        table.add_column(column, justify="left" if column == "form" else "right")
     for kind, form in row["forms"].items():
         for batch, found in form["batches"].items():
             speeds = (f"{found[side]['median']:.1f}" for side in ("torch", "onnx"))

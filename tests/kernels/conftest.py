@@ -116,3 +116,19 @@ def check_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps
     worst = (error - floor - rounding * expected.double().abs()).max() if expected.numel() else torch.tensor(-1.0)
     assert worst <= 0, f"off by {error.max():.3g}, largest value {expected.abs().max():.3g}"
+
+
+def multiplies_pairs(instructions: str, dtype: torch.dtype) -> bool:
+    """Whether attention over a cache of `dtype` is computed in pairs of bfloat16 by these kernels here."""
+    return dtype == torch.bfloat16 and instructions == "avx512" and bool(binding.functions().native_has_pairs())
+
+
+def check_rounded(actual: Tensor, expected: Tensor, values: Tensor) -> None:
+    """The error rule where weights are rounded to bfloat16: each by 2^-9, and so are their sums, which makes 2^-8 of the largest value.
+
+    `actual` is float32, of queries that bfloat16 holds. Errors of weights are as often up as down: on average a quarter of that.
+    """
+    assert actual.dtype == torch.float32 and actual.shape == expected.shape and torch.isfinite(actual).all()
+    largest = values[values.isfinite()].abs().max().double()
+    error = (actual.double() - expected.double()).abs()
+    assert error.max() <= 2**-8 * largest and error.mean() <= 2**-10 * largest, f"off by {error.max():.3g}, {error.mean():.3g} on average"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from service.kernels.native import attention
-from tests.kernels.conftest import PagedBatch, check_close, make_batch, needs_native
+from tests.kernels.conftest import PagedBatch, check_close, make_batch, multiplies_pairs, needs_native
 
 pytestmark = needs_native
 MIXED = ([17, 1, 8, 30, 0, 9, 25, 33, 16], [1, 1, 1, 7, 1, 0, 25, 1, 16])
@@ -56,6 +56,8 @@ def test_types_and_shapes_in_every_instruction_set(
         window=40,
         dtype=dtype,
     )
+    if multiplies_pairs(instructions, dtype):
+        pytest.skip("rounds weights: see test_pairs.py")
     check_close(run(batch), batch.reference(), dtype)
 
 

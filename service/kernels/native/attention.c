@@ -106,7 +106,10 @@ static struct sizes lay_out(const struct attention *a, const struct sparse *spar
 
 static char *aligned(char *p) { return (char *)(((uintptr_t)p + 63) / 64 * 64); }
 
+static int held_by_bfloat16(enum element type) { return type == BFLOAT16 || type == STORED_INT8 || type == STORED_INT4; }
+
 void cut_attention(struct attention *a) {
+    a->pairs = a->kv_type == BFLOAT16 && (!a->far_keys || held_by_bfloat16(a->far_type)) && native_has_pairs();
     a->split_blocks = maximum(1, SPLIT_TOKENS / a->block_tokens);
     a->task_splits = 1;
     a->tile_rows = maximum(TILE_ROWS, a->group);

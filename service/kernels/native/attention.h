@@ -1,53 +1,15 @@
 /* Attention of a tile of query rows over K/V blocks, one split of consecutive blocks at a time.
  *
  * Rows are (query token, query head of one K/V head), token by token, packed and scaled to log2 units. A block's keys are turned into a
- * panel [D, B] of float32 once for all rows of the tile; then six rows at a time are multiplied, weighed and mixed while panel and values
+ * panel once for all rows of the tile; then six rows at a time are multiplied, weighed and mixed while panel and values
  * stay in the first level cache. Invariants: what is computed for a row is a chain of operations that depends on the row alone, so it gets
  * the same bits in every tile; keys that no row of a group of six sees are never mixed, whatever they hold.
  */
 #include "attention_call.h"
-#include "panels.h"
+#include "panels_pairs.h"
 
-/* tanh by its series near 0 and by 2^x elsewhere. */
-INLINE vfloat vtanh(vfloat x) {
-    vfloat square = x * x;
-    vfloat near = x + x * square * (splat(-1.0f / 3) + square * (splat(2.0f / 15) + square * (splat(-17.0f / 315) + square * splat(62.0f / 2835))));
-    vfloat far = splat(1.0f) - splat(2.0f) / (splat(1.0f) + vexp2(x * splat(2 * LOG2_E)));
-    return pick(square < splat(0.09f), near, far);
-}
-
-#include "panels_int8.h"
-
-/* Scores of one row over a block -> unnormalised weights; updates the row's maximum and lane sums and gives the factor for what was mixed. */
-INLINE float weigh_row(float *scores, int64_t columns, int64_t low, int64_t high, float softcap, const float *key_scales,
-                       const float *value_scales, float *maximum, float *sums) {
-    vfloat highest = splat(*maximum);
-    vint lane;
-    for (int i = 0; i < WIDTH; i++) lane[i] = i;
-    int masked = low > 0 || high < columns;
-    for (int64_t i = 0; i < columns; i += WIDTH) {
-        vfloat s = load_float(scores + i);
-        if (key_scales) s *= load_float(key_scales + i);
-        if (softcap > 0) s = splat(softcap * LOG2_E) * vtanh(s * splat(1.0f / softcap));
-        if (masked) {
-            vint at = lane + (int32_t)i;
-            s = pick((at >= (int32_t)low) & (at < (int32_t)high), s, splat(-INFINITY));
-        }
-        highest = vmaximum(s, highest);
-        store_float(scores + i, s);
-    }
-    float before = *maximum, now = maximum_of_lanes(highest);
-    vfloat top = splat(now), total = splat(0.0f);
-    float factor = vexp2(splat(before - now))[0];
-    for (int64_t i = 0; i < columns; i += WIDTH) {
-        vfloat weight = vexp2(load_float(scores + i) - top);
-        total += weight;
-        store_float(scores + i, value_scales ? weight * load_float(value_scales + i) : weight);
-    }
-    store_float(sums, load_float(sums) * splat(factor) + total);
-    *maximum = now;
-    return factor;
-}
+/* What a product of a query and a key is multiplied by: log2 units, but for a cap, which is applied to what it was. */
+INLINE float score_unit(const struct attention *a) { return a->softcap > 0 ? a->scale : a->scale * LOG2_E; }
 
 /* Six rows or fewer, at row0 of the tile, over one block whose keys lie in the panel. */
 static void attend_rows(const struct attention *a, struct scratch *s, int64_t row0, int rows, int64_t first_position, int64_t block_start,
@@ -64,29 +26,29 @@ static void attend_rows(const struct attention *a, struct scratch *s, int64_t ro
     }
     if (from >= to) return;
     float *scores = s->scores, *mixed = s->mixed + row0 * value_columns, factors[ROWS];
+    const struct weighing how = {scaled ? s->key_scales : NULL, scaled ? s->value_scales : NULL, a->softcap};
+#if HAS_PAIRS
+    if (a->pairs) {
+        const int64_t words = whole_pairs(a->key_size);
+        score_pairs(rows, columns, words, (const uint32_t *)s->query + row0 * words, score_unit(a), (const uint32_t *)s->panel, scores);
+        weigh_pairs(rows, columns, &how, scores, low, high, s->maxima + row0, s->sums + row0 * WIDTH, factors);
+        mix_pairs(rows, value_columns, from, to, (const uint32_t *)scores, columns, factors, values, mixed, ahead);
+        return;
+    }
+#endif
 #if HAS_STEPS
     if (type == STORED_INT8) {
-        const struct weighing scales = {s->key_scales, s->value_scales, a->softcap};
         float steps[ROWS];
         score_steps(rows, columns, a->key_size, s->query_steps + row0 * whole_words(a->key_size), s->query_scales + row0,
                     s->query_sums + row0, (const uint32_t *)s->panel, scores);
-        weigh_steps(rows, columns, &scales, scores, low, high, s->maxima + row0, s->sums + row0 * WIDTH, factors, s->weight_steps, steps);
+        weigh_steps(rows, columns, &how, scores, low, high, s->maxima + row0, s->sums + row0 * WIDTH, factors, s->weight_steps, steps);
         mix_steps(rows, value_columns, from, to, s->weight_steps, columns, steps, factors, values, mixed, ahead);
         return;
     }
 #endif
     multiply_float32(rows, columns / WIDTH, 0, a->key_size, s->query + row0 * a->key_size, a->key_size, s->panel, columns, scores, columns,
                      NULL, NULL);
-    for (int r = 0; r < rows; r++) {
-        float *row = scores + r * columns;
-        if (low[r] >= high[r]) {
-            factors[r] = 1.0f;
-            memset(row, 0, columns * sizeof *row);
-        } else {
-            factors[r] = weigh_row(row, columns, low[r], high[r], a->softcap, scaled ? s->key_scales : NULL,
-                                   scaled ? s->value_scales : NULL, s->maxima + row0 + r, s->sums + (row0 + r) * WIDTH);
-        }
-    }
+    weigh_rows(rows, columns, &how, scores, low, high, s->maxima + row0, s->sums + row0 * WIDTH, factors);
     if (type == FLOAT32)
         multiply_float32(rows, value_columns / WIDTH, from, to, scores, columns, values, value_stride, mixed, value_columns, factors, ahead);
     else if (type == BFLOAT16)
@@ -170,6 +132,12 @@ static void gather_scales(const char *rows, int64_t token_bytes, int64_t size, i
     for (int64_t token = from; token < to; token++) memcpy(out + token, rows + token * token_bytes + size, sizeof *out);
 }
 
+/* The first token of a block that some row of the tile sees. */
+INLINE int64_t first_seen(const struct attention *a, const struct tile *tile, const struct place *here) {
+    int64_t from = tile->first_position - a->window + 1 - here->start;
+    return from < 0 ? 0 : from;
+}
+
 /* Scales of the tokens of a block that some row of the tile sees. */
 static void load_scales(const struct attention *a, struct scratch *s, const struct tile *tile, const struct place *here, int64_t tokens) {
     int64_t columns = whole_vectors(a->block_tokens);
@@ -177,8 +145,7 @@ static void load_scales(const struct attention *a, struct scratch *s, const stru
         widen_scales(here->key_scales, a->block_tokens, s->key_scales);
         widen_scales(here->value_scales, a->block_tokens, s->value_scales);
     } else {
-        int64_t from = tile->first_position - a->window + 1 - here->start;
-        from = from < 0 ? 0 : from;
+        int64_t from = first_seen(a, tile, here);
         gather_scales(here->keys, here->key_stride, a->key_size, from, tokens, columns, s->key_scales);
         gather_scales(here->values, here->value_stride, a->value_size, from, tokens, columns, s->value_scales);
     }
@@ -198,12 +165,17 @@ static void attend_block(const struct attention *a, struct scratch *s, const str
         keys_ahead = (struct upcoming){next.keys, a->block_tokens * next.key_stride * bytes / 64};
         values_ahead = (struct upcoming){next.values, a->block_tokens * next.value_stride * bytes / 64};
     }
-    const int scaled = here.type == STORED_INT8 || here.type == STORED_INT4, in_steps = scaled && !here.key_scales && steps_fit(whole_vectors(a->block_tokens));
+    const int scaled = here.type == STORED_INT8 || here.type == STORED_INT4, in_steps = HAS_STEPS && scaled && !here.key_scales;
     if (scaled) load_scales(a, s, tile, &here, tokens);
     enum element type = here.type;
     const void *mixed_from = here.values;
     int64_t stride = here.value_stride;
-    if (in_steps) {
+    if (a->pairs) {
+        pack_key_pairs(type, here.keys, here.key_stride * element_bytes(type), tokens, a->key_size, (uint32_t *)s->panel,
+                       whole_vectors(a->block_tokens), &keys_ahead);
+        pack_value_pairs(type, here.values, stride, here.key_scales ? 0 : first_seen(a, tile, &here), tokens, a->value_size, (uint32_t *)s->values);
+        mixed_from = s->values;
+    } else if (in_steps) {
         pack_key_steps(here.keys, here.key_stride, tokens, a->key_size, (uint32_t *)s->panel, whole_vectors(a->block_tokens), &keys_ahead);
         pack_value_steps(here.values, here.value_stride, tokens, a->value_size, (uint32_t *)s->values);
         mixed_from = s->values;
@@ -236,7 +208,7 @@ static void attend_split(const struct attention *a, struct scratch *s, const str
 
 /* Query rows of a tile -> s->query [rows, key_size], scaled. */
 static void pack_query(const struct attention *a, struct scratch *s, int64_t first_row, int64_t tokens, int64_t head) {
-    float scale = a->softcap > 0 ? a->scale : a->scale * LOG2_E;
+    float scale = a->pairs ? 1.0f : score_unit(a);
     for (int64_t token = 0; token < tokens; token++)
         for (int64_t g = 0; g < a->group; g++) {
             int64_t at = (first_row + token) * a->query_strides[0] + (head * a->group + g) * a->query_strides[1];
@@ -247,6 +219,9 @@ static void pack_query(const struct attention *a, struct scratch *s, int64_t fir
                 store_some(FLOAT32, out, i, x, count);
             }
         }
+    if (a->pairs)
+        for (int64_t row = 0; row < tokens * a->group; row++)
+            pair_query(s->query + row * a->key_size, a->key_size, (uint32_t *)s->query + row * whole_pairs(a->key_size));
     if (HAS_STEPS && a->kv_type == STORED_INT8)
         for (int64_t row = 0; row < tokens * a->group; row++)
             s->query_scales[row] = step_query(s->query + row * a->key_size, a->key_size, s->query_steps + row * whole_words(a->key_size),

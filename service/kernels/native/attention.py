@@ -37,12 +37,13 @@ def paged_attention(
     sink_logits: Tensor | None = None,
     plan: object = None,
 ) -> Tensor:
-    """Causal attention of query [T, Hq, D] over block tables: [T, Hq, Dv] in the type of query, computed in float32.
+    """Causal attention of query [T, Hq, D] over block tables: [T, Hq, Dv] in the type of query, with sums in float32.
 
     key_blocks [N, Hkv, B, D], value_blocks [N, Hkv, B, Dv], block_tables [S, M], query_starts [S + 1], context_lengths [S] int32; on the
-    CPU, in any strides. Blocks of int8 are those of `kv_store.quantise_rows`: with dot products of bytes (AVX-512) query rows, and weights
-    block by block, are rounded to 8 bits too, elsewhere keys and values are widened. What arguments mean is said at
-    `reference.paged_attention`; `plan` is not needed. Raises ValueError for shapes or types that do not fit each other.
+    CPU, in any strides. Over bfloat16 query rows and weights are rounded to it where the processor has dot products of it. Blocks of int8
+    are those of `kv_store.quantise_rows`: with dot products of bytes (AVX-512) query rows, and weights block by block, are rounded to 8
+    bits too, elsewhere keys and values are widened. What arguments mean is said at `reference.paged_attention`; `plan` is not needed.
+    Raises ValueError for shapes or types that do not fit each other.
     """
     del plan
     call = prepare(query, key_blocks, value_blocks, (block_tables, query_starts, context_lengths), scale, window, softcap, sink_logits)

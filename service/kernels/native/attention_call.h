@@ -21,6 +21,8 @@ struct attention {
     const void *far_keys, *far_values;
     const uint16_t *far_key_scales, *far_value_scales;
     int64_t far_key_size, far_value_size, choices_stride;
+    /* Whether products are of pairs of bfloat16, see panels_pairs.h. */
+    int pairs;
 };
 
 /* `tokens` consecutive query tokens of one sequence, all in one task for each K/V head (parts NULL) or with a task for each `task_splits`
@@ -36,7 +38,8 @@ struct tile {
     atomic_llong *pending;
 };
 
-/* Memory of one thread; all float32 but what is left when attention is computed in 8 bits: query rows, sums of each, and weights. */
+/* Memory of one thread; all float32 but what is left when attention is computed in 8 bits: query rows, sums of each, and weights. In pairs of
+ * bfloat16 `panel`, `values` and `query` are words of two, and so are weights, where scores were. */
 struct scratch {
     float *panel, *values, *query, *scores, *mixed, *joined, *sums, *maxima, *totals, *joined_maxima, *joined_totals, *key_scales, *value_scales;
     float *query_scales;

@@ -22,8 +22,7 @@ INLINE void multiply_panel(enum element type, int rows, int64_t vectors, int64_t
     if (type == FLOAT16) multiply_float16(rows, vectors, 0, inputs, x, x_stride, panel, stride, sums, COLUMNS, factors, ahead);
 }
 
-#if defined(ISA_AVX512) && defined(__GNUC__) && !defined(__clang__)
-#define HAS_PAIRS 1
+#if HAS_PAIRS
 #define WITH_PAIRS __attribute__((target("avx512bf16")))
 
 /* c [rows, vectors * 16] += x [rows, pairs] * panel [pairs, vectors * 16], an element of both being two bfloat16; not carried, c begins at 0. */
@@ -69,8 +68,6 @@ WITH_PAIRS static void multiply_pairs(int rows, int64_t vectors, int64_t pairs, 
     if (rows == 5) multiply_pair_rows(5, vectors, pairs, x, x_stride, panel, stride, c, carried, ahead);
     if (rows == 6) multiply_pair_rows(6, vectors, pairs, x, x_stride, panel, stride, c, carried, ahead);
 }
-#else
-#define HAS_PAIRS 0
 #endif
 
 static void linear_tile(const struct linear *p, int64_t strip, int64_t tile, float *memory) {

@@ -114,6 +114,9 @@ extern const struct kernels kernels_avx512;
 /* The table in use; NULL before native_choose. */
 extern const struct kernels *native_kernels;
 
+/* Whether bfloat16 is multiplied in pairs by the table in use, on this processor. */
+EXPORTED int native_has_pairs(void);
+
 /* Runs task(context, index, thread) for every index in 0 .. count - 1, each once, on at most `threads` threads of torch's own pool.
  * `thread` is below `threads`. Tasks go to threads in no fixed order. */
 typedef void (*native_task)(void *context, int64_t index, int thread);

@@ -8,16 +8,13 @@
 #ifndef DEEPSEEK_PANELS_INT8_H
 #define DEEPSEEK_PANELS_INT8_H
 
-#include "panels.h"
+#include "weighing.h"
 
 INLINE int64_t whole_words(int64_t size) { return (size + 3) / 4 * 4; }
 
 #if defined(ISA_AVX512)
 #include "quantised.h"
 #define HAS_STEPS 1
-
-/* Whether blocks of so many columns are computed so; others are widened. */
-INLINE int steps_fit(int64_t columns) { return columns == 16 || columns == 32 || columns == 64; }
 
 /* sum + dot products of four: written out, since GCC 12 moves every sum to another register and back around its own intrinsic. */
 INLINE __m512i add_dots(__m512i sum, __m512i not_negative, __m512i any) {
@@ -165,99 +162,67 @@ static void mix_steps(int rows, int64_t columns, int64_t from, int64_t to, const
     }
 }
 
-/* 2^x, 0 for -infinity; to within 2 units in the last place. */
-INLINE __m512 exp2_lanes(__m512 x) {
-    __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm512_sub_ps(x, whole);
-    __m512 y = _mm512_set1_ps(0x1.430912p-13f);
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0x1.5d87fep-10f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0x1.3b2ab6p-7f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0x1.c6b08ep-5f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0x1.ebfbe0p-3f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0x1.62e430p-1f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(y, whole);
-}
-
-INLINE __mmask16 lanes_between(int64_t low, int64_t high, int64_t column) {
-    int64_t first = low - column < 0 ? 0 : low - column < 16 ? low - column : 16, last = high - column < 0 ? 0 : high - column < 16 ? high - column : 16;
-    return last > first ? (__mmask16)(((1u << last) - 1) & ~((1u << first) - 1)) : 0;
-}
-
-/* What weighing rows needs of a block: which scales, and the cap on scores. */
-struct weighing {
-    const float *key_scales, *value_scales;
-    float softcap;
-};
-
-/* `vectors` of them, whose columns low .. high - 1 are seen: scores become weights times the scales of the values, then steps of 0 .. 255, of
- * which one is *step (not a number where one of the weights is). `before` is the row's maximum so far; gives the new one. */
-INLINE float weigh_lanes(const int vectors, const struct weighing *w, const float *scores, int64_t low, int64_t high, float before,
-                         __m512 *total, uint8_t *steps, float *step) {
-    __m512 lanes[4], highest = _mm512_set1_ps(before), sum = _mm512_setzero_ps();
-    const int masked = low > 0 || high < 16 * vectors;
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; v++) {
-        lanes[v] = _mm512_mul_ps(_mm512_loadu_ps(scores + 16 * v), _mm512_loadu_ps(w->key_scales + 16 * v));
-        if (w->softcap > 0) lanes[v] = (__m512)(splat(w->softcap * LOG2_E) * vtanh((vfloat)lanes[v] * splat(1.0f / w->softcap)));
-        if (masked) lanes[v] = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), lanes_between(low, high, 16 * v), lanes[v]);
-        highest = _mm512_max_ps(lanes[v], highest); /* the second where one is not a number */
-    }
-    float now = _mm512_reduce_max_ps(highest);
+/* Scores of a row under the maximum `now` -> weights times the scales of the values, in their place; gives the largest, and their sums without
+ * scales. */
+INLINE float weigh_steps_row(const int64_t columns, const struct weighing *w, float *scores, float now, __m512 *total) {
     const __m512 top = _mm512_set1_ps(now);
+    __m512 sum = _mm512_setzero_ps();
     __m512i largest = _mm512_setzero_si512();
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; v++) {
-        __m512 weight = exp2_lanes(_mm512_sub_ps(lanes[v], top));
+    for (int64_t i = 0; i < columns; i += 16) {
+        __m512 weight = exp2_short(_mm512_sub_ps(_mm512_loadu_ps(scores + i), top));
         sum = _mm512_add_ps(sum, weight);
-        lanes[v] = _mm512_mul_ps(weight, _mm512_loadu_ps(w->value_scales + 16 * v));
-        largest = _mm512_max_epu32(largest, (__m512i)lanes[v]);
+        weight = _mm512_mul_ps(weight, _mm512_loadu_ps(w->value_scales + i));
+        largest = _mm512_max_epu32(largest, (__m512i)weight);
+        _mm512_storeu_ps(scores + i, weight);
     }
     uint32_t bits = _mm512_reduce_max_epu32(largest);
     float most;
     memcpy(&most, &bits, sizeof most);
-    const __m512 inverse = _mm512_set1_ps(most > 0 ? 255.0f / most : 0.0f);
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; v++)
-        _mm_storeu_si128((__m128i *)(steps + 16 * v), _mm512_cvtusepi32_epi8(_mm512_cvtps_epu32(_mm512_mul_ps(lanes[v], inverse))));
-    *step = most / 255.0f;
     *total = sum;
-    return now;
+    return most;
 }
 
-/* Rows of one block, row r of which sees the columns low[r] .. high[r] - 1: as weigh_row of attention.h, `steps` [rows, columns] and a step
- * of each. Columns are 16, 32 or 64; rows that see nothing get steps of 0. */
-static void weigh_steps(int rows, int64_t columns, const struct weighing *w, const float *scores, const int64_t *low, const int64_t *high,
-                        float *maxima, float *sums, float *factors, uint8_t *steps, float *step) {
-    __m512 totals[ROWS];
-    float shrink[16] = {0};
+/* Weights of a row -> steps of 0 .. 255, of which one is returned (not a number where one of the weights is). */
+INLINE float step_weights(const int64_t columns, const float *weights, float most, uint8_t *steps) {
+    const __m512 inverse = _mm512_set1_ps(most > 0 ? 255.0f / most : 0.0f);
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < columns; i += 16)
+        _mm_storeu_si128((__m128i *)(steps + i),
+                         _mm512_cvtusepi32_epi8(_mm512_cvtps_epu32(_mm512_mul_ps(_mm512_loadu_ps(weights + i), inverse))));
+    return most / 255.0f;
+}
+
+/* Rows of one block, row r of which sees the columns low[r] .. high[r] - 1: as weigh_rows, `steps` [rows, columns] and a step
+ * of each. Rows that see nothing get steps of 0. Each stage takes all rows, whose chains then run side by side. */
+INLINE void weigh_steps_of(const int64_t columns, int rows, const struct weighing *w, float *scores, const int64_t *low, const int64_t *high,
+                           float *maxima, float *sums, float *factors, uint8_t *steps, float *step) {
+    float most[ROWS];
+    highest_scores(columns, rows, w, scores, low, high, maxima, factors);
     for (int r = 0; r < rows; r++) {
-        const float *row = scores + r * columns;
-        uint8_t *out = steps + r * columns;
-        float now;
-        if (low[r] >= high[r]) {
-            memset(out, 0, columns);
-            step[r] = 0.0f, totals[r] = _mm512_setzero_ps();
-            continue;
-        }
-        if (columns == 64)
-            now = weigh_lanes(4, w, row, low[r], high[r], maxima[r], totals + r, out, step + r);
-        else if (columns == 32)
-            now = weigh_lanes(2, w, row, low[r], high[r], maxima[r], totals + r, out, step + r);
+        if (low[r] >= high[r]) continue;
+        __m512 total;
+        most[r] = weigh_steps_row(columns, w, scores + r * columns, maxima[r], &total);
+        add_total(sums + r * WIDTH, factors[r], total);
+    }
+    for (int r = 0; r < rows; r++) {
+        if (low[r] < high[r])
+            step[r] = step_weights(columns, scores + r * columns, most[r], steps + r * columns);
         else
-            now = weigh_lanes(1, w, row, low[r], high[r], maxima[r], totals + r, out, step + r);
-        shrink[r] = maxima[r] - now;
-        maxima[r] = now;
+            memset(steps + r * columns, 0, columns), step[r] = 0.0f;
     }
-    _mm512_storeu_ps(shrink, exp2_lanes(_mm512_loadu_ps(shrink)));
-    for (int r = 0; r < rows; r++) {
-        factors[r] = shrink[r];
-        _mm512_storeu_ps(sums + r * WIDTH, _mm512_fmadd_ps(_mm512_loadu_ps(sums + r * WIDTH), _mm512_set1_ps(shrink[r]), totals[r]));
-    }
+}
+
+static void weigh_steps(int rows, int64_t columns, const struct weighing *w, float *scores, const int64_t *low, const int64_t *high,
+                        float *maxima, float *sums, float *factors, uint8_t *steps, float *step) {
+    if (columns == 64)
+        weigh_steps_of(64, rows, w, scores, low, high, maxima, sums, factors, steps, step);
+    else
+        weigh_steps_of(columns, rows, w, scores, low, high, maxima, sums, factors, steps, step);
 }
 #else
 #define HAS_STEPS 0
 /* Without dot products of bytes keys and values are widened instead; nothing of these is called. */
-INLINE int steps_fit(int64_t columns) { return (void)columns, 0; }
 INLINE float step_query(const float *x, int64_t size, int8_t *out, int32_t *sum) { return (void)x, (void)size, (void)out, (void)sum, 0.0f; }
 #define pack_key_steps(...) ((void)0)
 #define pack_value_steps(...) ((void)0)

@@ -26,6 +26,13 @@
 #define WIDTH 4
 #endif
 
+/* Whether products of bfloat16 pairs are compiled; the processor must have them besides (AVX512-BF16, Cooper Lake and Zen 4 on). */
+#if defined(ISA_AVX512) && defined(__GNUC__) && !defined(__clang__)
+#define HAS_PAIRS 1
+#else
+#define HAS_PAIRS 0
+#endif
+
 typedef float vfloat __attribute__((vector_size(WIDTH * 4)));
 typedef int32_t vint __attribute__((vector_size(WIDTH * 4)));
 typedef uint32_t vuint __attribute__((vector_size(WIDTH * 4)));

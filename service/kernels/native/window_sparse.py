@@ -36,7 +36,7 @@ def window_sparse_attention(
     sink_logits: Tensor | None = None,
     plan: object = None,
 ) -> Tensor:
-    """See `reference_sparse.window_sparse_attention`; computed in float32. Raises ValueError for what does not fit."""
+    """See `reference_sparse.window_sparse_attention`, rounding as in `paged_attention`. Raises ValueError for what does not fit."""
     del plan
     call = prepare(query, key_blocks, value_blocks, (near_tables, query_starts, context_lengths), scale, window, softcap, sink_logits)
     if far is None or not len(far.counts):
