@@ -15,6 +15,7 @@ from torch import Tensor
 
 from service.engine.batch import Batch
 from service.kernels.choices import Kernel
+from service.kernels.native.decoder import FarStep
 from service.kernels.reference_sparse import ChosenFar, FarBlocks
 from service.types.kv_layout import FAR_POSITION, FarSpec, KvGroup, KvLayout
 
@@ -66,77 +67,82 @@ class FarChoices:
     def __init__(self, layout: KvLayout, rows: int, device: torch.device) -> None:
         self.layout = layout
         self._kept: dict[int, Tensor] = {}
-        for group in layout.groups:
+        for index, group in enumerate(layout.groups):
             if group.source is not None and group.far is not None:
-                shape = (rows, group.kv_heads, group.far.budget(FAR_POSITION))
-                self._kept.update({layer: torch.full(shape, -1, dtype=torch.int32, device=device) for layer in group.layers})
+                shape = (len(group.layers), rows, group.kv_heads, group.far.budget(FAR_POSITION))
+                self._kept[index] = torch.full(shape, -1, dtype=torch.int32, device=device)
 
     @property
     def reserved_bytes(self) -> int:
         """Bytes of the choices of all rows."""
         return sum(kept.nbytes for kept in self._kept.values())
 
-    def of(self, layer: int, rows: Tensor) -> Tensor:
-        """The choices of `rows` [n] in a layer, [n, Hkv, most] int32."""
-        return self._kept[layer][rows]
+    def of(self, group: int, rows: Tensor) -> Tensor:
+        """The choices of `rows` [n] in the L layers of a far group, [L, n, Hkv, most] int32."""
+        return self._kept[group][:, rows]
 
-    def keep(self, layer: int, rows: Tensor, choices: Tensor) -> None:
-        """Remember what `rows` [n] chose last, [n, Hkv, …] int32."""
-        width = min(choices.shape[2], self._kept[layer].shape[2])
-        self._kept[layer][rows, :, :width] = choices[:, :, :width]
+    def keep(self, group: int, rows: Tensor, choices: Tensor) -> None:
+        """Remember what `rows` [n] chose last, [L, n, Hkv, …] int32."""
+        kept = self._kept[group]
+        width = min(choices.shape[3], kept.shape[3])
+        kept[:, rows, :, :width] = choices[..., :width]
 
 
 class StepChoices:
-    """The choices of one step for the layers of one far group."""
+    """The choices of one step for the layers of one far group, whose index in the layout is `group`.
 
-    def __init__(self, anchors: Anchors, kept: FarChoices, batch: Batch, tables: Tensor, choose: Kernel) -> None:
+    Those that an earlier step made are there from the start; the others are made layer by layer: by `of`, or by a call that computes all
+    layers and is given `step`.
+    """
+
+    def __init__(self, anchors: Anchors, group: int, kept: FarChoices, batch: Batch, tables: Tensor, choose: Kernel) -> None:
         device = tables.device
 
         def tensor(array: Ints, kind: torch.dtype = torch.int64) -> Tensor:
             return torch.from_numpy(array).to(device, kind)
 
         self.read = anchors.read
-        self._choose, self._kept, self._tables = choose, kept, tables
-        fresh = np.flatnonzero(anchors.fresh)
-        stale = np.flatnonzero(~anchors.fresh)
-        self._fresh, self._stale = tensor(fresh), tensor(stale)
-        self._any_stale = len(stale) > 0
-        self._query_rows = tensor(anchors.tokens[fresh])
+        self._group, self._kept, self._tables, self._choose = group, kept, tables, choose
+        self._places = {layer: at for at, layer in enumerate(kept.layout.groups[group].layers)}
+        fresh, stale = np.flatnonzero(anchors.fresh), np.flatnonzero(~anchors.fresh)
+        self._fresh, self._query_rows = tensor(fresh), tensor(anchors.tokens[fresh])
         self._arguments = (
             tensor(anchors.sequences[fresh]),
             tensor(anchors.ends[fresh], torch.int32),
             tensor(anchors.budgets[fresh], torch.int32),
         )
-        self._stale_rows = tensor(batch.rows[anchors.sequences[stale]])
         self._counts = tensor(anchors.counts, torch.int32)
         self._of_tokens = tensor(anchors.of_tokens)
         self._last, self._rows = tensor(anchors.last), tensor(batch.rows)
-        self._most = max(int(anchors.budgets.max()), int(anchors.counts.max()))
-        self._made: dict[int, Tensor] = {}
+        most = max(int(anchors.budgets.max()), int(anchors.counts.max()))
+        shape = (len(self._places), len(anchors.tokens), kept.layout.groups[group].kv_heads, most)
+        self._made = torch.full(shape, -1, dtype=torch.int32, device=device)
+        if len(stale):
+            before = kept.of(group, tensor(batch.rows[anchors.sequences[stale]]))
+            width = min(before.shape[3], most)
+            self._made[:, tensor(stale), :, :width] = before[..., :width]
 
     def of(self, layer: int, query: Tensor, blocks: FarBlocks, sink_blocks: int) -> ChosenFar:
         """What the step's query rows [T, Hq, D] read of the layer's far blocks."""
+        made = self._made[self._places[layer]]
         asked = query.index_select(0, self._query_rows)
-        choices, _ = self._choose(asked, blocks, self._tables, *self._arguments, sink_blocks=sink_blocks, most=self._most)
-        if self._any_stale:
-            whole = choices.new_full((len(self._counts), *choices.shape[1:]), -1)
-            whole[self._fresh] = choices
-            before = self._kept.of(layer, self._stale_rows)
-            width = min(before.shape[2], whole.shape[2])
-            whole[self._stale, :, :width] = before[:, :, :width]
-            choices = whole
-        self._made[layer] = choices
-        return ChosenFar(blocks, self._tables, choices, self._counts, self._of_tokens)
+        choices, _ = self._choose(asked, blocks, self._tables, *self._arguments, sink_blocks=sink_blocks, most=made.shape[2])
+        made[self._fresh] = choices
+        return ChosenFar(blocks, self._tables, made, self._counts, self._of_tokens)
+
+    @property
+    def step(self) -> FarStep:
+        """The same for a call that chooses itself, for all layers."""
+        return FarStep(self._tables, self._made, self._counts, self._of_tokens, self._fresh, self._query_rows, *self._arguments)
 
     @property
     def made_bytes(self) -> int:
-        """Bytes of the choices that the step has made so far."""
-        return sum(made.nbytes for made in self._made.values())
+        """Bytes of the choices of the step."""
+        return self._made.nbytes
 
     def keep(self) -> None:
         """The step succeeded: each row's last choice is what the next step goes on with."""
-        for layer, choices in self._made.items():
-            self._kept.keep(layer, self._rows, choices[self._last])
+        self._kept.keep(self._group, self._rows, self._made[:, self._last])
 
 
 class FixedChoices:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from service.kernels.dispatch import resolve
+from service.kernels.native.decoder import FarLayer
 from service.kernels.reference_sparse import FarBlocks
 from service.types.kv_layout import FarSpec, FarStore, KvGroup, KvLayout
 
@@ -30,7 +31,7 @@ REST_S = 0.05
 class KvPool:
     """Blocks of all groups in `dtype`, for kernels that `compute` in a type (that of the blocks unless it is given), which `place` names.
 
-    `group_blocks` are the usable ids: 1 … n. `groups` and `stores`: `group_of` and `blocks_of` of every layer.
+    `group_blocks` are the usable ids: 1 … n. `groups`, `stores` and `far_layers`: `group_of`, `blocks_of` and the far store of every layer.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class KvPool:
         layers = range(len(self._places))
         self.groups = tuple(self.group_of(layer) for layer in layers)
         self.stores = tuple(self.blocks_of(layer) for layer in layers)
+        self.far_layers = tuple(self._far_layer(layer) for layer in layers)
 
     def group_of(self, layer: int) -> int:
         """The index of the layer's group in the layout: the near one where there are two."""
@@ -76,11 +78,20 @@ class KvPool:
 
     def far_of(self, layer: int) -> FarBlocks:
         """The layer's far store; it must have one."""
+        found = self.far_layers[layer]
+        if found is None:
+            raise KeyError(layer)
+        return found.blocks
+
+    def _far_layer(self, layer: int) -> FarLayer | None:
+        if layer not in self._far_places:
+            return None
         group, at = self._far_places[layer]
         store = self._far[group]
         key_scales = None if store.key_scales is None else store.key_scales[at]
         value_scales = None if store.value_scales is None else store.value_scales[at]
-        return FarBlocks(store.keys[at], store.values[at], key_scales, value_scales, store.bounds[at], store.bound_scales[at])
+        blocks = FarBlocks(store.keys[at], store.values[at], key_scales, value_scales, store.bounds[at], store.bound_scales[at])
+        return FarLayer(blocks, group, at)
 
     def demote(self, group: int, sources: Tensor, targets: Tensor) -> None:
         """Copy blocks `sources` [n] int64 of a far group's near group into its blocks `targets` [n], for every layer."""

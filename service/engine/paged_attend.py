@@ -134,11 +134,12 @@ class PagedAttend:
 
         `done` [1] counts the layers that such a call has computed.
         """
-        where = self._where
+        where, pool = self._where, self._pool
+        chosen = [self._chosen.get(index) for index in range(len(pool.layout.groups))]
+        far = [choices.step if isinstance(choices, StepChoices) else None for choices in chosen]
         lengths = where.query_starts, where.context_lengths
-        return PagedStep(
-            self._pool.stores, self._pool.groups, where.tables, where.block_ids, where.offsets, *lengths, torch.from_numpy(done)
-        )
+        placed = where.tables, where.block_ids, where.offsets, *lengths, torch.from_numpy(done)
+        return PagedStep(pool.stores, pool.groups, *placed, pool.far_layers, far)
 
     def keep_choices(self) -> None:
         """The step succeeded: later steps go on with what its rows chose last."""
@@ -169,7 +170,7 @@ def choose(pool: KvPool, batch: Batch, tables: Sequence[Tensor], kept: FarChoice
             continue
         anchors = find_anchors(batch, group, group.far, pool.layout.block_tokens)
         if anchors.read:
-            chosen[index] = StepChoices(anchors, kept, batch, tables[index], resolve("choose_far", *pool.place))
+            chosen[index] = StepChoices(anchors, index, kept, batch, tables[index], resolve("choose_far", *pool.place))
             read += anchors.read * group.kv_heads * len(group.layers)
     return chosen, read
 

@@ -1,7 +1,7 @@
 """Which decoders the compiled call for all layers can compute, and their layers as it takes them.
 
-It does not know how the call works. Invariant: a decoder with any layer that the call lacks (far blocks, products that are not quantised in
-compiled form) has none, and computes layer by layer.
+It does not know how the call works. Invariant: a decoder with any layer that the call lacks (products that are not quantised in compiled
+form) has none, and computes layer by layer.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _parts(attention_norm: RmsNorm, attention: GroupedAttention, mlp_norm: RmsNo
     linears = (attention.qkv, attention.out, mlp.gate_up, mlp.down)
     packed = tuple(linear.packed for linear in linears if isinstance(linear.packed, NativeQuantisedLinear))
     plain_norm = attention_norm.weight.dtype == torch.float32
-    if len(packed) != len(linears) or not plain_norm or spec.far is not None or not _gate_fits(attention.gate):
+    if len(packed) != len(linears) or not plain_norm or not _gate_fits(attention.gate):
         return None
     for product, linear in zip(packed, linears, strict=True):
         product.set_bias(linear.bias)
@@ -51,6 +51,8 @@ def _parts(attention_norm: RmsNorm, attention: GroupedAttention, mlp_norm: RmsNo
         scale=spec.head_dim**-0.5 if spec.scale is None else spec.scale,
         softcap=spec.softcap,
         gate=None if attention.gate is None else (cast(OrderedLinear, attention.gate.packed), attention.gate.bias),
+        refresh=0 if spec.far is None else spec.far.refresh,
+        sink_blocks=0 if spec.far is None else spec.far.sink_blocks,
     )
 
 

@@ -76,7 +76,7 @@ def test_a_choice_lasts_until_the_next_anchor_and_only_if_the_step_succeeded() -
     def step(start: int, length: int, succeed: bool = True) -> list[int]:
         slices = [Slice(3, start, length, 0)]
         anchors, tables = anchors_of(layout, slices)
-        chosen = StepChoices(anchors, kept, tables.batch(slices), torch.zeros(1, 15, dtype=torch.int32), choose)
+        chosen = StepChoices(anchors, 1, kept, tables.batch(slices), torch.zeros(1, 15, dtype=torch.int32), choose)
         blocks = FarBlocks(*[torch.zeros(0)] * 6)
         far = chosen.of(1, torch.zeros(length, 4, 4), blocks, 1)
         if succeed:
@@ -92,10 +92,28 @@ def test_a_choice_lasts_until_the_next_anchor_and_only_if_the_step_succeeded() -
 
 def test_kept_choices_are_those_of_the_row_and_the_layer() -> None:
     kept = FarChoices(layout_of(FarSpec(blocks=3)), 4, torch.device("cpu"))
-    choices = torch.arange(6, dtype=torch.int32).view(1, 2, 3)
+    choices = torch.arange(12, dtype=torch.int32).view(2, 1, 2, 3)
     kept.keep(1, torch.tensor([2]), choices)
-    assert torch.equal(kept.of(1, torch.tensor([2, 0])), torch.cat((choices, torch.full_like(choices, -1))))
-    assert (kept.of(0, torch.arange(4)) == -1).all()
+    assert torch.equal(kept.of(1, torch.tensor([2, 0])), torch.cat((choices, torch.full_like(choices, -1)), dim=1))
+
+
+def test_a_call_that_chooses_itself_is_given_what_earlier_steps_chose() -> None:
+    layout = layout_of(FarSpec(blocks=2, refresh=8))
+    kept = FarChoices(layout, 6, torch.device("cpu"))
+    kept.keep(1, torch.tensor([3]), torch.arange(8, dtype=torch.int32).view(2, 1, 2, 2))
+    slices = [Slice(3, 100, 6, 0)]
+    anchors, tables = anchors_of(layout, slices)
+    chosen = StepChoices(anchors, 1, kept, tables.batch(slices), torch.zeros(1, 15, dtype=torch.int32), choose_nothing)
+    step = chosen.step
+    assert step.choices[:, 0].flatten().tolist() == list(range(8)) and (step.choices[:, 1] == -1).all()
+    assert step.places.tolist() == [1] and step.query_rows.tolist() == [4] and step.sequences.tolist() == [0]
+    step.choices[:, 1] = 5
+    chosen.keep()
+    assert (kept.of(1, torch.tensor([3])) == 5).all()
+
+
+def choose_nothing(query: Tensor, *arguments: object, **_: int) -> tuple[Tensor, Tensor]:
+    raise AssertionError("the call chooses")
 
 
 def test_budgets_grow_with_the_position() -> None:

@@ -39,13 +39,12 @@ def bound(decoder: Decoder) -> bool:
     return bind_layers([layer.parts for layer in decoder.layers], decoder.spec.norm_eps) is not None
 
 
-def test_dense_quantised_layers_of_any_kind_are_taken() -> None:
+def test_quantised_layers_of_any_kind_are_taken() -> None:
     other = replace(PLAIN, window=5, softcap=2.0, scale=0.1, qk_norm=False, out_bias=True)
-    assert bound(decoder_of(PLAIN, other, replace(PLAIN, gate=True)))
+    assert bound(decoder_of(PLAIN, other, replace(PLAIN, gate=True), replace(PLAIN, window=64, far=FarSpec())))
 
 
 def test_one_layer_that_the_call_lacks_leaves_all_to_themselves() -> None:
-    assert not bound(decoder_of(PLAIN, replace(PLAIN, window=64, far=FarSpec())))
     gated = decoder_of(PLAIN, replace(PLAIN, gate=True))
     gate = gated.get_submodule("layers.1.attention.gate")
     gate.packed = PlainLinear(torch.zeros(4, 24))  # type: ignore[assignment]

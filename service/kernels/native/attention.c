@@ -207,7 +207,7 @@ EXPORTED void native_choose_far(int query_type, const void *query, int64_t query
                                 int64_t group, int64_t size, int64_t parts, int64_t sink_blocks, int64_t most, int64_t first_stage,
                                 int64_t widest, void *workspace, int threads) {
     struct choosing choosing = {query_type, query,      bounds,      bound_scales, tables, ends,  budgets, sequences,   choices,
-                                {query_row, query_head}, table_stride, kv_heads,    group,        size,   parts, sink_blocks, most, first_stage};
+                                {query_row, query_head}, table_stride, kv_heads,    group,        size,   parts, sink_blocks, most, first_stage, NULL, NULL};
     int64_t each = native_choose_bytes(widest, size);
     struct choosing_batch batch = {&choosing, workspace, each / 8, (float *)((char *)workspace + 2 * widest * 8), each / 4};
     native_parallel(choose_task, &batch, anchors * kv_heads, threads);

@@ -83,7 +83,8 @@ void run_attention_task(const struct batch *batch, int64_t index, int thread);
 void cut_attention(struct attention *a);
 
 /* One call that chooses far blocks. query [A, kv_heads * group, size]; bounds int8 [F, kv_heads, 1 + parts, 2, size] with scales float16
- * [F, kv_heads]; sequences [A], ends and budgets [A]; choices [A, kv_heads, most]. Candidates are the entries sink_blocks .. end - 1. */
+ * [F, kv_heads]; sequences [A], ends and budgets [A]; choices [A, kv_heads, most]. Candidates are the entries sink_blocks .. end - 1. Anchor a asks by row
+ * query_rows[a] and its choices come to places[a]; NULL for a itself. */
 struct choosing {
     enum element query_type;
     const void *query;
@@ -93,6 +94,10 @@ struct choosing {
     const int64_t *sequences;
     int32_t *choices;
     int64_t query_strides[2], table_stride, kv_heads, group, size, parts, sink_blocks, most, first_stage;
+    const int64_t *query_rows, *places;
 };
+
+/* Bytes that choosing needs for each thread; `widest` is at least every number of candidates. */
+EXPORTED int64_t native_choose_bytes(int64_t widest, int64_t size);
 
 #endif

@@ -14,12 +14,14 @@ from pathlib import Path
 import torch
 
 # What `NATIVE_ABI` in native.h has to be.
-ABI = 10
+ABI = 11
 # Instruction sets by level, as `native_choose` takes them.
 LEVELS = ("baseline", "avx2", "avx512")
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Cached keys and values may also be int8, with the scale of each row behind it.
 KEPT = {**ELEMENTS, torch.int8: 3}
+# Far blocks are int8, or int4 two in a byte, with their scales apart.
+STORED = {**KEPT, torch.uint8: 4}
 
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 

@@ -49,7 +49,7 @@ INLINE void sign_queries(const struct choosing *c, int64_t anchor, int64_t head,
     for (int64_t g = 0; g < c->group; g++)
         for (int64_t i = 0; i < c->size; i += WIDTH) {
             int64_t count = c->size - i < WIDTH ? c->size - i : WIDTH;
-            int64_t at = anchor * c->query_strides[0] + (head * c->group + g) * c->query_strides[1] + i;
+            int64_t at = (c->query_rows ? c->query_rows[anchor] : anchor) * c->query_strides[0] + (head * c->group + g) * c->query_strides[1] + i;
             vfloat x = load_some(c->query_type, c->query, at, count), zero = splat(0.0f);
             for (int half = 0; half < 2; half++) {
                 float *to = out + half * c->size + i;
@@ -61,7 +61,7 @@ INLINE void sign_queries(const struct choosing *c, int64_t anchor, int64_t head,
 
 static void choose_far(const struct choosing *c, int64_t anchor, int64_t head, int64_t *keys, float *query) {
     const int32_t *table = c->tables + c->sequences[anchor] * c->table_stride;
-    int32_t *out = c->choices + (anchor * c->kv_heads + head) * c->most;
+    int32_t *out = c->choices + ((c->places ? c->places[anchor] : anchor) * c->kv_heads + head) * c->most;
     int64_t candidates = c->ends[anchor] - c->sink_blocks, budget = c->budgets[anchor], part = 2 * c->size;
     candidates = candidates > 0 ? candidates : 0;
     int64_t chosen = candidates < budget ? candidates : budget;

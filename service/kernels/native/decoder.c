@@ -1,4 +1,4 @@
-/* All layers of a decoder for one step, in one parallel region: norms, quantised products, rotation, paged attention and SwiGLU.
+/* All layers of a decoder for one step, in one parallel region: norms, quantised products, rotation, far choices, paged attention and SwiGLU.
  *
  * A step of few rows is short calls: some 160 parallel regions for 20 layers took as long as their work. Here the threads stay in one
  * region and go from stage to stage together; while one ends a stage the others fetch the weights that they will multiply next. It
@@ -21,6 +21,32 @@ struct layer {
     float scale, softcap;
     void *keys, *values;
     int64_t key_strides[3], value_strides[3];
+    /* Where it reads far blocks: how many tokens share a choice (0: it reads none), sinks, its far store (NULL where what falls
+     * out of the window is gone), the far group and its place there. */
+    int64_t refresh, sink_blocks;
+    const struct far_store *store;
+    int64_t far_group, far_place;
+};
+
+/* Blocks [F, kv_heads, block_tokens, size] of a layer's far store; the sizes count elements, of integers bytes. See struct choosing for bounds. */
+struct far_store {
+    int64_t type, key_size, value_size, parts;
+    const void *keys, *values;
+    const uint16_t *key_scales, *value_scales;
+    const int8_t *bounds;
+    const uint16_t *bound_scales;
+};
+
+/* What the rows of a step read of a far group: tables [sequences, stride]; of each layer choices [anchors, kv_heads, most], `layer_choices`
+ * apart; counts [anchors], anchors [rows] (NULL: nothing is read). Of the anchors `fresh` are chosen in the step, places[i] by the query of
+ * row query_rows[i] of sequence sequences[i], with ends and budgets as in struct choosing; the choices of others are there. */
+struct far_group {
+    const int32_t *table;
+    int64_t stride, most, layer_choices, fresh;
+    int32_t *choices;
+    const int32_t *counts;
+    const int64_t *anchors, *places, *query_rows, *sequences;
+    const int32_t *ends, *budgets;
 };
 
 /* Where the rows of one KV group stand: table [sequences, stride] and the block of each row. */
@@ -35,7 +61,8 @@ struct group {
 struct step {
     const struct layer *layers;
     const struct group *groups;
-    int64_t layer_count, rows, dim, half, sequences, block_tokens, kv_type;
+    const struct far_group *far_groups;
+    int64_t first_stage, layer_count, rows, dim, half, sequences, block_tokens, kv_type;
     float eps;
     float *update, *residual;
     const float *cos, *sin;
@@ -47,8 +74,8 @@ struct step {
 /* Memory of a step: float rows for the widest layer, quantised rows, and attention's own. */
 struct memory {
     float *normed, *qkv, *turned, *seen, *gate_up, *gates, *linear;
-    char *quantised, *attention;
-    int64_t attention_bytes;
+    char *quantised, *choosing, *attention;
+    int64_t choosing_bytes, attention_bytes;
 };
 
 struct run {
@@ -61,6 +88,14 @@ struct run {
 static int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
 static int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
+/* Whether some row of the step reads far blocks in this layer. */
+static int reads_far(const struct step *s, const struct layer *l) { return l->store && s->far_groups[l->far_group].anchors; }
+
+static int32_t *choices_of(const struct step *s, const struct layer *l) {
+    const struct far_group *far = s->far_groups + l->far_group;
+    return far->choices + l->far_place * far->layer_choices;
+}
+
 static struct attention attention_of(const struct step *s, const struct layer *l, const struct memory *m) {
     struct attention a = {
         .query_type = FLOAT32, .kv_type = (enum element)s->kv_type, .query = m->turned, .keys = l->keys, .values = l->values,
@@ -70,6 +105,13 @@ static struct attention attention_of(const struct step *s, const struct layer *l
     };
     memcpy(a.key_strides, l->key_strides, sizeof a.key_strides);
     memcpy(a.value_strides, l->value_strides, sizeof a.value_strides);
+    if (l->refresh) a.window = INT64_MAX / 2;
+    if (reads_far(s, l)) {
+        const struct far_store *store = l->store;
+        a.far_type = (enum element)store->type, a.far_keys = store->keys, a.far_values = store->values;
+        a.far_key_scales = store->key_scales, a.far_value_scales = store->value_scales;
+        a.far_key_size = store->key_size, a.far_value_size = store->value_size, a.choices_stride = s->far_groups[l->far_group].most;
+    }
     cut_attention(&a);
     return a;
 }
@@ -78,14 +120,20 @@ static int64_t lay_out_layer(struct run *run, const struct layer *l, int threads
     const struct step *s = run->step;
     const struct group *group = s->groups + l->group;
     struct rows rows = {group->table, s->starts, s->contexts, group->stride, s->sequences};
+    struct sparse sparse = {.window = l->window, .refresh = l->refresh, .sink_blocks = l->sink_blocks};
+    if (reads_far(s, l)) {
+        const struct far_group *far = s->far_groups + l->far_group;
+        sparse.most = far->most, sparse.far_table_stride = far->stride, sparse.far_tables = far->table;
+        sparse.choices = choices_of(s, l), sparse.counts = far->counts, sparse.anchors = far->anchors;
+    }
     run->attention = attention_of(s, l, &run->memory);
-    return lay_out_attention(&run->attention, NULL, &rows, run->memory.attention, run->memory.attention_bytes, threads, &run->batch);
+    return lay_out_attention(&run->attention, l->refresh ? &sparse : NULL, &rows, run->memory.attention, run->memory.attention_bytes, threads, &run->batch);
 }
 
 /* The bytes that a step needs; `run` gets its places in `workspace`. */
 static int64_t place_memory(struct run *run, char *workspace, int64_t bytes, int threads) {
     const struct step *s = run->step;
-    int64_t heads = 0, turned = 0, seen = 0, hidden = 0, gates = 0, quantised = 0, attention = 0;
+    int64_t heads = 0, turned = 0, seen = 0, hidden = 0, gates = 0, quantised = 0, choosing = 0, attention = 0;
     for (int64_t i = 0; i < s->layer_count; i++) {
         const struct layer *l = s->layers + i;
         heads = largest(heads, (l->heads + 2 * l->kv_heads) * l->head_dim);
@@ -95,6 +143,7 @@ static int64_t place_memory(struct run *run, char *workspace, int64_t bytes, int
         gates = l->gate ? largest(gates, l->heads) : gates;
         const struct weights *products[] = {l->qkv, l->out, l->gate_up, l->down};
         for (int p = 0; p < 4; p++) quantised = largest(quantised, (int64_t)quantised_bytes(products[p], s->rows));
+        if (reads_far(s, l)) choosing = largest(choosing, native_choose_bytes(s->far_groups[l->far_group].stride, l->head_dim));
         attention = largest(attention, lay_out_layer(run, l, threads));
     }
     char *at = (char *)(((uintptr_t)workspace + 63) / 64 * 64), *begin = at;
@@ -108,6 +157,7 @@ static int64_t place_memory(struct run *run, char *workspace, int64_t bytes, int
     at = at > end ? at : end;
     run->memory.linear = (float *)at, at += gates ? whole_lines(threads * native_kernels->linear_scratch() * 4) : 0;
     run->memory.quantised = at, at += whole_lines(quantised);
+    run->memory.choosing = at, run->memory.choosing_bytes = choosing, at += threads * choosing;
     run->memory.attention = at, at += attention + 64;
     run->memory.attention_bytes = bytes >= at - begin + 64 ? attention + 64 : 0;
     return at - begin + 64;
@@ -177,6 +227,24 @@ static void gate_row(const struct run *run, const struct layer *l, const struct 
     quantise_into(product, l->out, seen, row);
 }
 
+/* Choose far blocks for the step's fresh anchors, each by the query of one row. */
+static void choose_blocks(const struct run *run, struct team *team, const struct layer *l, int thread, int threads) {
+    const struct far_group *far = run->step->far_groups + l->far_group;
+    const struct far_store *store = l->store;
+    struct choosing choosing = {
+        .query_type = FLOAT32, .query = run->memory.turned, .bounds = store->bounds, .bound_scales = store->bound_scales,
+        .tables = far->table, .ends = far->ends, .budgets = far->budgets, .sequences = far->sequences, .choices = choices_of(run->step, l),
+        .query_strides = {(l->heads + l->kv_heads) * l->head_dim, l->head_dim}, .table_stride = far->stride, .kv_heads = l->kv_heads,
+        .group = l->heads / l->kv_heads, .size = l->head_dim, .parts = store->parts, .sink_blocks = l->sink_blocks, .most = far->most,
+        .first_stage = run->step->first_stage, .query_rows = far->query_rows, .places = far->places,
+    };
+    char *memory = run->memory.choosing + thread * run->memory.choosing_bytes;
+    SHARE_STAGE(task, far->fresh * l->kv_heads)
+        native_kernels->choose_far(&choosing, task / l->kv_heads, task % l->kv_heads, (int64_t *)memory,
+                                   (float *)(memory + 2 * far->stride * 8));
+    end_stage(team, threads);
+}
+
 static void run_step(void *context, struct team *team, int thread, int threads) {
     struct run *run = context;
     const struct step *s = run->step;
@@ -195,6 +263,7 @@ static void run_step(void *context, struct team *team, int thread, int threads) 
         project(run, team, l, &qkv, thread, threads);
         SHARE_STAGE(row, s->rows) turn_row(run, l, row);
         end_stage(team, threads);
+        if (reads_far(s, l)) choose_blocks(run, team, l, thread, threads);
         announce(&out, l->out, thread, threads);
         SHARE_STAGE(task, run->batch.count * l->kv_heads) run_attention_task(&run->batch, task, thread);
         end_stage(team, threads);

@@ -9,15 +9,17 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from service.kernels.kv_store import row_size
 from service.kernels.native.attention import NO_WINDOW
-from service.kernels.native.binding import KEPT, functions
+from service.kernels.native.binding import KEPT, STORED, functions
 from service.kernels.native.linear import OrderedLinear
 from service.kernels.native.quantised import NativeQuantisedLinear
+from service.kernels.reference_sparse import FIRST_STAGE, FarBlocks
 from service.kernels.workspace import Workspace
 
 _WORKSPACE = Workspace()
@@ -29,7 +31,8 @@ class LayerParts:
     """One layer: its products with their biases in place, norm weights float32, and how it attends.
 
     `products` are qkv, out, gate and up, down; `norms` those of attention, feed-forward, queries and keys; `gate` the linear layer of the
-    heads' gates with its bias, None where they have none.
+    heads' gates with its bias, None where they have none. Where it reads far blocks behind its window, `refresh` tokens share a choice (0:
+    it reads none) and `sink_blocks` come before.
     """
 
     products: tuple[NativeQuantisedLinear, NativeQuantisedLinear, NativeQuantisedLinear, NativeQuantisedLinear]
@@ -42,6 +45,35 @@ class LayerParts:
     scale: float
     softcap: float | None
     gate: tuple[OrderedLinear, Tensor | None] | None = None
+    refresh: int = 0
+    sink_blocks: int = 0
+
+
+class FarStep(NamedTuple):
+    """What the rows of a step read of one far group, whose L layers make choices for A anchors.
+
+    `tables` int32 [S, M]; `choices` int32 [L, A, Hkv, most], of which each layer's are written for the F anchors `places` int64 [F]; the
+    others are there. `counts` int32 [A], `anchors` int64 [T]. Fresh anchor f asks by the query of row query_rows[f] of sequence
+    sequences[f], int64 [F]; `ends` and `budgets` int32 [F] as in `choose_far`.
+    """
+
+    tables: Tensor
+    choices: Tensor
+    counts: Tensor
+    anchors: Tensor
+    places: Tensor
+    query_rows: Tensor
+    sequences: Tensor
+    ends: Tensor
+    budgets: Tensor
+
+
+class FarLayer(NamedTuple):
+    """A layer's far store, the index of its far group in `PagedStep.far`, and the layer's place in that group."""
+
+    blocks: FarBlocks
+    group: int
+    place: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +82,8 @@ class PagedStep:
 
     `stores` are keys [N, Hkv, B, D] and values of every layer, the same object as long as they are the same; `group_of` is each layer's
     group. For each group a table int32 [S, M] and the block of every row int64 [T]; offsets int64 [T], query_starts int32 [S + 1] and
-    context_lengths int32 [S]. `done` int64 [1] is counted up with every layer.
+    context_lengths int32 [S]. `done` int64 [1] is counted up with every layer. `far_layers` are the far stores of every layer, None where
+    it has none; `far` is what the step reads of each far group, None where it reads nothing.
     """
 
     stores: tuple[tuple[Tensor, Tensor], ...]
@@ -61,6 +94,8 @@ class PagedStep:
     query_starts: Tensor
     context_lengths: Tensor
     done: Tensor
+    far_layers: tuple[FarLayer | None, ...] = ()
+    far: Sequence[FarStep | None] = ()
 
 
 class _Layer(ctypes.Structure):
@@ -73,7 +108,46 @@ class _Layer(ctypes.Structure):
         *((name, _float) for name in ("scale", "softcap")),
         *((name, _pointer) for name in ("keys", "values")),
         *((name, _size * 3) for name in ("key_strides", "value_strides")),
+        *((name, _size) for name in ("refresh", "sink_blocks")),
+        ("store", _pointer),
+        *((name, _size) for name in ("far_group", "far_place")),
     )
+
+
+class _FarStore(ctypes.Structure):
+    """`struct far_store` of decoder.c."""
+
+    _fields_ = (
+        *((name, _size) for name in ("type", "key_size", "value_size", "parts")),
+        *((name, _pointer) for name in ("keys", "values", "key_scales", "value_scales", "bounds", "bound_scales")),
+    )
+
+    @classmethod
+    def of(cls, blocks: FarBlocks) -> _FarStore:
+        """The store of one layer, which must stay where it is. Raises ValueError for one that is not contiguous."""
+        if not all(tensor is None or tensor.is_contiguous() for tensor in blocks):
+            raise ValueError("far blocks of whole layers must be contiguous")
+        pointers = (None if tensor is None else tensor.data_ptr() for tensor in blocks)
+        return cls(STORED[blocks.keys.dtype], blocks.keys.shape[3], blocks.values.shape[3], blocks.bounds.shape[2] - 1, *pointers)
+
+
+class _FarGroup(ctypes.Structure):
+    """`struct far_group` of decoder.c."""
+
+    _fields_ = (
+        ("table", _pointer),
+        *((name, _size) for name in ("stride", "most", "layer_choices", "fresh")),
+        *((name, _pointer) for name in ("choices", "counts", "anchors", "places", "query_rows", "sequences", "ends", "budgets")),
+    )
+
+    @classmethod
+    def of(cls, step: FarStep | None) -> _FarGroup:
+        """What is read, or that nothing is."""
+        if step is None:
+            return cls()
+        choices = step.choices
+        sizes = step.tables.shape[1], choices.shape[3], choices.stride(0), len(step.places)
+        return cls(step.tables.data_ptr(), *sizes, *(t.data_ptr() for t in step[1:]))
 
 
 class _Group(ctypes.Structure):
@@ -86,8 +160,8 @@ class _Step(ctypes.Structure):
     """`struct step` of decoder.c."""
 
     _fields_ = (
-        *((name, _pointer) for name in ("layers", "groups")),
-        *((name, _size) for name in ("layer_count", "rows", "dim", "half", "sequences", "block_tokens", "kv_type")),
+        *((name, _pointer) for name in ("layers", "groups", "far_groups")),
+        *((name, _size) for name in ("first_stage", "layer_count", "rows", "dim", "half", "sequences", "block_tokens", "kv_type")),
         ("eps", _float),
         *((name, _pointer) for name in ("update", "residual", "cos", "sin", "offsets", "starts", "contexts", "done")),
     )
@@ -115,6 +189,7 @@ class BoundLayers:
             layer.heads, layer.kv_heads, layer.head_dim, layer.hidden = part.heads, part.kv_heads, part.head_dim, part.hidden
             layer.window = NO_WINDOW if part.window is None else part.window
             layer.scale, layer.softcap = part.scale, part.softcap or 0.0
+            layer.refresh, layer.sink_blocks = part.refresh, part.sink_blocks
 
     def use(self, step: PagedStep) -> None:
         """Read and write the stores of this step. Raises ValueError for stores that do not fit the layers."""
@@ -127,7 +202,21 @@ class BoundLayers:
                 raise ValueError(f"blocks {tuple(keys.shape)} and {tuple(values.shape)} do not fit a layer of {shape}")
             layer.keys, layer.values, layer.group = keys.data_ptr(), values.data_ptr(), group
             layer.key_strides, layer.value_strides = (_size * 3)(*keys.stride()[:3]), (_size * 3)(*values.stride()[:3])
+        if any(part.refresh for part in self._parts):
+            self._use_far(step.far_layers)
         self._stores = step.stores
+
+    def _use_far(self, far_layers: Sequence[FarLayer | None]) -> None:
+        """Read these far stores; a layer that forgets what leaves its window has none. Raises ValueError."""
+        self._far_stores = (_FarStore * len(self.layers))()
+        for index, (layer, part, far) in enumerate(zip(self.layers, self._parts, far_layers, strict=True)):
+            layer.store = None
+            if far is not None:
+                if not part.refresh:
+                    raise ValueError(f"layer {index} has a far store and no rule to read it by")
+                self._far_stores[index] = _FarStore.of(far.blocks)
+                layer.store = ctypes.addressof(self._far_stores) + index * ctypes.sizeof(_FarStore)
+                layer.far_group, layer.far_place = far.group, far.place
 
 
 def decoder_layers(bound: BoundLayers, update: Tensor, residual: Tensor, rotation: tuple[Tensor, Tensor], step: PagedStep) -> bool:
@@ -144,10 +233,11 @@ def decoder_layers(bound: BoundLayers, update: Tensor, residual: Tensor, rotatio
     groups = (_Group * len(tables))(
         *(_Group(table.data_ptr(), table.shape[1], ids.data_ptr()) for table, ids in zip(tables, step.block_ids, strict=True))
     )
+    far = (_FarGroup * max(len(step.far), 1))(*(_FarGroup.of(group) for group in step.far))
     keys = step.stores[0][0]
     call = _Step(
-        *(ctypes.addressof(bound.layers), ctypes.addressof(groups)),
-        *(len(bound.layers), rows, dim, rotation[0].shape[1], len(step.context_lengths), keys.shape[2], KEPT[keys.dtype]),
+        *(ctypes.addressof(bound.layers), ctypes.addressof(groups), ctypes.addressof(far)),
+        *(FIRST_STAGE, len(bound.layers), rows, dim, rotation[0].shape[1], len(step.context_lengths), keys.shape[2], KEPT[keys.dtype]),
         bound.eps,
         *(t.data_ptr() for t in (update, residual, *rotation, step.offsets, step.query_starts, step.context_lengths, step.done)),
     )

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from service.kernels.native.attention import compute, prepare
-from service.kernels.native.binding import ELEMENTS, functions
+from service.kernels.native.binding import ELEMENTS, STORED, functions
 from service.kernels.reference_sparse import FIRST_STAGE, ChosenFar, FarBlocks
 from service.kernels.workspace import Workspace
 
-_STORED = {torch.int8: 3, torch.uint8: 4, **ELEMENTS}
 _WORKSPACE = Workspace()
 
 
@@ -52,7 +51,7 @@ def window_sparse_attention(
     compute(
         functions().native_window_sparse_attention,
         *call.arguments,
-        *(refresh, sink_blocks, _STORED[stores[0].dtype], *(store.data_ptr() for store in stores)),
+        *(refresh, sink_blocks, STORED[stores[0].dtype], *(store.data_ptr() for store in stores)),
         *(None if scale is None else scale.data_ptr() for scale in scales),
         *(store.shape[3] for store in stores),
         *(tables.data_ptr(), tables.shape[1], choices.data_ptr(), choices.shape[2], counts.data_ptr(), anchors.data_ptr()),
