@@ -1,8 +1,8 @@
 """Decode steps of a whole model far into a context, with full attention and with a window and far blocks, in one process.
 
-`python -m loadtests.sparse_decode DIR [--contexts 16384 131072] [--keep]`: DIR is a checkpoint directory (`loadtests.shapes` writes random
-ones). The context is not computed: blocks are filled with random keys and values, which take the same time to read. It does not know HTTP
-or schedulers. Invariant: both sides take turns, a step each, over the same weights.
+`python -m loadtests.sparse_decode DIR [--contexts 16384 131072] [--quantize int8 --kv_cache_dtype bfloat16] [--keep]`: DIR is a checkpoint
+directory (`loadtests.shapes` writes random ones). The context is not computed: blocks are filled with random keys and values, which take
+the same time to read. It does not know HTTP or schedulers. Invariant: both sides take turns, a step each, over weights that each loads.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from loadtests.rows import keep, spread, surroundings
-from service.checkpoints.load import load
+from service.checkpoints.load import Quantisation, load
 from service.checkpoints.long_context import adapt
 from service.checkpoints.manifest import Manifest, read_manifest
 from service.engine.batch import Tables
@@ -30,19 +31,17 @@ from service.types.settings import AttentionSettings
 
 
 class Side:
-    """One way to serve the decoder, with one sequence of `context` tokens in its tables."""
+    """One way to serve the weights, with one sequence of `context` tokens in its tables and a cache of type `kept`."""
 
-    def __init__(self, decoder: Decoder, manifest: Manifest, attention: AttentionSettings, context: int, steps: int) -> None:
-        spec = adapt(manifest.spec, attention)
+    def __init__(self, decoder: Decoder, kept: torch.dtype, context: int, steps: int) -> None:
+        spec = decoder.spec
         layout = spec.kv_layout()
         blocks = tuple(layout.entries(group, context + steps) + 1 for group in layout.groups)
-        pool = KvPool(layout, blocks, decoder.embed.weight.dtype, torch.device("cpu"))
-        self.kv_bytes = layout.sequence_bytes(context, decoder.embed.weight.element_size())
+        pool = KvPool(layout, blocks, kept, torch.device("cpu"), compute=torch.float32)
+        self.kv_bytes = layout.sequence_bytes(context, kept.itemsize)
         _fill(pool, layout)
         tables = Tables(layout, blocks, 1, context + steps + 1, spec.vocab_size)
         self.position = context - 1
-        self._spec = spec
-        self._decoder = decoder
         self._backend = TorchBackend(decoder, pool, tables, Sampler(1, spec.vocab_size))
         opening = OpenSequence(0, (1,) * context, context, Sampling(temperature=0.0), Stop(max_tokens=steps, ignore_eos=True))
         appends = []
@@ -53,7 +52,6 @@ class Side:
 
     def step_ms(self) -> float:
         """One decode step."""
-        self._decoder.spec = self._spec
         plan = replace(self._next, slices=(Slice(0, self.position, 1, int(Want.TOKEN)),))
         self.position += 1
         self._next = BatchPlan(0)
@@ -78,6 +76,45 @@ def _fill(pool: KvPool, layout: KvLayout) -> None:
             pool.demote(index, (targets - 1) % near + 1, targets)
 
 
+def sides_of(asked: argparse.Namespace, manifest: Manifest, context: int) -> dict[str, Side]:
+    """Window and far blocks, and full attention where it is asked for at that context."""
+    positions = max(context + asked.steps + 2, manifest.spec.context_tokens)
+    longer = "keep" if positions > manifest.spec.context_tokens else "auto"
+    full = AttentionSettings(max_position_embeddings=positions, rope_scaling=longer)
+    asks = {"sparse": replace(full, attention_window=2048)} | ({"dense": full} if context <= asked.dense_until else {})
+    sides = {}
+    for name, ask in asks.items():
+        served = replace(manifest, spec=adapt(manifest.spec, ask))
+        decoder = load(served, torch.device("cpu"), torch.float32, quantisation=Quantisation(asked.quantize))
+        sides[name] = Side(decoder, getattr(torch, asked.kv_cache_dtype), context, asked.steps + 2)
+    return sides
+
+
+def measured(asked: argparse.Namespace, manifest: Manifest, context: int) -> dict[str, Any]:
+    """The row of one context."""
+    sides = sides_of(asked, manifest, context)
+    for side in sides.values():
+        side.step_ms()
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(asked.steps):
+        for name, side in sides.items():
+            times[name].append(side.step_ms())
+    ratios = [dense / sparse for dense, sparse in zip(times.get("dense", []), times["sparse"], strict=False)]
+    return {
+        "what": "sparse_decode",
+        "model": asked.directory.name,
+        "quantize": asked.quantize,
+        "kv_cache_dtype": asked.kv_cache_dtype,
+        "context": context,
+        "threads": asked.threads,
+        **{f"{name}_ms": spread(found) for name, found in times.items()},
+        **({"ratio": spread(ratios)} if ratios else {}),
+        "kv_bytes": {name: side.kv_bytes for name, side in sides.items()},
+        "dispatch": chosen(),
+        **surroundings(),
+    }
+
+
 def main() -> None:
     """Measure and print; with --keep also keep the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -85,41 +122,18 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="*", default=[16_384, 131_072])
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--dense_until", type=int, default=131_072, help="longest context at which full attention is measured too")
+    parser.add_argument("--quantize", choices=("none", "int8", "int4"), default="none")
+    parser.add_argument("--kv_cache_dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--keep", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     manifest = read_manifest(asked.directory)
-    decoder = load(manifest, torch.device("cpu"), torch.float32)
     for context in asked.contexts:
-        positions = max(context + asked.steps + 1, manifest.spec.context_tokens)
-        longer = "keep" if positions > manifest.spec.context_tokens else "auto"
-        full = AttentionSettings(max_position_embeddings=positions, rope_scaling=longer)
-        asks = {"sparse": replace(full, attention_window=2048)} | ({"dense": full} if context <= asked.dense_until else {})
-        sides = {name: Side(decoder, manifest, ask, context, asked.steps + 2) for name, ask in asks.items()}
-        decoder.rope = type(decoder.rope)(manifest.spec.rope, positions + asked.steps)
-        for side in sides.values():
-            side.step_ms()
-        times = {name: [] for name in sides}
-        for _ in range(asked.steps):
-            for name, side in sides.items():
-                times[name].append(side.step_ms())
-        ratios = [dense / sparse for dense, sparse in zip(times.get("dense", []), times["sparse"], strict=False)]
-        row = {
-            "what": "sparse_decode",
-            "model": asked.directory.name,
-            "context": context,
-            "threads": asked.threads,
-            **{f"{name}_ms": spread(found) for name, found in times.items()},
-            **({"ratio": spread(ratios)} if ratios else {}),
-            "kv_bytes": {name: side.kv_bytes for name, side in sides.items()},
-            "dispatch": chosen(),
-            **surroundings(),
-        }
+        row = measured(asked, manifest, context)
         print({key: value for key, value in row.items() if key not in ("dispatch",)}, flush=True)
         if asked.keep:
             keep("sparse_decode", row)
-        del sides
 
 
 if __name__ == "__main__":
