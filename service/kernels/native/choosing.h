@@ -59,6 +59,15 @@ INLINE void sign_queries(const struct choosing *c, int64_t anchor, int64_t head,
         }
 }
 
+/* How many candidates ahead of its score the bounds of a block are fetched: they lie apart, and nothing else tells where. */
+#define AHEAD 16
+
+/* Fetch the bounds of `parts` of a block, from `first` on. */
+INLINE void fetch_bounds(const struct choosing *c, const int32_t *table, int64_t head, int64_t index, int64_t first, int64_t parts) {
+    const int8_t *bounds = c->bounds + ((table[index] * c->kv_heads + head) * (1 + c->parts) + first) * 2 * c->size;
+    for (int64_t line = 0; line < parts * 2 * c->size; line += 64) __builtin_prefetch(bounds + line, 0, 2);
+}
+
 static void choose_far(const struct choosing *c, int64_t anchor, int64_t head, int64_t *keys, float *query) {
     const int32_t *table = c->tables + c->sequences[anchor] * c->table_stride;
     int32_t *out = c->choices + ((c->places ? c->places[anchor] : anchor) * c->kv_heads + head) * c->most;
@@ -69,8 +78,8 @@ static void choose_far(const struct choosing *c, int64_t anchor, int64_t head, i
     if (candidates <= budget || budget == 0) return;
     sign_queries(c, anchor, head, query);
     for (int64_t i = 0; i < candidates; i++) {
-        int64_t at = table[c->sink_blocks + i] * c->kv_heads + head, ahead = i + 8 < candidates ? table[c->sink_blocks + i + 8] : table[0];
-        __builtin_prefetch(c->bounds + (ahead * c->kv_heads + head) * (1 + c->parts) * part, 0, 2);
+        int64_t at = table[c->sink_blocks + i] * c->kv_heads + head;
+        fetch_bounds(c, table, head, c->sink_blocks + (i + AHEAD < candidates ? i + AHEAD : candidates - 1), 0, 1);
         float scale = load_some(FLOAT16, c->bound_scales, at, 1)[0];
         keys[i] = rank_key(bound_score(query, c->bounds + at * (1 + c->parts) * part, part) * scale, c->sink_blocks + i);
     }
@@ -79,6 +88,7 @@ static void choose_far(const struct choosing *c, int64_t anchor, int64_t head, i
     for (int64_t i = 0; i < kept; i++) {
         int64_t index = ranked_index(keys[i]), at = table[index] * c->kv_heads + head;
         const int8_t *bounds = c->bounds + at * (1 + c->parts) * part;
+        fetch_bounds(c, table, head, ranked_index(keys[i + AHEAD / 4 < kept ? i + AHEAD / 4 : kept - 1]), 1, c->parts);
         float best = -INFINITY;
         for (int64_t p = 1; p <= c->parts; p++) {
             float score = bound_score(query, bounds + p * part, part);
