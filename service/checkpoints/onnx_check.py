@@ -27,7 +27,7 @@ from service.types.model_spec import ModelSpec
 from service.types.vision import CHANNELS, Grid
 
 # Largest difference of a value, relative to the largest one: of logits, and where weights are quantised of what a layer adds.
-TOLERANCES = {"none": 1e-4, "int8": 2e-2}
+TOLERANCES = {"none": 1e-4, "int8": 2e-2, "int4": 2e-2}
 # The quantised graph may differ from the quantised decoder by so many times what quantising changes, both as root mean squares: roundings
 # that fall differently everywhere give at most the square root of two.
 OWN_ERROR = 2.0

@@ -16,7 +16,7 @@ from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from service.checkpoints.onnx_support import WEIGHTS
 from service.checkpoints.quantisation import kind_of
-from service.kernels.quantised import quantise_weight
+from service.kernels.quantised import GROUP, quantise_weight
 from service.models.decoder import Decoder
 from service.types.model_spec import ModelSpec
 
@@ -143,10 +143,11 @@ class Nodes:
     def linear(self, x: str, module: str) -> str:
         """x [..., in] -> [..., out] in the kind of weights that the module has."""
         name = f"{module}.weight"
-        if self.weights.kind(name) is None:
+        kind = self.weights.kind(name)
+        if kind is None:
             y = self.op("FusedMatMul", x, self.parameter(name), domain=CONTRIB, transB=1)
         else:
-            y = self._int8_product(x, module)
+            y = self._int8_product(x, module) if kind == "int8" else self._int4_product(x, module)
         return self.op("Add", y, self.parameter(f"{module}.bias")) if f"{module}.bias" in self.weights.parameters else y
 
     def _int8_product(self, x: str, module: str) -> str:
@@ -163,3 +164,12 @@ class Nodes:
         shifted = self.op("Add", self.op("Round", self.op("Mul", x, inverse)), self.constant(np.array(128, np.float32)))
         codes = self.op("Cast", shifted, to=TensorProto.UINT8)
         return self.op("Mul", self.op("MatMulIntegerToFloat", codes, values, one, scales, middle, domain=CONTRIB), step)
+
+    def _int4_product(self, x: str, module: str) -> str:
+        """A scale for each output and GROUP inputs, as the decoder's own; x is rounded to 8 bits by the same groups."""
+        weight = self.weights.parameters[f"{module}.weight"]
+        stored, (outputs, inputs) = quantise_weight(weight, "int4"), weight.shape
+        values = self.weight(f"{module}.values", stored.values.numpy().reshape(outputs, -1, GROUP // 2))
+        scales = self.weight(f"{module}.scales", stored.scales.float().numpy().reshape(-1))
+        sizes = {"K": inputs, "N": outputs, "bits": 4, "block_size": GROUP}
+        return self.op("MatMulNBits", x, values, scales, domain=CONTRIB, accuracy_level=4, **sizes)

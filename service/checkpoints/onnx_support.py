@@ -19,7 +19,7 @@ FORMAT = "deepseek-onnx-4"
 # and what else a reader must know.
 GRAPH, ENCODER, PRODUCT, WEIGHTS, ABOUT = "model.onnx", "encoder.onnx", "product.onnx", "weights.bin", "export.json"
 SUFFIX = ".onnx"
-KINDS = ("none", "int8")
+KINDS = ("none", "int8", "int4")
 
 
 def unsupported(spec: ModelSpec, quantize: str) -> str:

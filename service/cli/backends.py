@@ -19,7 +19,7 @@ from service.types.errors import SettingsError
 from service.types.settings import EngineSettings, SchedulerSettings
 
 BATCHES = (1, 8, 32)
-KINDS = ("none", "int8")
+KINDS = ("none", "int8", "int4")
 
 
 async def measure_backends(directory: Path, kinds: tuple[str, ...], threads: int, rounds: int, asked: tuple[int, int]) -> dict[str, Any]:

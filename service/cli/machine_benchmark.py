@@ -53,7 +53,7 @@ def add_machine_flags(parser: FlagParser, count: Callable[[str], int], whole: Ca
         "--backends",
         metavar="KINDS",
         default="",
-        help="torch beside ONNX Runtime, with weights none, int8 or both by comma, at 1, 8 and 32",
+        help="torch beside ONNX Runtime, with weights none, int8, int4 or some by comma, at 1, 8 and 32",
     )
     machine.add_argument("--keep_table", metavar="FILE", default="", help="table of --backend auto into which --backends enters its result")
     machine.add_argument(
@@ -89,7 +89,7 @@ def check_machine(given: Namespace) -> None:
             raise SettingsError(f"--quality must name {', '.join(FORMS)}, or some of them by comma, not {kind[:40]!r}.")
     for kind in filter(None, given.backends.split(",")):
         if kind not in KINDS:
-            raise SettingsError(f"--backends must name {' or '.join(KINDS)}, or both by comma, not {kind[:40]!r}.")
+            raise SettingsError(f"--backends must name {', '.join(KINDS)}, or some of them by comma, not {kind[:40]!r}.")
     if given.keep_table and not given.backends:
         raise SettingsError("--keep_table belongs to --backends: give it too.")
     if given.directory and not (given.tier or given.quality or given.backends):

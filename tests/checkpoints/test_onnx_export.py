@@ -17,12 +17,13 @@ import torch
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from service.checkpoints import onnx_export
+from service.checkpoints import onnx_export, onnx_nodes
 from service.checkpoints.bundled import bundled_directory
 from service.checkpoints.load import load
 from service.checkpoints.manifest import Manifest, read_manifest
 from service.checkpoints.onnx_export import export, find_or_export, refuse
 from service.checkpoints.onnx_graph import OnnxEncoder, OnnxGraph, Rectangle, Sight, seen_by
+from service.kernels.quantised import quantise_weight
 from service.models.attention import DenseAttend
 from service.types.catalog import V1_0, V2_3, V3_5, V4_8, VersionLine
 from service.types.errors import CheckpointError
@@ -79,7 +80,7 @@ def test_pieces_then_single_tokens_beside_another_sequence(name: str, tmp_path: 
         np.testing.assert_allclose(found, [truth[1][70 + step], truth[0][190 + step]], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("quantize", ["none", "int8"])
+@pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
 @pytest.mark.parametrize("line", [V1_0, V2_3, V3_5, V4_8], ids=lambda line: line.label)
 def test_every_bundled_model_without_far_blocks_is_exported_and_agrees(line: VersionLine, quantize: str, tmp_path: Path) -> None:
     export(read_manifest(bundled_directory(line)), tmp_path / "graph", quantize)
@@ -129,9 +130,10 @@ def test_the_caches_are_written_in_place(tmp_path: Path) -> None:
         assert np.flatnonzero(written).tolist() == [128, 129]
 
 
-def test_a_row_of_int8_does_not_depend_on_its_neighbours(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_a_quantised_row_does_not_depend_on_its_neighbours(quantize: str, tmp_path: Path) -> None:
     manifest = read_manifest(build_tiny(tmp_path / "model", tie_word_embeddings=True))
-    export(manifest, tmp_path / "graph", "int8")
+    export(manifest, tmp_path / "graph", quantize)
     graph = opened(tmp_path / "graph", manifest, 3)
     table = np.array([[1], [2], [3]])
     tokens = np.array([[9], [250], [77]])
@@ -160,10 +162,23 @@ def test_the_cache_is_named_by_what_was_exported(tmp_path: Path) -> None:
     assert find_or_export(manifest, tmp_path / "cache", "int8") != first
 
 
+def test_int4_is_checked_against_the_values_that_its_steps_stand_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales that are a tenth too large are noticed."""
+    manifest = read_manifest(build_tiny(tmp_path / "model"))
+
+    def wrong(weight: torch.Tensor, kind: str) -> Any:
+        found = quantise_weight(weight, kind)
+        return replace(found, scales=found.scales * 1.1) if kind == "int4" else found
+
+    monkeypatch.setattr(onnx_nodes, "quantise_weight", wrong)
+    with pytest.raises(CheckpointError, match="differs from the model"):
+        export(manifest, tmp_path / "graph", "int4")
+
+
 def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
     spec = read_manifest(build_tiny(tmp_path / "model")).spec
-    with pytest.raises(CheckpointError, match="int4 weights"):
-        refuse(spec, "int4")
+    with pytest.raises(CheckpointError, match="int2 weights"):
+        refuse(spec, "int2")
     dynamic = read_manifest(build_tiny(tmp_path / "dynamic", rope={"rope_type": "dynamic", "factor": 2.0})).spec
     with pytest.raises(CheckpointError, match="dynamic rope"):
         refuse(dynamic, "none")

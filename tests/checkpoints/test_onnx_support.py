@@ -30,7 +30,7 @@ def test_a_name_follows_from_everything_that_matters(tmp_path: Path) -> None:
 
 def test_a_plain_model_lacks_nothing(tmp_path: Path) -> None:
     spec = read_manifest(build_tiny(tmp_path / "model")).spec
-    assert [unsupported(spec, kind) for kind in ("none", "int8", "int4")] == ["", "", "int4 weights"]
+    assert [unsupported(spec, kind) for kind in ("none", "int8", "int4", "int2")] == ["", "", "", "int2 weights"]
     assert queries_per_kv_head(spec, 0) == spec.layers[0].attention.heads // spec.layers[0].attention.kv_heads
 
 

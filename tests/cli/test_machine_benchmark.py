@@ -53,7 +53,7 @@ def flags(*arguments: str) -> Namespace:
         (("--text", "x.txt", "--tier", "cpu"), "--text belongs to --quality and --versions"),
         (("--directory", "x"), "--directory belongs to --tier, --quality and --backends"),
         (("--directory", "x", "--versions", "v2.3"), "--directory belongs to --tier, --quality and --backends"),
-        (("--backends", "none,int4"), "not 'int4'"),
+        (("--backends", "none,int2"), "not 'int2'"),
         (("--backends", "none", "--tier", "cpu"), "--tier and --backends are two measurements"),
         (("--keep_table", "x.json"), "--keep_table belongs to --backends"),
     ],

@@ -49,7 +49,6 @@ def test_an_explicit_choice_is_obeyed(table) -> None:
     [
         ({"device": "cuda:0"}, "--device cuda:0"),
         ({"dtype": "bfloat16"}, "--dtype bfloat16"),
-        ({"quantize": "int4"}, "int4 weights"),
         ({"deterministic": True}, "--deterministic"),
         ({"kv_cache_dtype": "bfloat16"}, "--kv_cache_dtype bfloat16"),
     ],
@@ -95,7 +94,7 @@ def test_auto_asks_the_nearest_size_then_the_nearest_batch_of_the_same_weights(t
     assert choose_backend(PLAIN, table(*rows, quantize="int8"), 1).backend == "torch"
 
 
-@pytest.mark.parametrize("changes", [{"device": "cuda"}, {"dtype": "float16"}, {"quantize": "int4"}])
+@pytest.mark.parametrize("changes", [{"device": "cuda"}, {"dtype": "float16"}])
 def test_auto_takes_torch_where_the_graph_cannot(table, changes) -> None:
     fast = [(PLAIN.parameters, kind, 1, 1.0, 9.0) for kind in ("none", "int8", "int4")]
     assert choose_backend(PLAIN, table(*fast), 1).backend == "onnx"
