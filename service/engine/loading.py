@@ -20,7 +20,7 @@ from service.engine.deterministic import require_deterministic
 from service.engine.kv_pool import KvPool
 from service.engine.limits import machine_limits
 from service.engine.loaded import WARM_UP_TOKENS, Loaded, Phases, ProgressCallback, read_as_served
-from service.engine.memory import MemoryPlan, Usage, available_bytes, plan_memory, resident_bytes
+from service.engine.memory import MemoryPlan, Usage, available_bytes, plan_memory, resident_bytes, settled_bytes
 from service.engine.sampler import Sampler
 from service.engine.torch_backend import TorchBackend
 from service.kernels.dispatch import chosen, require_steady
@@ -68,7 +68,7 @@ def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallba
     limits = machine_limits(device, getattr(torch, dtype), request.machine_limits, quantize)
     phases.end("limits")
     # The first step made the libraries load the rest of themselves, which belongs to the runtime.
-    runtime_bytes = max(resident_bytes() - usage.weight_bytes, usage.runtime_bytes) if device.type == "cpu" else resident_bytes()
+    runtime_bytes = max(settled_bytes() - usage.weight_bytes, usage.runtime_bytes) if device.type == "cpu" else settled_bytes()
     info = BackendInfo(
         kv_layout=layout,
         group_blocks=memory.group_blocks,

@@ -24,7 +24,7 @@ from service.engine.batch import Tables
 from service.engine.export_messages import Answer, Export, Refused
 from service.engine.graph_images import GraphImages
 from service.engine.loaded import WARM_UP_TOKENS, Loaded, Phases, ProgressCallback, read_as_served
-from service.engine.memory import MemoryPlan, Usage, available_bytes, plan_memory, resident_bytes
+from service.engine.memory import MemoryPlan, Usage, available_bytes, plan_memory, resident_bytes, settled_bytes
 from service.engine.onnx_backend import OnnxBackend
 from service.engine.onnx_limits import machine_limits
 from service.engine.rectangles import Costs
@@ -63,7 +63,7 @@ def load_graph(request: LoadRequest, import_s: float, progress: ProgressCallback
         limits = machine_limits(place.directory, threads, request.machine_limits)
         phases.end("limits")
     spec, memory = manifest.spec, opened.memory
-    runtime_bytes = max(resident_bytes() - opened.weight_bytes, dict(memory.lines)["runtime"])
+    runtime_bytes = max(settled_bytes() - opened.weight_bytes, dict(memory.lines)["runtime"])
     info = BackendInfo(
         kv_layout=spec.kv_layout(),
         group_blocks=memory.group_blocks,

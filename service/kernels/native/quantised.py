@@ -51,8 +51,7 @@ class NativeQuantisedLinear:
         self._int8 = weight.kind == "int8"
         self._values: Tensor
         self._scales: Tensor | None
-        values, self._scales = _int8_strips(weight) if self._int8 else _int4_strips(weight)
-        self._values = _MEMORY.keep(values)
+        self._values, self._scales = _int8_strips(weight) if self._int8 else _int4_strips(weight)
         self._bias: Tensor | None = None
         self._kept_bias: Tensor | None = None
         multiple = 4 if self._int8 else GROUP
@@ -116,9 +115,9 @@ def _int8_strips(weight: QuantisedWeight) -> tuple[Tensor, Tensor]:
     """uint8 [strips, inputs / 4, 16, 4], 128 added, and the scales."""
     missing, short = -weight.outputs % STRIP, -weight.inputs % 4
     values = pad(weight.values, (0, short, 0, missing)) if missing or short else weight.values
-    fours = values.view(torch.int32).view(-1, STRIP, values.shape[1] // 4)
-    strips = fours.transpose(1, 2).contiguous().view(torch.uint8)
-    return strips.bitwise_xor_(128), pad(weight.scales, (0, missing))
+    fours = values.view(torch.int32).view(-1, STRIP, values.shape[1] // 4).transpose(1, 2)
+    strips = _MEMORY.keep(fours).view(torch.uint8)
+    return strips.bitwise_xor_(128), _MEMORY.keep(pad(weight.scales, (0, missing)))
 
 
 def _int4_strips(weight: QuantisedWeight) -> tuple[Tensor, None]:
@@ -132,4 +131,4 @@ def _int4_strips(weight: QuantisedWeight) -> tuple[Tensor, None]:
     packed = torch.empty(len(steps), groups, _GROUP_BYTES, dtype=torch.uint8)
     packed[..., : pairs.shape[2]] = pairs
     packed[..., pairs.shape[2] :] = scales.view(-1, STRIP, groups).transpose(1, 2).contiguous().view(torch.uint8)
-    return packed, None
+    return _MEMORY.keep(packed), None
