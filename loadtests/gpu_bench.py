@@ -1,16 +1,18 @@
-"""Speed of the GPU's kernels and of the engine's step on this machine's GPU, each beside its limit and its peers; --keep appends rows.
+"""Speed of the GPU's kernels and of whole serving on this machine's GPU, each beside its limit and its peers; --keep appends rows.
 
-    python -m loadtests.gpu_bench [--cases attention sparse linear elementwise] [--rounds 30] [--keep]
+    python -m loadtests.gpu_bench [--cases attention sparse linear elementwise write serving] [--rounds 30] [--keep]
 
-It needs torch, triton and numpy. Limits are measured first: bytes of a device-to-device copy, operations of a large bfloat16 product. A
-time is the median of many rounds between CUDA events, the second-level cache overwritten before each; inputs are random, not zeros. What a
-peer needs is imported where it is there (torch's attention and flex_attention always); a peer that fails is a row with its reason. Results
-are checked against torch's attention before they are timed: no speed is reported on a red test.
+It needs torch, triton and numpy; the last case, whole serving (see `gpu_serving`), also msgspec and prometheus_client. Limits are
+measured first: bytes of a device-to-device copy, operations of a large bfloat16 product. A time is the median of many rounds between CUDA
+events, the second-level cache overwritten before each; inputs are random, not zeros. What a peer needs is imported where it is there
+(torch's attention and flex_attention always); a peer that fails is a row with its reason. Results are checked against torch's attention
+before they are timed: no speed is reported on a red test.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +24,7 @@ from loadtests.rows import keep, spread, surroundings
 
 BLOCK, DIM, HEADS, KV_HEADS = 64, 128, 32, 8
 FLUSH_BYTES = 256 << 20
+SERVING = "serving"
 
 
 @dataclass(frozen=True)
@@ -279,28 +282,40 @@ def row_of(case: Case, clock: Clock, machine: dict[str, float]) -> dict[str, Any
     return row
 
 
-def main() -> None:
-    """Measure, print, and keep where asked."""
-    parser = argparse.ArgumentParser(description="Speed of the GPU's kernels beside their limits and peers.")
-    parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=tuple(CASES))
-    parser.add_argument("--rounds", type=int, default=30)
+def kernels(cases: list[str], rounds: int, kept: bool) -> None:
+    """Measure and print, row by row, and keep each where asked."""
+    import triton
+
+    clock = Clock(rounds)
+    machine = limits(clock)
+    versions = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    print({**versions, **{name: round(value) for name, value in machine.items()}})
+    for name in cases:
+        for case in CASES[name]():
+            row = row_of(case, clock, machine)
+            print(row, flush=True)
+            if kept:
+                keep("gpu", {**surroundings(), **versions, **machine, **row})
+
+
+def main() -> int:
+    """Measure kernels, then serving, which has rows of its own; the exit code is 2 where serving lacks something."""
+    parser = argparse.ArgumentParser(description="Speed of the GPU's kernels and of serving beside their limits and peers.")
+    parser.add_argument("--cases", nargs="+", choices=(*CASES, SERVING), default=(*CASES, SERVING))
+    parser.add_argument("--rounds", type=int, default=30, help="of the kernels")
     parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("gpu_bench: no CUDA device is usable here")
-    import triton
+    asked = [name for name in options.cases if name != SERVING]
+    if asked:
+        kernels(asked, options.rounds, options.keep)
+    if SERVING not in options.cases:
+        return 0
+    from loadtests import gpu_serving
 
-    clock = Clock(options.rounds)
-    machine = limits(clock)
-    versions = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-    print({**versions, **{name: round(value) for name, value in machine.items()}})
-    for name in options.cases:
-        for case in CASES[name]():
-            row = row_of(case, clock, machine)
-            print(row, flush=True)
-            if options.keep:
-                keep("gpu", {**surroundings(), **versions, **machine, **row})
+    return gpu_serving.main(["--keep"] if options.keep else [])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
