@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from service.train.display import Display, Silent
     from service.train.loop import Trainer
     from service.train.prepare import PreparedRun
-    from service.train.teacher import Teacher
+    from service.train.source import Source
 
 STATE_FILE = "state.pt"
 
@@ -36,7 +36,7 @@ STATE_FILE = "state.pt"
 class TrainFlags:
     """The command's flags. `steps` or `minutes` above 0 replace the recipe's budget; `threads` 0 leaves the choice to torch.
 
-    `teacher` is a directory or the name of a bundled line, for recipes that distil.
+    `teacher` (for recipes that distil) and `init` are directories or names of bundled lines.
     """
 
     recipe: str
@@ -49,6 +49,7 @@ class TrainFlags:
     device: str
     dtype: str
     teacher: str
+    init: str
 
 
 def build_parser() -> FlagParser:
@@ -70,6 +71,9 @@ def build_parser() -> FlagParser:
         default="",
         metavar="DIR",
         help="the model to learn from: a directory, or the name of a bundled line (recipes that distil)",
+    )
+    run.add_argument(
+        "--init", default="", metavar="DIR", help="the model to train on, with its tokenizer: a directory, or the name of a bundled line"
     )
     machine = parser.add_argument_group("Machine")
     machine.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 0 is all cores")
@@ -103,6 +107,7 @@ def read_flags(arguments: Sequence[str]) -> TrainFlags:
         device=given.device,
         dtype=given.dtype,
         teacher=given.teacher,
+        init=given.init,
     )
 
 
@@ -128,7 +133,7 @@ def run(flags: TrainFlags) -> int:
 
     with Display() if launch is None or launch.rank == 0 else Silent() as display:
         display.say(f"recipe {recipe.name}: reading the corpus and learning the tokenizer")
-        prepared = prepare(recipe, teacher=_teacher(flags.teacher))
+        prepared = prepare(recipe, teacher=_source(flags.teacher), init=_source(flags.init))
         trainer = start(prepared, flags.device, flags.threads, launch)
         return _run(flags, trainer, prepared, display, state_file)
 
@@ -156,13 +161,13 @@ def _run(flags: TrainFlags, trainer: Trainer, prepared: PreparedRun, display: Di
     return 0
 
 
-def _teacher(name: str) -> Teacher | None:
-    """The teacher in a directory, or the bundled model of a line. Raises SettingsError and CheckpointError."""
+def _source(name: str) -> Source | None:
+    """The checkpoint in a directory, or the bundled model of a line. Raises SettingsError and CheckpointError."""
     if not name:
         return None
-    from service.train.teacher import read_teacher
+    from service.train.source import read_source
 
-    return read_teacher(Path(bundled_source(name).directory if find_line(name) else name))
+    return read_source(Path(bundled_source(name).directory if find_line(name) else name))
 
 
 def _claim(flags: TrainFlags, leads: bool) -> Path:

@@ -60,7 +60,9 @@ def write_card(run: PreparedRun, row: Mapping[str, Any], samples: Sequence[Sampl
         "",
         "## How it was made",
         "",
-        f"    deepseek-train --recipe {run.recipe.name}" + (" --teacher DIR" if run.teacher is not None else ""),
+        f"    deepseek-train --recipe {run.recipe.name}"
+        + (" --teacher DIR" if run.teacher is not None else "")
+        + (" --init DIR" if run.init is not None else ""),
         "",
         *_training_rows(row),
         "",
@@ -129,6 +131,8 @@ def _extra_rows(row: Mapping[str, Any]) -> list[str]:
     if "pictures" in row:
         shares = ", ".join(f"{kind} {share:.3f}" for kind, share in row["pictures"]["right"].items())
         lines.append(f"| questions about held-out pictures | share answered right, {row['pictures']['questions']} of each kind: {shares} |")
+    if "init" in row:
+        lines.append(f"| began with | {row['init']}: the budget above is what came after |")
     if "teacher" in row:
         lines.append(f"| learned from | {row['teacher']['artifact']}, {row['teacher']['parameters']:,} parameters |")
     if "int8" in row:

@@ -18,8 +18,8 @@ from service.train.picture_stream import Pictures, PictureStream
 from service.train.pictures import load_pictures
 from service.train.recall import recall_documents
 from service.train.recipe import PicturesPart, Recipe
+from service.train.source import Source
 from service.train.stream import TokenStream
-from service.train.teacher import Teacher
 from service.types.catalog import VersionLine, find_line
 from service.types.errors import SettingsError
 from service.types.model_spec import ModelSpec
@@ -28,7 +28,8 @@ from service.types.vision import VisionSpec
 
 @dataclass(frozen=True, slots=True)
 class PreparedRun:
-    """Everything fixed before the first step. `identity`, 64 hex digits, names recipe (less its budget), corpus, tokenizer and teacher."""
+    """Everything fixed before the first step. `identity`, 64 hex digits, names recipe (less its budget), corpus, tokenizer, teacher and
+    `init`, the model that is trained on (None: random weights)."""
 
     recipe: Recipe
     line: VersionLine
@@ -38,17 +39,19 @@ class PreparedRun:
     train: TokenStream
     held_out: TokenStream
     identity: str
-    teacher: Teacher | None = None
+    teacher: Source | None = None
     pictures: Pictures | None = None
+    init: Source | None = None
 
 
-def prepare(recipe: Recipe, root: Path | None = None, teacher: Teacher | None = None) -> PreparedRun:
+def prepare(recipe: Recipe, root: Path | None = None, teacher: Source | None = None, init: Source | None = None) -> PreparedRun:
     """Read the corpus (below `root`, by default the running interpreter's library), learn the tokenizer, encode everything.
 
-    With a `teacher` the tokenizer is the teacher's. Raises SettingsError when the recipe names an unknown line or shape, or does not fit
-    the teacher.
+    With a `teacher`, or with an `init` to begin with, the tokenizer is theirs. Raises SettingsError when the recipe names an unknown line
+    or shape, or does not fit these.
     """
     _check_teacher(recipe, teacher)
+    given = teacher or init
     line = find_line(recipe.line)
     shapes = dict(line.shapes) if line else {}
     if line is None or recipe.shape not in shapes:
@@ -56,22 +59,26 @@ def prepare(recipe: Recipe, root: Path | None = None, teacher: Teacher | None = 
     shape = replace(shapes[recipe.shape], vocab_size=recipe.vocab_size)
     corpus = read_corpus(recipe.corpus.held_out_permille, recipe.corpus.chat_share, root)
     texts = [*corpus.train, *(f"{chat.question}\n{chat.answer}" for chat in corpus.chats)]
-    tokenizer = BpeTokenizer.train(texts, recipe.vocab_size) if teacher is None else teacher.tokenizer
+    tokenizer = BpeTokenizer.train(texts, recipe.vocab_size) if given is None else given.tokenizer
     pictures = None if recipe.pictures is None else _pictures(recipe.pictures, recipe, shape.vision if line.reads_images else None)
+    spec = line.spec(shape, end_ids=(tokenizer.end_id,), image_id=tokenizer.special_id(IMAGE) if shape.vision else None)
+    _check_init(recipe, spec, tokenizer, init)
     documents = tokenizer.encode(list(corpus.train)) + [tokenizer.encode_chat(chat.question, chat.answer) for chat in corpus.chats]
-    recall = recall_documents(corpus.train, recipe.corpus.recall_documents, recipe.corpus.recall_lines, recipe.seed)
+    part = recipe.corpus
+    recall = recall_documents(corpus.train, part.recall_documents, (part.recall_fewest_lines, part.recall_lines), recipe.seed)
     documents += tokenizer.encode(recall)
     return PreparedRun(
         recipe=recipe,
         line=line,
-        spec=line.spec(shape, end_ids=(tokenizer.end_id,), image_id=tokenizer.special_id(IMAGE) if shape.vision else None),
+        spec=spec,
         corpus=corpus,
         tokenizer=tokenizer,
         train=_stream(recipe, documents, tokenizer, pictures),
         held_out=TokenStream(tokenizer.encode(list(corpus.held_out)), tokenizer.end_id, recipe.seed),
-        identity=_identity(recipe, corpus, tokenizer, teacher, pictures),
+        identity=_identity(recipe, corpus, tokenizer, (teacher, init), pictures),
         teacher=teacher,
         pictures=pictures,
+        init=init,
     )
 
 
@@ -96,7 +103,7 @@ def _pictures(part: PicturesPart, recipe: Recipe, vision: VisionSpec | None) -> 
     return Pictures(found, pixels, grid, shares, part.weight, part.tokens)
 
 
-def _check_teacher(recipe: Recipe, teacher: Teacher | None) -> None:
+def _check_teacher(recipe: Recipe, teacher: Source | None) -> None:
     if recipe.distil is None and teacher is not None:
         raise SettingsError(f"The recipe {recipe.name} learns from no teacher: leave --teacher out.")
     if recipe.distil is not None and teacher is None:
@@ -110,7 +117,20 @@ def _check_teacher(recipe: Recipe, teacher: Teacher | None) -> None:
         raise SettingsError(f"The teacher reads {spec.context_tokens} tokens and recipe.schedule has sequences of {longest}.")
 
 
-def _identity(recipe: Recipe, corpus: Corpus, tokenizer: BpeTokenizer, teacher: Teacher | None, pictures: Pictures | None) -> str:
+def _check_init(recipe: Recipe, spec: ModelSpec, tokenizer: BpeTokenizer, init: Source | None) -> None:
+    if init is None:
+        return
+    if init.manifest.spec != spec:
+        raise SettingsError(
+            f"--init names another network ({init.artifact}) than {recipe.shape} of line {recipe.line}, which the recipe trains."
+        )
+    if init.tokenizer.files(0) != tokenizer.files(0):
+        raise SettingsError("--init and --teacher have different tokenizers: a student that goes on must have been taught by that teacher.")
+
+
+def _identity(
+    recipe: Recipe, corpus: Corpus, tokenizer: BpeTokenizer, sources: tuple[Source | None, ...], pictures: Pictures | None
+) -> str:
     learned = recipe.content
     for name in ("name", "checkpoint_minutes", "evaluate", "samples", "publish"):
         del learned[name]
@@ -118,6 +138,6 @@ def _identity(recipe: Recipe, corpus: Corpus, tokenizer: BpeTokenizer, teacher: 
         del learned["schedule"][name]
     files = tokenizer.files(0)["tokenizer.json"]
     parts = [json.dumps(learned, sort_keys=True), corpus.digest, hashlib.sha256(files).hexdigest()]
-    parts += [] if teacher is None else [teacher.manifest.digest]
+    parts += [source.manifest.digest for source in sources if source is not None]
     parts += [] if pictures is None else [pictures.found.digest]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -90,12 +90,14 @@ def _row(trainer: Trainer, run: PreparedRun, outcome: Outcome) -> dict[str, Any]
 
 
 def _extras(trainer: Trainer, run: PreparedRun, outcome: Outcome) -> dict[str, Any]:
-    """What only some runs have: the group's size, the teacher, the same weights without quantisation."""
+    """What only some runs have: the group's size, the teacher, what it began with, the same weights without quantisation."""
     found: dict[str, Any] = {}
     if trainer.group.size > 1:
         found["processes"] = trainer.group.size
     if run.teacher is not None:
         found["teacher"] = {"artifact": run.teacher.artifact, "parameters": run.teacher.manifest.spec.parameters}
+    if run.init is not None:
+        found["init"] = run.init.artifact
     if run.pictures is not None and isinstance(run.train, PictureStream):
         found["pictures"] = {
             "source": run.recipe.pictures.source if run.recipe.pictures else "",

@@ -11,13 +11,12 @@ from collections.abc import Sequence
 
 from service.inputs.recall_tasks import TASKS, assignment, names, question, value
 
-_FEWEST_LINES = 4
 _LINES_PER_FACT, _MOST_FACTS = (1, 2, 4, 8), 72
 _HANDED_ON = 0.25  # of the facts are the values of earlier names
 
 
-def recall_documents(texts: Sequence[str], number: int, longest_lines: int, seed: int) -> list[str]:
-    """`number` documents over up to `longest_lines` lines of `texts`, short ones more often.
+def recall_documents(texts: Sequence[str], number: int, counts: tuple[int, int], seed: int) -> list[str]:
+    """`number` documents over counts[0] to counts[1] lines of `texts`, short ones more often.
 
     Every third is one question of the four kinds in turn; the others state and ask facts all the way through, so that there is much to
     learn in each.
@@ -26,8 +25,9 @@ def recall_documents(texts: Sequence[str], number: int, longest_lines: int, seed
     documents = []
     for index in range(number):
         draw = random.Random(f"recall {seed} {index}")
-        longest = min(longest_lines, len(lines))
-        count = min(int(_FEWEST_LINES * (longest / _FEWEST_LINES) ** draw.random()) + 1, longest)
+        longest = min(counts[1], len(lines))
+        fewest = min(counts[0], longest)
+        count = min(int(fewest * (longest / fewest) ** draw.random()) + 1, longest)
         start = draw.randrange(len(lines) - count + 1)
         filler = lines[start : start + count]
         if index % 3:

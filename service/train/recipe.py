@@ -24,13 +24,15 @@ from service.types.errors import SettingsError
 class CorpusPart:
     """Which text: per mille of files held out (by digest) and the fraction of the possible chats that is used.
 
-    `recall_documents` is how many questions about facts far back are learned besides, each over up to `recall_lines` lines.
+    `recall_documents` is how many questions about facts far back are learned besides, each over `recall_fewest_lines` to `recall_lines`
+    lines.
     """
 
     held_out_permille: int
     chat_share: float
     recall_documents: int = 0
     recall_lines: int = 100
+    recall_fewest_lines: int = 4
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,8 @@ from service.types.settings import LaunchSettings
 
 
 def start(run: PreparedRun, device: str = "auto", threads: int = 0, launch: LaunchSettings | None = None) -> Trainer:
-    """A trainer at step 0. `device` auto takes a GPU when there is one; `threads` 0 leaves torch's choice; `launch` joins a group.
+    """A trainer at step 0, with the weights that the run begins with. `device` auto takes a GPU when there is one; `threads` 0 leaves
+    torch's choice; `launch` joins a group.
 
     Raises SettingsError.
     """
@@ -39,6 +40,8 @@ def start(run: PreparedRun, device: str = "auto", threads: int = 0, launch: Laun
     model = build(run.spec, torch.device(chosen), torch.float32)
     model.gradient_checkpointing_enable(run.recipe.gradient_checkpointing)
     trainer = Trainer(run.recipe, model, run.train, run.identity)
+    if run.init is not None:
+        model.load_state_dict(run.init.load(torch.device(chosen)).state_dict())
     trainer.group = group
     trainer.objective = _objective(run, torch.device(chosen), trainer.objective)
     return trainer

@@ -17,15 +17,15 @@ TEXTS = ["\n".join(f"text {number} of {place}" for number in range(200)) for pla
 
 
 def test_documents_are_the_same_again_and_of_many_lengths() -> None:
-    documents = recall_documents(TEXTS, 40, 100, 1)
-    assert documents == recall_documents(TEXTS, 40, 100, 1) and documents != recall_documents(TEXTS, 40, 100, 2)
+    documents = recall_documents(TEXTS, 40, (4, 100), 1)
+    assert documents == recall_documents(TEXTS, 40, (4, 100), 1) and documents != recall_documents(TEXTS, 40, (4, 100), 2)
     assert len(set(documents)) == 40
     lengths = [document.count("\n") for document in documents]
     assert min(lengths) < 20 and 60 < max(lengths) < 300
 
 
 def test_some_documents_hold_few_names_and_some_one_for_every_line() -> None:
-    documents = [document for index, document in enumerate(recall_documents(TEXTS, 60, 200, 3)) if index % 3]
+    documents = [document for index, document in enumerate(recall_documents(TEXTS, 60, (4, 200), 3)) if index % 3]
     facts = [
         len(re.findall(r"^\w+ = \w+$", document, re.M)) / document.count("text ") for document in documents if document.count("text ") >= 16
     ]
@@ -33,7 +33,7 @@ def test_some_documents_hold_few_names_and_some_one_for_every_line() -> None:
 
 
 def test_every_third_document_ends_with_the_answer_to_its_one_question() -> None:
-    asked = recall_documents(TEXTS, 40, 100, 1)[::3]
+    asked = recall_documents(TEXTS, 40, (4, 100), 1)[::3]
     for document in asked:
         question, answer = document.rstrip("\n").rsplit(" ", 1)
         assert question.endswith("# prints") and answer in question and document.count("# prints") == 1
@@ -41,7 +41,7 @@ def test_every_third_document_ends_with_the_answer_to_its_one_question() -> None
 
 
 def test_the_other_documents_ask_every_fact_after_it_was_stated_and_tell_the_truth() -> None:
-    documents = [document for index, document in enumerate(recall_documents(TEXTS, 60, 200, 3)) if index % 3]
+    documents = [document for index, document in enumerate(recall_documents(TEXTS, 60, (4, 200), 3)) if index % 3]
     handed_on = 0
     for document in documents:
         held: dict[str, str] = {}

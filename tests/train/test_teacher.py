@@ -19,8 +19,8 @@ from service.train.prepare import PreparedRun, prepare
 from service.train.publish import _row
 from service.train.recipe import Recipe
 from service.train.run import conclude
+from service.train.source import Source, read_source
 from service.train.start import start
-from service.train.teacher import Teacher, read_teacher
 from service.types.catalog import V4_8
 from service.types.errors import SettingsError
 from tests.train.conftest import TINY
@@ -29,15 +29,15 @@ DISTIL = {"kl": 0.4, "mse": 0.2, "temperature": 2.0}
 
 
 @pytest.fixture(scope="module")
-def teacher(prepared: PreparedRun, tmp_path_factory: pytest.TempPathFactory) -> Teacher:
+def teacher(prepared: PreparedRun, tmp_path_factory: pytest.TempPathFactory) -> Source:
     model = build(prepared.spec, "cpu", torch.float32)
     init_weights(model, 8)
     directory = tmp_path_factory.mktemp("teacher") / "model"
     save(directory, prepared.spec, model.state_dict(), prepared.tokenizer.files(prepared.spec.context_tokens), dtype="float32")
-    return read_teacher(directory)
+    return read_source(directory)
 
 
-def student_run(recipe: Recipe, library: Path, teacher: Teacher) -> PreparedRun:
+def student_run(recipe: Recipe, library: Path, teacher: Source) -> PreparedRun:
     vocabulary = teacher.manifest.spec.vocab_size
     run = prepare(replace(recipe, vocab_size=vocabulary), library, teacher)
     shape = replace(TINY, vocab_size=vocabulary, layers=4, shared_layers=2)
@@ -45,7 +45,7 @@ def student_run(recipe: Recipe, library: Path, teacher: Teacher) -> PreparedRun:
 
 
 def test_a_light_student_learns_in_int8_and_is_published_whole(
-    library: Path, recipe_with: Callable[..., Recipe], teacher: Teacher, tmp_path: Path
+    library: Path, recipe_with: Callable[..., Recipe], teacher: Source, tmp_path: Path
 ) -> None:
     recipe = recipe_with(distil=DISTIL, quantise={"start": 0.5}, line="4.8", schedule={"steps": 12})
     run = student_run(recipe, library, teacher)
@@ -67,7 +67,7 @@ def test_a_light_student_learns_in_int8_and_is_published_whole(
     assert measured.nats_per_token == pytest.approx(outcome.unquantised.nats_per_token, rel=1e-4)
 
 
-def test_teachers_and_recipes_must_go_together(library: Path, recipe_with: Callable[..., Recipe], teacher: Teacher) -> None:
+def test_teachers_and_recipes_must_go_together(library: Path, recipe_with: Callable[..., Recipe], teacher: Source) -> None:
     with pytest.raises(SettingsError, match="leave --teacher out"):
         prepare(recipe_with(), library, teacher)
     with pytest.raises(SettingsError, match="with --teacher"):
@@ -80,7 +80,7 @@ def test_teachers_and_recipes_must_go_together(library: Path, recipe_with: Calla
         prepare(replace(long, schedule=schedule), library, teacher)
 
 
-def test_another_teacher_is_another_run(library: Path, recipe_with: Callable[..., Recipe], teacher: Teacher) -> None:
+def test_another_teacher_is_another_run(library: Path, recipe_with: Callable[..., Recipe], teacher: Source) -> None:
     recipe = recipe_with(distil=DISTIL, vocab_size=teacher.manifest.spec.vocab_size)
     other = replace(teacher, manifest=replace(teacher.manifest, digest="0" * 64))
     assert prepare(recipe, library, teacher).identity != prepare(recipe, library, other).identity

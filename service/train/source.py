@@ -1,6 +1,6 @@
-"""The teacher of a distillation: a checkpoint that reads the same tokens as its student.
+"""Checkpoints that a run begins with or learns from: the model that is trained on, the teacher of a distillation.
 
-It does not know losses. Invariant: the student gets the teacher's tokenizer and vocabulary, so that logits can be compared row by row.
+It does not know losses. Invariant: the run gets the checkpoint's tokenizer, so that weights and logits mean the same tokens.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from service.types.errors import SettingsError
 
 
 @dataclass(frozen=True, slots=True)
-class Teacher:
-    """A checkpoint to learn from, not loaded yet."""
+class Source:
+    """A checkpoint of ours, not loaded yet."""
 
     manifest: Manifest
     tokenizer: BpeTokenizer
@@ -35,7 +35,7 @@ class Teacher:
         return load(self.manifest, device, torch.float32, serving=False)
 
 
-def read_teacher(directory: Path) -> Teacher:
+def read_source(directory: Path) -> Source:
     """The checkpoint in `directory`. Raises CheckpointError, and SettingsError for a tokenizer that is not one of ours."""
     manifest = read_manifest(directory)
     tokenizer = BpeTokenizer.load(directory)
@@ -44,5 +44,5 @@ def read_teacher(directory: Path) -> Teacher:
     except KeyError:
         ends = False
     if not ends or tokenizer.vocab_size != manifest.spec.vocab_size:
-        raise SettingsError(f"The teacher in {directory} has another kind of tokenizer: a student is taught by a model of a version line.")
-    return Teacher(manifest, tokenizer)
+        raise SettingsError(f"{directory} has another kind of tokenizer: training begins with, and learns from, models of a version line.")
+    return Source(manifest, tokenizer)
