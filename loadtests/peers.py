@@ -38,7 +38,9 @@ class Run(NamedTuple):
 
 
 class Peer(Protocol):
-    """An engine that runs rounds."""
+    """An engine that runs rounds; `about` says what it is, for the row."""
+
+    about: dict[str, Any]
 
     def run(self, texts: list[tuple[int, ...]], generate: int) -> Speed:
         """One round of prompts at once."""
@@ -51,8 +53,9 @@ class TransformersPeer:
     """`transformers` generate on the same weights: static batch, float32, greedy."""
 
     def __init__(self, directory: Path) -> None:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, __version__
 
+        self.about: dict[str, Any] = {"version": __version__}
         self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
     @torch.inference_mode()
@@ -86,12 +89,11 @@ class TransformersPeer:
         del self._model
 
 
-class OpenVinoPeer:
-    """OpenVINO GenAI in a Python environment of its own, see `openvino_peer.py`."""
+class ChildPeer:
+    """An engine in a Python environment of its own that answers rounds over a pipe: `openvino_peer.py`, `llamacpp_peer.py`."""
 
-    def __init__(self, python: str, directory: str, threads: int, step_tokens: int) -> None:
-        script = str(Path(__file__).with_name("openvino_peer.py"))
-        command = [python, script, directory, str(threads), str(step_tokens)]
+    def __init__(self, script: Path, python: str, model: str, threads: int, step_tokens: int) -> None:
+        command = [python, str(script), model, str(threads), str(step_tokens)]
         self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.about = self._answer()
 

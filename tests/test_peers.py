@@ -1,0 +1,67 @@
+"""The other engines of `engine_speed`, without those engines: the pipe to one in an environment of its own, and llama.cpp's order of rows.
+
+Whether llama.cpp answers as we do was checked with it, see `loadtests/llamacpp_peer.py`; it is not among what the tests install.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loadtests.llamacpp_peer import LAYER_NAMES, gguf_name, in_pairs
+from loadtests.peers import ChildPeer
+
+CHILD = """
+import json, sys
+print("a library says something")
+print(json.dumps({"arguments": sys.argv[1:]}), flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    if not asked["generate"]:
+        sys.exit(3)
+    print(json.dumps({"prefill_s": 0.5, "decode_s": 0.25}), flush=True)
+"""
+
+
+def test_a_peer_over_a_pipe_says_what_it_is_and_runs_rounds(tmp_path: Path) -> None:
+    script = tmp_path / "peer.py"
+    script.write_text(CHILD)
+    peer = ChildPeer(script, sys.executable, "MODEL", 2, 512)
+    assert peer.about == {"arguments": ["MODEL", "2", "512"]}
+    assert peer.run([(1, 2, 3), (4, 5, 6)], generate=6) == (6 / 0.5, 10 / 0.25)
+    with pytest.raises(RuntimeError, match="ended with code 3"):
+        peer.run([(1,)], generate=0)
+    peer.close()
+
+
+def rotated(heads: np.ndarray, position: int, *, pairs: bool) -> np.ndarray:
+    """[heads, size] rotated to a position: the two halves of a head against each other, or neighbours."""
+    half = heads.shape[1] // 2
+    angles = position * 100.0 ** (-np.arange(half) / half)
+    first, second = (heads[:, ::2], heads[:, 1::2]) if pairs else (heads[:, :half], heads[:, half:])
+    turned = first * np.cos(angles) - second * np.sin(angles), first * np.sin(angles) + second * np.cos(angles)
+    return np.stack(turned, 2).reshape(heads.shape) if pairs else np.concatenate(turned, 1)
+
+
+def test_rows_in_pairs_give_the_scores_of_rows_in_halves() -> None:
+    draw = np.random.default_rng(0)
+    heads, size, hidden = 3, 8, 16
+    query, key = draw.normal(size=(2, heads * size, hidden))
+    at, before = draw.normal(size=(2, hidden))
+
+    def scores(query: np.ndarray, key: np.ndarray, *, pairs: bool) -> np.ndarray:
+        mine, theirs = ((weight @ row).reshape(heads, size) for weight, row in ((query, at), (key, before)))
+        return (rotated(mine, 7, pairs=pairs) * rotated(theirs, 3, pairs=pairs)).sum(1)
+
+    expected = scores(query, key, pairs=False)
+    np.testing.assert_allclose(scores(in_pairs(query, heads), in_pairs(key, heads), pairs=True), expected)
+    assert not np.allclose(scores(query, key, pairs=True), expected)
+
+
+def test_names_in_a_gguf_file() -> None:
+    assert gguf_name("model.layers.11.self_attn.o_proj.weight") == "blk.11.attn_output.weight"
+    assert [gguf_name("model.embed_tokens.weight"), gguf_name("model.norm.weight")] == ["token_embd.weight", "output_norm.weight"]
+    assert len({gguf_name(f"model.layers.0.{name}.weight") for name in LAYER_NAMES}) == 9
