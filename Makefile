@@ -7,7 +7,7 @@ ARGS ?=
 # Machines with a GPU bring a torch of their own; it is used as it is.
 GPU_PYTHON ?= python3
 
-.PHONY: help setup serve test test-all tools check gpu-check gpu-bench docs image image-test unit-test clean
+.PHONY: help setup serve test test-all tools check arm-check gpu-check gpu-bench docs image image-test unit-test clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -48,6 +48,9 @@ check: $(VENV)/.test ## lint, types, import contracts, and the measures of the c
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --config importlinter.ini
 	@$(BIN)/python -m tests.house.measures
+
+arm-check: $(VENV)/.test ## run the compiled kernels' tests for aarch64 under emulation (apt-get install gcc-aarch64-linux-gnu qemu-user-static)
+	@tests/kernels/arm64.sh $(ARGS)
 
 gpu-check: ## run the kernels' tests on the GPU; GPU_PYTHON needs torch, triton, numpy, pytest and hypothesis, nothing else of ours
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "make: $(GPU_PYTHON) finds no CUDA device; name an interpreter whose torch does with GPU_PYTHON="; exit 2; }
