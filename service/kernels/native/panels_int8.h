@@ -16,12 +16,6 @@ INLINE int64_t whole_words(int64_t size) { return (size + 3) / 4 * 4; }
 #include "quantised.h"
 #define HAS_STEPS 1
 
-/* sum + dot products of four: written out, since GCC 12 moves every sum to another register and back around its own intrinsic. */
-INLINE __m512i add_dots(__m512i sum, __m512i not_negative, __m512i any) {
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(not_negative), "v"(any));
-    return sum;
-}
-
 /* A query row -> steps [whole_words(size)], their sum, and the scale, which is returned. */
 INLINE float step_query(const float *x, int64_t size, int8_t *out, int32_t *sum) { return quantise_row(x, size, whole_words(size), whole_words(size), out, sum); }
 

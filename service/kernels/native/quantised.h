@@ -42,6 +42,12 @@ static float quantise_row(const float *x, int64_t inputs, int64_t padded, int64_
     return largest / 127.0f;
 }
 
+/* sum + dot products of four: written out, since GCC 12 moves every sum to another register and back around its own intrinsic. */
+INLINE __m512i add_dots(__m512i sum, __m512i not_negative, __m512i any) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(not_negative), "v"(any));
+    return sum;
+}
+
 INLINE __m512i four_inputs(const int8_t *x) {
     int32_t value;
     memcpy(&value, x, sizeof value);
@@ -91,7 +97,7 @@ INLINE struct ahead fetch(struct ahead ahead) {
 #define STRIP(r, c) const uint8_t *p##c = weight + (c < have ? c : have - 1) * strip_bytes;
 #define ZERO_8(r, c) __m512i a##r##_##c = _mm512_setzero_si512();
 #define LOAD_8(r, c) const __m512i w##c = _mm512_loadu_si512(p##c + 64 * i);
-#define DOT_8(r, c) a##r##_##c = _mm512_dpbusd_epi32(a##r##_##c, w##c, value);
+#define DOT_8(r, c) a##r##_##c = add_dots(a##r##_##c, w##c, value);
 #define PUT_8(r, c) put_int8(a##r##_##c, offset, row_scale, p, row + r, output + 16 * c);
 #define ZERO_ROW_8(r, S) S(ZERO_8, r)
 #define DOT_ROW_8(r, S)                                              \
@@ -136,7 +142,7 @@ TILE_8(8, 3)
     const __m512i w##c = _mm512_loadu_si512(p##c + 64 * i), l##c = _mm512_and_si512(w##c, low_half), \
                   h##c = _mm512_and_si512(_mm512_srli_epi16(w##c, 4), low_half);
 #define DOT_4(r, c) \
-    a##r##_##c = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(a##r##_##c, l##c, first), h##c, second);
+    a##r##_##c = add_dots(add_dots(a##r##_##c, l##c, first), h##c, second);
 #define SCALE_4(r, c) const __m512 s##c = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p##c + 256)));
 #define ADD_4(r, c) f##r##_##c = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a##r##_##c), s##c, f##r##_##c);
 #define NEXT_4(r, c) p##c += 288;
