@@ -190,7 +190,7 @@ def _print(row: dict[str, Any]) -> None:
 
 def _fill_backends(table: Table, row: dict[str, Any]) -> None:
     for column in ("weights", "sequences", "torch, tokens/s", "onnx, tokens/s", "ratio", "least", "most"):
-        table.add_column(column, justify="left" if column == "form" else "right")
+        table.add_column(column, justify="left" if column == "weights" else "right")
     for kind, form in row["forms"].items():
         for batch, found in form["batches"].items():
             speeds = (f"{found[side]['median']:.1f}" for side in ("torch", "onnx"))

@@ -150,7 +150,8 @@ def _run(flags: TrainFlags, trainer: Trainer, prepared: PreparedRun, display: Di
     finished = train(trainer, prepared, state_file, display, _stop_on_signals())
     trainer.group.close()
     if not finished:
-        display.say(f"interrupted; go on with: deepseek-train --recipe {flags.recipe} --out {flags.out} --resume")
+        sources = "".join(f" --{name} {value}" for name, value in (("teacher", flags.teacher), ("init", flags.init)) if value)
+        display.say(f"interrupted; go on with: deepseek-train --recipe {flags.recipe} --out {flags.out}{sources} --resume")
         return INTERRUPTED
     if not trainer.group.leads:
         return 0

@@ -60,7 +60,7 @@ class RunState:
 class Trainer:
     """One run of a recipe on one device, alone or as one of a group.
 
-    `identity` (recipe, corpus, tokenizer, teacher) must match for a state file to be resumed. `objective` (the loss of the next token) and
+    `identity` (recipe, corpus, tokenizer, teacher, init) must match for a state file to be resumed. `objective` (the next token's loss) and
     `group` (one process) may be set before the first step.
     """
 
@@ -186,7 +186,10 @@ class Trainer:
                 f"The training state {path.name} cannot be read ({type(error).__name__}); start without --resume."
             ) from None
         if content.get("identity") != self._identity:
-            raise CheckpointError("The training state belongs to another recipe, corpus or tokenizer; start without --resume.")
+            raise CheckpointError(
+                "The training state belongs to another recipe, corpus, tokenizer, --teacher or --init: give those of the run, or leave "
+                "--resume out."
+            )
         self.model.load_state_dict(content["model"])
         self._average = content["average"]
         for optimizer, saved in zip(self._optimizers, content["optimizers"], strict=True):

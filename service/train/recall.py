@@ -16,7 +16,7 @@ _HANDED_ON = 0.25  # of the facts are the values of earlier names
 
 
 def recall_documents(texts: Sequence[str], number: int, counts: tuple[int, int], seed: int) -> list[str]:
-    """`number` documents over counts[0] to counts[1] lines of `texts`, short ones more often.
+    """`number` documents over more than counts[0] and up to counts[1] lines of `texts`, short ones more often.
 
     Every third is one question of the four kinds in turn; the others state and ask facts all the way through, so that there is much to
     learn in each.

@@ -10,20 +10,29 @@ done
 here=$PWD/.tools/arm64 python=${PYTHON:-.venv/bin/python}
 mkdir -p "$here/lists/partial" "$here/archives/partial" "$here/root" "$here/wheels" "$here/site"
 
-if ! test -x "$here/root/usr/bin/python3.11"; then
-    arm="-qq -o APT::Architecture=arm64 -o APT::Architectures::=arm64 -o Dir::State::Lists=$here/lists -o Dir::Cache::Archives=$here/archives"
-    apt-get $arm update
-    names=$(apt-cache $arm depends --recurse --no-recommends --no-suggests --no-conflicts --no-breaks --no-replaces --no-enhances \
-        python3.11 libstdc++6 libgomp1 | grep '^[a-z]' | sed 's/:.*//' | sort -u)
-    (cd "$here/archives" && apt-get $arm download $names)
+if ! test -f "$here/root/complete"; then
+    # Lists and caches of its own, so that the machine's stay as they are.
+    apt() {
+        command=$1
+        shift
+        "$command" -qq -o APT::Architecture=arm64 -o APT::Architectures::=arm64 -o Dir::State::Lists="$here/lists" \
+            -o Dir::Cache="$here" -o Dir::Cache::Archives="$here/archives" "$@"
+    }
+    apt apt-get update
+    names=$(apt apt-cache depends --recurse --no-recommends --no-suggests --no-conflicts --no-breaks --no-replaces --no-enhances \
+        python3.11 libstdc++6 libgomp1 | sed -n 's/^\([a-z][^:]*\).*/\1/p' | sort -u)
+    test -n "$names" || { echo "arm64: this Debian has no python3.11 (bookworm has)" >&2; exit 3; }
+    (cd "$here/archives" && apt apt-get download $names)
     for package in "$here"/archives/*.deb; do dpkg -x "$package" "$here/root"; done
+    touch "$here/root/complete"
 fi
-if ! test -d "$here/site/torch"; then
+if ! test -f "$here/site/complete"; then
     $python -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.11 --implementation cp \
         --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 --platform manylinux_2_17_aarch64 --platform manylinux2014_aarch64 \
         --dest "$here/wheels" torch==2.9.1 numpy==2.4.6 pytest==9.2.0 hypothesis==6.170.17 typing_extensions sympy networkx jinja2 fsspec \
         filelock mpmath iniconfig packaging pluggy sortedcontainers attrs markupsafe pygments pytest-asyncio
     for wheel in "$here"/wheels/*.whl; do unzip -q -o "$wheel" -d "$here/site"; done
+    touch "$here/site/complete"
 fi
 
 rm -rf "$here/project" && mkdir "$here/project"

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from service.kernels.kv_store import write_kv
 from service.kernels.native import attention, decoder, elementwise
-from service.kernels.native.decoder import BoundLayers, LayerParts, PagedStep
+from service.kernels.native.decoder import BoundLayers, FarLayer, LayerParts, PagedStep
 from service.kernels.native.linear import OrderedLinear
 from service.kernels.native.quantised import NativeQuantisedLinear, unsupported
 from service.kernels.quantised import quantise_weight
+from tests.kernels.sparse_batches import make_store
 
 pytestmark = pytest.mark.skipif(unsupported() is not None, reason="no compiled integer products here")
 DIM, EPS, BLOCK, HALF = 48, 1e-5, 16, 4
@@ -185,6 +186,24 @@ def test_what_does_not_fit_is_refused() -> None:
         decoder.decoder_layers(bound, *good, rotation, replace(step, stores=step.stores[::-1]))
     with pytest.raises(ValueError, match="attention_norm is"):
         BoundLayers([replace(parts[0], norms=(torch.ones(DIM, dtype=torch.bfloat16), *parts[0].norms[1:]))], EPS)
+
+
+def test_far_stores_that_do_not_fit_are_refused() -> None:
+    part = layer(Drawn(1), "int8", 6, 2, 8, window=21)
+    step, rotation = Cache([part], 1, torch.float32).step([0], [2])
+    step = replace(step, group_of=(0,))
+    blocks = make_store(3, 2, BLOCK, (8, 8), "int8", 2, torch.float32)
+    rows = torch.zeros(2, DIM), torch.zeros(2, DIM)
+    with pytest.raises(ValueError, match="no rule"):
+        decoder.decoder_layers(BoundLayers([part], EPS), *rows, rotation, replace(step, far_layers=(FarLayer(blocks, 0, 0),), far=(None,)))
+    bound = BoundLayers([replace(part, refresh=4, sink_blocks=1)], EPS)
+    with pytest.raises(ValueError, match="a later one"):
+        decoder.decoder_layers(bound, *rows, rotation, replace(step, far_layers=(FarLayer(blocks, 1, 0),), far=(None,)))
+    turned = blocks._replace(bounds=blocks.bounds.transpose(1, 2))
+    with pytest.raises(ValueError, match="contiguous"):
+        decoder.decoder_layers(bound, *rows, rotation, replace(step, far_layers=(FarLayer(turned, 0, 0),), far=(None,)))
+    for far_layers in ((FarLayer(blocks, 0, 0),), (None,)):
+        assert decoder.decoder_layers(bound, *rows, rotation, replace(step, far_layers=far_layers, far=(None,)))
 
 
 def test_separate_computes_nothing() -> None:

@@ -55,7 +55,7 @@ def test_a_state_of_another_run_is_refused(prepared: PreparedRun, recipe_with: C
     run = trainer(prepared, recipe_with())
     run.save(tmp_path / "state.pt")
     other = Trainer(recipe_with(), build(prepared.spec, "cpu", torch.float32), prepared.train, "another")
-    with pytest.raises(CheckpointError, match="another recipe, corpus or tokenizer"):
+    with pytest.raises(CheckpointError, match="another recipe, corpus, tokenizer, --teacher or --init"):
         other.resume(tmp_path / "state.pt")
 
 

@@ -86,6 +86,8 @@ def test_what_is_no_recipe(text: str) -> None:
         ({"schedule": {"decay_from": 1.0}}, "decay_from"),
         ({"schedule": {"warmup_steps": -1}}, "warmup_steps"),
         ({"average": {"decay": 1.0}}, "decay"),
+        ({"corpus": {"recall_fewest_lines": 0}}, "recall_fewest_lines"),
+        ({"corpus": {"recall_fewest_lines": 200}}, "recall_fewest_lines"),
         ({"segments": {"tokens": 24}}, "segments.tokens"),
         ({"segments": {"tokens": 0}}, "segments.tokens"),
         ({"segments": {"tokens": 32, "memory_tokens": -1}}, "memory_tokens"),

@@ -146,6 +146,8 @@ class _FarGroup(ctypes.Structure):
         if step is None:
             return cls()
         choices = step.choices
+        if not step.tables.is_contiguous() or not choices.is_contiguous():
+            raise ValueError("far tables and choices of whole layers must be contiguous")
         sizes = step.tables.shape[1], choices.shape[3], choices.stride(0), len(step.places)
         return cls(step.tables.data_ptr(), *sizes, *(t.data_ptr() for t in step[1:]))
 
@@ -176,6 +178,7 @@ class BoundLayers:
         self.eps = eps
         self.dim = self._parts[0].products[0].inputs
         self._stores: object = None
+        self._far_layers: object = None
         self.layers = (_Layer * len(self._parts))()
         for layer, part in zip(self.layers, self._parts, strict=True):
             gate = (None, None) if part.gate is None else (part.gate[0].panels, part.gate[1])
@@ -193,8 +196,9 @@ class BoundLayers:
 
     def use(self, step: PagedStep) -> None:
         """Read and write the stores of this step. Raises ValueError for stores that do not fit the layers."""
-        if step.stores is self._stores:
+        if step.stores is self._stores and step.far_layers is self._far_layers:
             return
+        self._stores = None
         for layer, (keys, values), group in zip(self.layers, step.stores, step.group_of, strict=True):
             shape = (layer.kv_heads, step.stores[0][0].shape[2], layer.head_dim)
             found = [(*blocks.shape[1:3], row_size(blocks)) for blocks in (keys, values)]
@@ -202,9 +206,8 @@ class BoundLayers:
                 raise ValueError(f"blocks {tuple(keys.shape)} and {tuple(values.shape)} do not fit a layer of {shape}")
             layer.keys, layer.values, layer.group = keys.data_ptr(), values.data_ptr(), group
             layer.key_strides, layer.value_strides = (_size * 3)(*keys.stride()[:3]), (_size * 3)(*values.stride()[:3])
-        if any(part.refresh for part in self._parts):
-            self._use_far(step.far_layers)
-        self._stores = step.stores
+        self._use_far(step.far_layers or (None,) * len(self.layers))
+        self._stores, self._far_layers = step.stores, step.far_layers
 
     def _use_far(self, far_layers: Sequence[FarLayer | None]) -> None:
         """Read these far stores; a layer that forgets what leaves its window has none. Raises ValueError."""
@@ -229,6 +232,8 @@ def decoder_layers(bound: BoundLayers, update: Tensor, residual: Tensor, rotatio
     if dim != bound.dim or not rows_fit or any(t.dtype != torch.float32 or not t.is_contiguous() for t in (update, residual, *rotation)):
         raise ValueError(f"update {tuple(update.shape)} and residual {tuple(residual.shape)} do not fit the step or the layers")
     bound.use(step)
+    if any(layer is not None and layer.group >= len(step.far) for layer in step.far_layers):
+        raise ValueError(f"the step says of {len(step.far)} groups what is read of them, and a layer has a later one")
     tables = [table.contiguous() for table in step.tables]
     groups = (_Group * len(tables))(
         *(_Group(table.data_ptr(), table.shape[1], ids.data_ptr()) for table, ids in zip(tables, step.block_ids, strict=True))

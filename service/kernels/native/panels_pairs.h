@@ -1,6 +1,6 @@
 /* The products of attention over a cache of bfloat16 by dot products of two: query rows times keys, weights times values, sums in float32.
  *
- * Query rows and weights are rounded to bfloat16 too; a row's weights are summed as they were rounded. Integers of far blocks are exact in
+ * Query rows and weights are rounded to bfloat16 too; a row's weights are summed as they were rounded, where values have no scales. Integers of far blocks are exact in
  * bfloat16, their scales are applied to scores and weights. Invariants: a row's bits do not depend on the rows beside it; values of tokens
  * that no row of the tile sees are taken as 0, whatever they hold.
  */

@@ -1,4 +1,4 @@
-/* Scores to weights under a running maximum, for the products of 8 and 16 bits: what both have in common.
+/* Scores to weights under a running maximum: what products of 8, 16 and 32 bits have in common.
  *
  * Rows that share a block go through each stage together: the chains of one row are long, and another row's fill the gaps. Invariant: what
  * is computed for a row is a chain of operations that depends on the row alone.
