@@ -330,7 +330,7 @@ def _check_extras(recipe: Recipe) -> Iterator[tuple[bool, str]]:
 
 
 def _check(recipe: Recipe) -> None:
-    plan = recipe.schedule
+    plan, corpus = recipe.schedule, recipe.corpus
     for wrong, sentence in (
         *_check_extras(recipe),
         (recipe.optimizer.kind not in {"muon", "adamw"}, "recipe.optimizer.kind must be muon or adamw"),
@@ -343,10 +343,7 @@ def _check(recipe: Recipe) -> None:
         ),
         (not 0 <= plan.decay_from < 1, "recipe.schedule.decay_from must be in [0, 1)"),
         (plan.warmup_steps < 0, "recipe.schedule.warmup_steps must not be negative"),
-        (
-            not 1 <= recipe.corpus.recall_fewest_lines <= recipe.corpus.recall_lines,
-            "recipe.corpus.recall_fewest_lines must lie between 1 and recall_lines",
-        ),
+        (not 1 <= corpus.recall_fewest_lines <= corpus.recall_lines, "recipe.corpus.recall_fewest_lines must be in [1, recall_lines]"),
         (not 0 <= recipe.average.decay < 1, "recipe.average.decay must be in [0, 1)"),
     ):
         if wrong:
