@@ -90,7 +90,7 @@ class TransformersPeer:
 
 
 class ChildPeer:
-    """An engine in a Python environment of its own that answers rounds over a pipe: `openvino_peer.py`, `llamacpp_peer.py`."""
+    """An engine in a Python environment of its own that answers rounds over a pipe, such as `openvino_peer.py`."""
 
     def __init__(self, script: Path, python: str, model: str, threads: int, step_tokens: int) -> None:
         command = [python, str(script), model, str(threads), str(step_tokens)]

@@ -1,18 +1,24 @@
-"""The other engines of `engine_speed`, without those engines: the pipe to one in an environment of its own, and llama.cpp's order of rows.
+"""The other engines of `engine_speed`, without those engines: the pipe to one in an environment of its own, llama.cpp's order of rows, and
+the int8 weights that vLLM reads.
 
 Whether llama.cpp answers as we do was checked with it, see `loadtests/llamacpp_peer.py`; it is not among what the tests install.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from loadtests.llamacpp_peer import LAYER_NAMES, gguf_name, in_pairs
 from loadtests.peers import ChildPeer
+from loadtests.vllm_peer import convert
+from tests.tiny_models import build_tiny
 
 CHILD = """
 import json, sys
@@ -65,3 +71,19 @@ def test_names_in_a_gguf_file() -> None:
     assert gguf_name("model.layers.11.self_attn.o_proj.weight") == "blk.11.attn_output.weight"
     assert [gguf_name("model.embed_tokens.weight"), gguf_name("model.norm.weight")] == ["token_embd.weight", "output_norm.weight"]
     assert len({gguf_name(f"model.layers.0.{name}.weight") for name in LAYER_NAMES}) == 9
+
+
+def test_weights_in_int8_stand_for_the_weights(tmp_path: Path) -> None:
+    source = build_tiny(tmp_path / "model", "llama")
+    convert(source, tmp_path / "int8")
+    before, after = (load_file(path / "model.safetensors") for path in (source, tmp_path / "int8"))
+    products = [name for name in before if name.endswith("_proj.weight")]
+    assert len(products) == 7 * json.loads((source / "config.json").read_text())["num_hidden_layers"]
+    for name, weight in before.items():
+        if name not in products:
+            assert torch.equal(after[name], weight)
+            continue
+        scale = after[f"{name}_scale"]
+        assert after[name].dtype == torch.int8 and scale.shape == (len(weight), 1)
+        assert ((after[name].float() * scale - weight.float()).abs() <= 0.5001 * scale).all()
+    assert json.loads((tmp_path / "int8" / "config.json").read_text())["quantization_config"]["quant_method"] == "compressed-tensors"
