@@ -42,7 +42,8 @@ static float quantise_row(const float *x, int64_t inputs, int64_t padded, int64_
     return largest / 127.0f;
 }
 
-/* sum + dot products of four: written out, since GCC 12 moves every sum to another register and back around its own intrinsic. */
+/* sum + dot products of four: written out, since GCC 12 moves every sum to another register and back around its own intrinsic. Where
+ * memory is waited for that costs nothing, and the compiler may then place loads as it likes (products of int8). */
 INLINE __m512i add_dots(__m512i sum, __m512i not_negative, __m512i any) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(not_negative), "v"(any));
     return sum;
@@ -97,7 +98,7 @@ INLINE struct ahead fetch(struct ahead ahead) {
 #define STRIP(r, c) const uint8_t *p##c = weight + (c < have ? c : have - 1) * strip_bytes;
 #define ZERO_8(r, c) __m512i a##r##_##c = _mm512_setzero_si512();
 #define LOAD_8(r, c) const __m512i w##c = _mm512_loadu_si512(p##c + 64 * i);
-#define DOT_8(r, c) a##r##_##c = add_dots(a##r##_##c, w##c, value);
+#define DOT_8(r, c) a##r##_##c = _mm512_dpbusd_epi32(a##r##_##c, w##c, value);
 #define PUT_8(r, c) put_int8(a##r##_##c, offset, row_scale, p, row + r, output + 16 * c);
 #define ZERO_ROW_8(r, S) S(ZERO_8, r)
 #define DOT_ROW_8(r, S)                                              \
