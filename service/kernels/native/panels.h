@@ -143,6 +143,22 @@ INLINE void transpose_words(const char *const rows[WIDTH], vuint out[WIDTH]) {
 #endif
 }
 
+/* The keys of WIDTH columns from `column` on; those past the tokens are the last token once more. */
+INLINE void find_keys(const char *keys, int64_t token_bytes, int64_t tokens, int64_t column, const char *rows[WIDTH]) {
+    for (int i = 0; i < WIDTH; i++) rows[i] = keys + (column + i < tokens ? column + i : tokens - 1) * token_bytes;
+}
+
+/* The next WIDTH words of WIDTH keys, of which `left` bytes are left and what is missing counts as 0; the keys go on behind them. */
+INLINE void take_words(const char *rows[WIDTH], int64_t left, vuint words[WIDTH], struct upcoming *ahead) {
+    char rest[WIDTH][4 * WIDTH];
+    const char *from[WIDTH];
+    if (left < 4 * WIDTH) memset(rest, 0, sizeof rest);
+    for (int i = 0; i < WIDTH; i++) from[i] = left < 4 * WIDTH ? memcpy(rest[i], rows[i], left) : rows[i];
+    transpose_words(from, words);
+    fetch_upcoming(ahead, WIDTH * WIDTH / 16);
+    for (int i = 0; i < WIDTH; i++) rows[i] += 4 * WIDTH;
+}
+
 /* The dimensions that one word of WIDTH keys holds, as float32 rows of the panel: `count` of them. */
 INLINE void spread_word(enum element type, vuint word, float *panel, int64_t stride, int64_t count) {
     if (type == FLOAT32) {
@@ -170,22 +186,15 @@ INLINE void pack_keys_of(enum element type, const char *keys, int64_t token_byte
     const int64_t in_word = type == FLOAT32 ? 1 : type == STORED_INT8 ? 4 : type == STORED_INT4 ? 8 : 2, row_bytes = size * 4 / in_word;
     for (int64_t column = 0; column < columns; column += WIDTH) {
         const char *rows[WIDTH];
-        for (int i = 0; i < WIDTH; i++) rows[i] = keys + (column + i < tokens ? column + i : tokens - 1) * token_bytes;
+        find_keys(keys, token_bytes, tokens, column, rows);
         for (int64_t at = 0; at < row_bytes; at += 4 * WIDTH) {
-            char rest[WIDTH][4 * WIDTH];
-            if (row_bytes - at < 4 * WIDTH) {
-                memset(rest, 0, sizeof rest);
-                for (int i = 0; i < WIDTH; i++) rows[i] = memcpy(rest[i], rows[i], row_bytes - at);
-            }
             vuint words[WIDTH];
-            transpose_words(rows, words);
-            fetch_upcoming(ahead, WIDTH * WIDTH / 16);
+            take_words(rows, row_bytes - at, words, ahead);
             int64_t first = at / 4 * in_word, count = size - first < WIDTH * in_word ? size - first : WIDTH * in_word;
 #pragma GCC unroll 16
             for (int i = 0; i < WIDTH; i++)
                 if (i * in_word < count)
                     spread_word(type, words[i], panel + (first + i * in_word) * columns + column, columns, count - i * in_word);
-            for (int i = 0; i < WIDTH; i++) rows[i] += 4 * WIDTH;
         }
     }
 }

@@ -26,22 +26,15 @@ static void pack_key_steps(const char *keys, int64_t token_bytes, int64_t tokens
     int64_t bytes = whole_words(size);
     for (int64_t column = 0; column < columns; column += WIDTH) {
         const char *rows[WIDTH];
-        for (int i = 0; i < WIDTH; i++) rows[i] = keys + (column + i < tokens ? column + i : tokens - 1) * token_bytes;
+        find_keys(keys, token_bytes, tokens, column, rows);
         for (int64_t at = 0; at < bytes; at += 4 * WIDTH) {
-            char rest[WIDTH][4 * WIDTH];
-            if (size - at < 4 * WIDTH) {
-                memset(rest, 0, sizeof rest);
-                for (int i = 0; i < WIDTH; i++) rows[i] = memcpy(rest[i], rows[i], size - at);
-            }
             vuint words[WIDTH];
-            transpose_words(rows, words);
-            fetch_upcoming(ahead, WIDTH * WIDTH / 16);
+            take_words(rows, size - at, words, ahead);
             int64_t count = (bytes - at) / 4 < WIDTH ? (bytes - at) / 4 : WIDTH;
             for (int i = 0; i < count; i++) {
                 vuint word = words[i] ^ flip;
                 memcpy(panel + (at / 4 + i) * columns + column, &word, sizeof word);
             }
-            for (int i = 0; i < WIDTH; i++) rows[i] += 4 * WIDTH;
         }
     }
 }

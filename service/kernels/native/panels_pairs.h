@@ -59,22 +59,15 @@ INLINE void pack_key_pairs_of(enum element type, const char *keys, int64_t token
     const int64_t in_word = type == STORED_INT8 ? 4 : type == STORED_INT4 ? 8 : 2, row_bytes = size * 4 / in_word;
     for (int64_t column = 0; column < columns; column += WIDTH) {
         const char *rows[WIDTH];
-        for (int i = 0; i < WIDTH; i++) rows[i] = keys + (column + i < tokens ? column + i : tokens - 1) * token_bytes;
+        find_keys(keys, token_bytes, tokens, column, rows);
         for (int64_t at = 0; at < row_bytes; at += 4 * WIDTH) {
-            char rest[WIDTH][4 * WIDTH];
-            if (row_bytes - at < 4 * WIDTH) {
-                memset(rest, 0, sizeof rest);
-                for (int i = 0; i < WIDTH; i++) rows[i] = memcpy(rest[i], rows[i], row_bytes - at);
-            }
             vuint words[WIDTH];
-            transpose_words(rows, words);
-            fetch_upcoming(ahead, WIDTH * WIDTH / 16);
+            take_words(rows, row_bytes - at, words, ahead);
             const int64_t first = at / 4 * in_word / 2, count = whole_pairs(size) - first;
 #pragma GCC unroll 16
             for (int i = 0; i < WIDTH; i++)
                 if (i * in_word / 2 < count)
                     spread_pairs(type, words[i], panel + (first + i * in_word / 2) * columns + column, columns, count - i * in_word / 2);
-            for (int i = 0; i < WIDTH; i++) rows[i] += 4 * WIDTH;
         }
     }
 }
