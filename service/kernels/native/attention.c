@@ -18,14 +18,19 @@ struct task {
     int64_t split;
 };
 
-void run_attention_task(const struct batch *batch, int64_t index, int thread) {
-    /* From the end on: the last tiles of a slice have the most to read, and what is long is best begun first. */
+/* From the end on: the last tiles of a slice have the most to read, and what is long is best begun first. */
+static struct share share_of(const struct batch *batch, int64_t index) {
     const struct task *task = batch->tasks + batch->count - 1 - index / batch->attention->kv_heads;
-    native_kernels->attention_task(batch->attention, task->tile, index % batch->attention->kv_heads, task->split,
-                                   batch->scratch + thread * batch->scratch_floats);
+    return (struct share){task->tile, index % batch->attention->kv_heads, task->split};
 }
 
-static void run_task(void *context, int64_t index, int thread) { run_attention_task(context, index, thread); }
+void run_attention_task(const struct batch *batch, int64_t index, int64_t after, int thread) {
+    int there = after < batch->count * batch->attention->kv_heads;
+    struct share share = share_of(batch, index), next = there ? share_of(batch, after) : share;
+    native_kernels->attention_share(batch->attention, &share, there ? &next : NULL, batch->scratch + thread * batch->scratch_floats);
+}
+
+static void run_task(void *context, int64_t index, int thread) { run_attention_task(context, index, INT64_MAX, thread); }
 
 struct sizes {
     int64_t tiles, tasks, parts;

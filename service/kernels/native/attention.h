@@ -15,7 +15,7 @@ INLINE float score_unit(const struct attention *a) { return a->softcap > 0 ? a->
 /* Six rows or fewer, at row0 of the tile, over one block whose keys lie in the panel. */
 static void attend_rows(const struct attention *a, struct scratch *s, int64_t row0, int rows, int64_t first_position, int64_t block_start,
                         enum element type, const void *values, int64_t value_stride, int scaled, struct upcoming *ahead) {
-    int64_t columns = whole_vectors(a->block_tokens), value_columns = whole_vectors(a->value_size);
+    int64_t columns = s->columns, value_columns = whole_vectors(a->value_size);
     int64_t low[ROWS], high[ROWS], from = a->block_tokens, to = 0;
     for (int r = 0; r < rows; r++) {
         int64_t position = first_position + (row0 + r) / a->group;
@@ -141,30 +141,45 @@ INLINE int64_t first_seen(const struct attention *a, const struct tile *tile, co
 
 /* Scales of the tokens of a block that some row of the tile sees. */
 static void load_scales(const struct attention *a, struct scratch *s, const struct tile *tile, const struct place *here, int64_t tokens) {
-    int64_t columns = whole_vectors(a->block_tokens);
     if (here->key_scales) {
         widen_scales(here->key_scales, a->block_tokens, s->key_scales);
         widen_scales(here->value_scales, a->block_tokens, s->value_scales);
     } else {
         int64_t from = first_seen(a, tile, here);
-        gather_scales(here->keys, here->key_stride, a->key_size, from, tokens, columns, s->key_scales);
-        gather_scales(here->values, here->value_stride, a->value_size, from, tokens, columns, s->value_scales);
+        gather_scales(here->keys, here->key_stride, a->key_size, from, tokens, s->columns, s->key_scales);
+        gather_scales(here->values, here->value_stride, a->value_size, from, tokens, s->columns, s->value_scales);
     }
 }
 
-/* The rows of one visit over the block it reads, while the next visit's block is fetched. */
+/* Where the first visit of a share is. */
+INLINE struct visit first_visit(const struct attention *a, const struct tile *tile, int64_t head, int64_t split) {
+    int64_t first = (tile->first_split + split) * a->split_blocks;
+    return visit_from(a, tile, head, first > tile->first_entry ? first : tile->first_entry, 0);
+}
+
+/* The lines that hold what a tile sees of a block from position `start` on, of which a token takes `token_bytes`. */
+INLINE struct upcoming seen_lines(const struct attention *a, const struct tile *tile, int64_t start, const void *at, int64_t token_bytes) {
+    int64_t tokens = tile->first_position + tile->tokens - start;
+    return (struct upcoming){at, ((tokens < a->block_tokens ? tokens : a->block_tokens) * token_bytes + 63) / 64};
+}
+
+/* The rows of one visit over the block it reads, while the block of the next visit, or of the next share, is fetched. */
 static void attend_block(const struct attention *a, struct scratch *s, const struct tile *tile, int64_t head, struct visit visit) {
     int64_t value_columns = whole_vectors(a->value_size), last_position = tile->first_position + tile->tokens - 1;
     int64_t first_row = visit.token * a->group, rows = visit.tokens * a->group;
     struct place here = find_place(a, tile, head, visit);
     int64_t tokens = last_position + 1 - here.start < a->block_tokens ? last_position + 1 - here.start : a->block_tokens;
+    s->columns = whole_vectors(tokens);
     struct upcoming keys_ahead = {NULL, 0}, values_ahead = {NULL, 0};
     struct visit after = visit_after(a, tile, head, visit);
-    if (after.entry < tile->end_entry) {
-        struct place next = find_place(a, tile, head, after);
+    const int more = after.entry < tile->end_entry;
+    const struct tile *next_tile = more ? tile : s->after ? s->after->tile : NULL;
+    if (next_tile) {
+        int64_t next_head = more ? head : s->after->head;
+        struct place next = find_place(a, next_tile, next_head, more ? after : first_visit(a, next_tile, next_head, s->after->split));
         int64_t bytes = element_bytes(next.type);
-        keys_ahead = (struct upcoming){next.keys, a->block_tokens * next.key_stride * bytes / 64};
-        values_ahead = (struct upcoming){next.values, a->block_tokens * next.value_stride * bytes / 64};
+        keys_ahead = seen_lines(a, next_tile, next.start, next.keys, next.key_stride * bytes);
+        values_ahead = seen_lines(a, next_tile, next.start, next.values, next.value_stride * bytes);
     }
     const int scaled = here.type == STORED_INT8 || here.type == STORED_INT4, in_steps = HAS_STEPS && scaled && !here.key_scales;
     if (scaled) load_scales(a, s, tile, &here, tokens);
@@ -173,16 +188,16 @@ static void attend_block(const struct attention *a, struct scratch *s, const str
     int64_t stride = here.value_stride;
     if (a->pairs) {
         pack_key_pairs(type, here.keys, here.key_stride * element_bytes(type), tokens, a->key_size, (uint32_t *)s->panel,
-                       whole_vectors(a->block_tokens), &keys_ahead);
+                       s->columns, &keys_ahead);
         pack_value_pairs(type, here.values, stride, here.key_scales ? 0 : first_seen(a, tile, &here), tokens, a->value_size, (uint32_t *)s->values);
         mixed_from = s->values;
     } else if (in_steps) {
-        pack_key_steps(here.keys, here.key_stride, tokens, a->key_size, (uint32_t *)s->panel, whole_vectors(a->block_tokens), &keys_ahead);
+        pack_key_steps(here.keys, here.key_stride, tokens, a->key_size, (uint32_t *)s->panel, s->columns, &keys_ahead);
         pack_value_steps(here.values, here.value_stride, tokens, a->value_size, (uint32_t *)s->values);
         mixed_from = s->values;
     } else {
-        pack_keys(here.type, here.keys, here.key_stride * element_bytes(here.type), tokens, a->key_size, s->panel,
-                  whole_vectors(a->block_tokens), &keys_ahead);
+        pack_keys(here.type, here.keys, here.key_stride * element_bytes(here.type), tokens, a->key_size, s->panel, s->columns,
+                  &keys_ahead);
         if (scaled || value_columns != a->value_size || (type != FLOAT32 && rows > 2 * ROWS)) {
             widen_values(type, here.values, stride, 0, tokens, a->value_size, s->values);
             type = FLOAT32, mixed_from = s->values, stride = value_columns;
@@ -191,18 +206,18 @@ static void attend_block(const struct attention *a, struct scratch *s, const str
     for (int64_t row = 0; row < rows; row += ROWS)
         attend_rows(a, s, first_row + row, rows - row < ROWS ? (int)(rows - row) : ROWS, tile->first_position, here.start, type, mixed_from,
                     stride, scaled, &values_ahead);
+    fetch_upcoming(&values_ahead, values_ahead.lines);
 }
 
 /* All rows of a tile over one split of what it reads: s->maxima, s->mixed and s->totals hold the split's result. */
 static void attend_split(const struct attention *a, struct scratch *s, const struct tile *tile, int64_t head, int64_t split) {
     int64_t value_columns = whole_vectors(a->value_size), rows = tile->tokens * a->group;
-    int64_t first = (tile->first_split + split) * a->split_blocks, end = first + a->split_blocks;
-    first = first > tile->first_entry ? first : tile->first_entry;
+    int64_t end = (tile->first_split + split + 1) * a->split_blocks;
     end = end < tile->end_entry ? end : tile->end_entry;
     for (int64_t i = 0; i < rows; i++) s->maxima[i] = -INFINITY;
     memset(s->sums, 0, rows * WIDTH * sizeof(float));
     memset(s->mixed, 0, rows * value_columns * sizeof(float));
-    for (struct visit visit = visit_from(a, tile, head, first, 0); visit.entry < end; visit = visit_after(a, tile, head, visit))
+    for (struct visit visit = first_visit(a, tile, head, split); visit.entry < end; visit = visit_after(a, tile, head, visit))
         attend_block(a, s, tile, head, visit);
     for (int64_t i = 0; i < rows; i++) s->totals[i] = sum_lanes(load_float(s->sums + i * WIDTH));
 }
@@ -296,10 +311,13 @@ static int64_t attention_scratch(const struct attention *a) {
 
 static int64_t attention_partial(const struct attention *a) { return a->tile_rows * (2 + whole_vectors(a->value_size)); }
 
-/* One task: every split of a tile and head in order, or a run of them from `split` on, whose results wait for the last run to join all. */
-static void attention_task(const struct attention *a, const struct tile *tile, int64_t head, int64_t split, float *memory) {
+/* One share: every split of a tile and head in order, or a run of them, whose results wait for the last run to join all. */
+static void attention_share(const struct attention *a, const struct share *share, const struct share *after, float *memory) {
+    const struct tile *tile = share->tile;
+    const int64_t head = share->head, split = share->split;
     struct scratch s;
     carve(a, memory, &s);
+    s.after = after;
     int64_t rows = tile->tokens * a->group, columns = whole_vectors(a->value_size);
     pack_query(a, &s, tile->first_row, tile->tokens, head);
     if (tile->parts) {

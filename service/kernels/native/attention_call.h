@@ -46,6 +46,8 @@ struct scratch {
     int32_t *query_sums;
     int8_t *query_steps;
     uint8_t *weight_steps;
+    int64_t columns;           /* tokens of the block at hand that some row sees, in whole vectors */
+    const struct share *after; /* what the thread takes next, or NULL */
 };
 
 /* What the rows of a window + far batch share beyond `struct attention`; anchors [T] int64, -1 for none; counts [A], choices [A, kv_heads, most]. */
@@ -59,6 +61,12 @@ struct sparse {
 struct rows {
     const int32_t *tables, *starts, *contexts;
     int64_t table_stride, sequences;
+};
+
+/* What one thread takes at a time: of a tile and K/V head every split, or where these are shared a run of them from `split` on. */
+struct share {
+    const struct tile *tile;
+    int64_t head, split;
 };
 
 struct task;
@@ -76,8 +84,9 @@ struct batch {
 int64_t lay_out_attention(struct attention *a, const struct sparse *sparse, const struct rows *rows, void *workspace,
                           int64_t workspace_bytes, int threads, struct batch *batch);
 
-/* Task `index`, below count * kv_heads, of a call; `thread` is below `threads` of its layout. */
-void run_attention_task(const struct batch *batch, int64_t index, int thread);
+/* Task `index`, below count * kv_heads, of a call, while what task `after` begins with is fetched, nothing where there is none; `thread` is
+ * below `threads` of its layout. */
+void run_attention_task(const struct batch *batch, int64_t index, int64_t after, int thread);
 
 /* The constants of the cutting, see attention.c. */
 void cut_attention(struct attention *a);

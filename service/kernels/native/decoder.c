@@ -11,6 +11,8 @@
 #include "quantised_call.h"
 #include "team.h"
 
+#define ANNOUNCED_LINES 512
+
 /* One layer: norm weights [dim] and [head_dim] (NULL where heads are not normed), the gate of its heads (panels of float32 [dim, COLUMNS] as
  * in linear.h, bias or NULL; NULL where heads are not gated), quantised products, and its keys and values with strides
  * [block, head, token]. decoder.py has its twin. */
@@ -191,13 +193,23 @@ static void norm_row(const struct run *run, const float *norm, const struct prod
     quantise_into(product, weights, normed, row);
 }
 
-static void announce(const struct product *product, const struct weights *weights, int thread, int threads) {
-    announce_piece(weights, thread, product_pieces(product, threads));
+/* What the thread's first piece of a product begins with; of no product nothing. */
+static struct upcoming first_piece(const struct product *product, int thread, int threads) {
+    return product ? piece_beginning(product, thread, product_pieces(product, threads)) : (struct upcoming){NULL, 0};
 }
 
-static void multiply(struct team *team, const struct product *product, int thread, int threads) {
+/* Have the beginning of that fetched at once: as much as memory gives while a few rows are normalised. */
+static void announce(const struct product *product, int thread, int threads) {
+    struct upcoming first = first_piece(product, thread, threads);
+    int64_t lines = first.lines < ANNOUNCED_LINES ? first.lines : ANNOUNCED_LINES;
+    for (int64_t line = 0; line < lines; line++) __builtin_prefetch(first.at + 64 * line, 0, 2);
+}
+
+/* A product, and while its last pieces are computed the beginning of the `following` one is fetched. */
+static void multiply(struct team *team, const struct product *product, const struct product *following, int thread, int threads) {
     int64_t count = product_pieces(product, threads);
-    SHARE_STAGE(piece, count) multiply_piece(product, piece, count);
+    SHARE_STAGE_AHEAD(piece, after, count)
+        multiply_piece(product, piece, count, after < count ? piece_beginning(product, after, count) : first_piece(following, thread, threads));
     end_stage(team, threads);
 }
 
@@ -207,9 +219,9 @@ static void project(const struct run *run, struct team *team, const struct layer
     int64_t rows = run->step->rows, pieces = product_pieces(qkv, threads), tiles = (rows + HEIGHT - 1) / HEIGHT;
     struct linear gate = {.type = FLOAT32, .out_type = FLOAT32, .packed = 1, .x = m->normed, .bias = l->gate_bias, .weight = l->gate,
                           .out = m->gates, .rows = rows, .inputs = run->step->dim, .outputs = l->heads};
-    SHARE_STAGE(task, pieces + (l->gate ? tiles * ((l->heads + COLUMNS - 1) / COLUMNS) : 0)) {
+    SHARE_STAGE_AHEAD(task, after, pieces + (l->gate ? tiles * ((l->heads + COLUMNS - 1) / COLUMNS) : 0)) {
         if (task < pieces)
-            multiply_piece(qkv, task, pieces);
+            multiply_piece(qkv, task, pieces, piece_beginning(qkv, after, pieces));
         else
             native_kernels->linear_tile(&gate, (task - pieces) / tiles, (task - pieces) % tiles,
                                         m->linear + thread * native_kernels->linear_scratch());
@@ -255,8 +267,9 @@ static void run_step(void *context, struct team *team, int thread, int threads) 
         struct product out = start_product(l->out, s->rows, m->quantised, s->update);
         struct product gate_up = start_product(l->gate_up, s->rows, m->quantised, m->gate_up);
         struct product down = start_product(l->down, s->rows, m->quantised, s->update);
+        struct product next = i + 1 < s->layer_count ? start_product(l[1].qkv, s->rows, m->quantised, m->qkv) : qkv;
 
-        announce(&qkv, l->qkv, thread, threads);
+        if (i == 0) announce(&qkv, thread, threads);
         SHARE_STAGE(row, s->rows) norm_row(run, l->attention_norm, &qkv, l->qkv, row);
         if (thread == threads - 1) lay_out_layer(run, l, threads);
         end_stage(team, threads);
@@ -264,24 +277,22 @@ static void run_step(void *context, struct team *team, int thread, int threads) 
         SHARE_STAGE(row, s->rows) turn_row(run, l, row);
         end_stage(team, threads);
         if (reads_far(s, l)) choose_blocks(run, team, l, thread, threads);
-        announce(&out, l->out, thread, threads);
-        SHARE_STAGE(task, run->batch.count * l->kv_heads) run_attention_task(&run->batch, task, thread);
+        announce(&out, thread, threads);
+        SHARE_STAGE_AHEAD(task, after, run->batch.count * l->kv_heads) run_attention_task(&run->batch, task, after, thread);
         end_stage(team, threads);
         SHARE_STAGE(row, s->rows) gate_row(run, l, &out, row);
         end_stage(team, threads);
-        multiply(team, &out, thread, threads);
-        announce(&gate_up, l->gate_up, thread, threads);
+        multiply(team, &out, &gate_up, thread, threads);
         SHARE_STAGE(row, s->rows) norm_row(run, l->mlp_norm, &gate_up, l->gate_up, row);
         end_stage(team, threads);
-        multiply(team, &gate_up, thread, threads);
-        announce(&down, l->down, thread, threads);
+        multiply(team, &gate_up, &down, thread, threads);
         SHARE_STAGE(row, s->rows) {
             float *both = m->gate_up + row * 2 * l->hidden;
             native_kernels->swiglu(FLOAT32, both, both, 0, 1, l->hidden);
             quantise_into(&down, l->down, both, row);
         }
         end_stage(team, threads);
-        multiply(team, &down, thread, threads);
+        multiply(team, &down, i + 1 < s->layer_count ? &next : NULL, thread, threads);
         if (thread == 0) *s->done += 1;
     }
 }

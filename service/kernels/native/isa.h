@@ -22,6 +22,6 @@ const struct kernels KERNELS_TABLE = {
 #endif
     .attention_scratch = attention_scratch,
     .attention_partial = attention_partial,
-    .attention_task = attention_task,
+    .attention_share = attention_share,
     .choose_far = choose_far,
 };

@@ -23,6 +23,13 @@
  * the scales lie apart, in float16; a near block has INT8 only, and behind each token's integers their scale in float32. */
 enum element { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, STORED_INT8 = 3, STORED_INT4 = 4 };
 
+/* Memory that is read soon, fetched line by line while something else is computed: what no hardware prefetcher follows, and a burst of
+ * fetches would stall. */
+struct upcoming {
+    const char *at;
+    int64_t lines;
+};
+
 /* Inputs that share a scale of int4 weights. */
 #define GROUP 32
 enum quantisation { INT8 = 0, INT4 = 1 };
@@ -48,6 +55,14 @@ struct product {
     int64_t outputs;
 };
 
+/* Tiles that the rows of a product are split into, as even as can be, and the strips that a tile takes: as many sums as there are registers. */
+INLINE int64_t row_tiles(const struct product *p) { return p->kind == INT8 ? (p->rows + 7) / 8 : (p->rows + 5) / 6; }
+INLINE int64_t tile_strips(const struct product *p) {
+    int64_t count = row_tiles(p), most = count ? (p->rows + count - 1) / count : 0;
+    return p->kind == INT8 ? (most > 6 ? 3 : 4) : most > 2 ? 2 : 4;
+}
+INLINE int64_t strip_bytes(const struct product *p) { return p->kind == INT8 ? 16 * p->padded : p->padded / GROUP * 288; }
+
 /* Outputs of a panel of weights. */
 #define COLUMNS 64
 /* Rows of a tile, which share a panel that was turned. */
@@ -68,7 +83,7 @@ struct linear {
 
 /* See attention_call.h. */
 struct attention;
-struct tile;
+struct share;
 struct choosing;
 
 /* One implementation of every kernel, filled by isa_*.c. `add_rms_norm`: x and residual [rows, size] -> out and total [rows, size],
@@ -93,13 +108,14 @@ struct kernels {
     void (*narrow)(enum element type, const float *x, void *out, int64_t count);
     /* Quantise a row, see quantised.h; these three are NULL where the instruction set has no dot products of int8. */
     float (*quantise_row)(const float *x, int64_t inputs, int64_t padded, int64_t group, int8_t *out, int32_t *sums);
-    /* All rows of a product times the strips begin .. end - 1. */
-    void (*int8_strips)(const struct product *product, int64_t begin, int64_t end);
-    void (*int4_strips)(const struct product *product, int64_t begin, int64_t end);
-    /* Floats that a thread needs, and that the result of one split of one tile and head takes; then one task. */
+    /* All rows of a product times the strips begin .. end - 1, while `after` is fetched. */
+    void (*int8_strips)(const struct product *product, int64_t begin, int64_t end, struct upcoming after);
+    void (*int4_strips)(const struct product *product, int64_t begin, int64_t end, struct upcoming after);
+    /* Floats that a thread needs, and that the result of one split of one tile and head takes; then one share, while what the next one
+     * (or NULL) begins with is fetched. */
     int64_t (*attention_scratch)(const struct attention *attention);
     int64_t (*attention_partial)(const struct attention *attention);
-    void (*attention_task)(const struct attention *attention, const struct tile *tile, int64_t head, int64_t split, float *memory);
+    void (*attention_share)(const struct attention *attention, const struct share *share, const struct share *after, float *memory);
     /* Choose far blocks for one anchor and K/V head, see choosing.h. */
     void (*choose_far)(const struct choosing *choosing, int64_t anchor, int64_t head, int64_t *keys, float *query);
 };

@@ -15,13 +15,6 @@
 #define VECTORS 2
 #endif
 
-/* Memory that is read soon, fetched line by line while something else is computed: what the strided reads of a panel need, which no
- * hardware prefetcher follows, and a burst of fetches would stall. */
-struct upcoming {
-    const char *at;
-    int64_t lines;
-};
-
 INLINE void fetch_upcoming(struct upcoming *ahead, int64_t lines) {
     int64_t now = ahead->lines < lines ? ahead->lines : lines;
     for (int64_t line = 0; line < now; line++) __builtin_prefetch(ahead->at + line * 64, 0, 2);

@@ -10,9 +10,7 @@
 /* Rows below which quantising is not worth a second thread, and how many pieces each thread's share of the strips is cut into: a thread
  * that the system holds up then delays a piece and not its half. */
 #define GRAIN_ELEMENTS 32768
-#define PIECES 4
-/* What is fetched of a piece before its product begins: what memory gives while a few rows are normalised. */
-#define ANNOUNCED_BYTES 32768
+#define PIECES 8
 
 static _Thread_local struct {
     char *bytes;
@@ -53,27 +51,27 @@ void quantise_into(const struct product *p, const struct weights *weights, const
     ((float *)p->x_scales)[row] = native_kernels->quantise_row(x, weights->inputs, p->padded, group, values, sums);
 }
 
-/* Pieces begin at multiples of 12 strips, which suits tiles of 2, 3 and 4. */
-static int64_t blocks_of(int64_t outputs) { return (outputs + 191) / 192; }
+/* Tiles of strips that the outputs take, and the first strip of a piece. */
+static int64_t tiles_of(const struct product *p) { return (p->outputs + 16 * tile_strips(p) - 1) / (16 * tile_strips(p)); }
+static int64_t piece_strip(const struct product *p, int64_t index, int64_t count) { return tiles_of(p) * index / count * tile_strips(p); }
 
 int64_t product_pieces(const struct product *product, int threads) {
-    int64_t blocks = blocks_of(product->outputs), count = (int64_t)threads * PIECES;
-    return count < blocks ? count : blocks;
+    int64_t tiles = tiles_of(product), count = (int64_t)threads * PIECES;
+    return count < tiles ? count : tiles;
 }
 
-void multiply_piece(const struct product *product, int64_t index, int64_t count) {
-    int64_t strips = (product->outputs + 15) / 16, blocks = blocks_of(product->outputs);
-    int64_t begin = blocks * index / count * 12, end = blocks * (index + 1) / count * 12;
+struct upcoming piece_beginning(const struct product *product, int64_t index, int64_t count) {
+    if (index >= count) return (struct upcoming){NULL, 0};
+    int64_t begin = piece_strip(product, index, count), left = (product->outputs + 15) / 16 - begin, width = tile_strips(product);
+    int64_t lines = (left < width ? left : width) * strip_bytes(product) / 64;
+    return (struct upcoming){(const char *)product->weight + begin * strip_bytes(product), lines};
+}
+
+void multiply_piece(const struct product *product, int64_t index, int64_t count, struct upcoming after) {
+    int64_t strips = (product->outputs + 15) / 16, begin = piece_strip(product, index, count), end = piece_strip(product, index + 1, count);
     if (end > strips) end = strips;
     if (begin >= end) return;
-    (product->kind == INT8 ? native_kernels->int8_strips : native_kernels->int4_strips)(product, begin, end);
-}
-
-void announce_piece(const struct weights *weights, int64_t index, int64_t count) {
-    int64_t strip = blocks_of(weights->outputs) * index / count * 12;
-    int64_t strip_bytes = weights->kind == INT8 ? 16 * weights->padded : weights->padded / GROUP * 288;
-    const char *at = (const char *)weights->values + strip * strip_bytes;
-    for (int64_t byte = 0; byte < ANNOUNCED_BYTES; byte += 64) __builtin_prefetch(at + byte, 0, 2);
+    (product->kind == INT8 ? native_kernels->int8_strips : native_kernels->int4_strips)(product, begin, end, after);
 }
 
 struct rows {
@@ -95,7 +93,7 @@ struct pieces {
 static void run_piece(void *context, int64_t index, int thread) {
     (void)thread;
     const struct pieces *pieces = context;
-    multiply_piece(pieces->product, index, pieces->count);
+    multiply_piece(pieces->product, index, pieces->count, (struct upcoming){NULL, 0});
 }
 
 /* x [rows, inputs] times the weights, plus the bias: out [rows, outputs], all float32. 0, or -1 where there is no memory. */

@@ -95,7 +95,7 @@ INLINE struct ahead fetch(struct ahead ahead) {
 #define STRIPS_4(X, r) STRIPS_3(X, r) X(r, 3)
 
 /* Strips beyond the last are the last once more; their results are not written. */
-#define STRIP(r, c) const uint8_t *p##c = weight + (c < have ? c : have - 1) * strip_bytes;
+#define STRIP(r, c) const uint8_t *p##c = weight + (c < have ? c : have - 1) * strip;
 #define ZERO_8(r, c) __m512i a##r##_##c = _mm512_setzero_si512();
 #define LOAD_8(r, c) const __m512i w##c = _mm512_loadu_si512(p##c + 64 * i);
 #define DOT_8(r, c) a##r##_##c = _mm512_dpbusd_epi32(a##r##_##c, w##c, value);
@@ -114,7 +114,7 @@ INLINE struct ahead fetch(struct ahead ahead) {
     }
 #define TILE_8(R, C)                                                                                            \
     static void int8_tile_##R##x##C(const struct product *p, int64_t row, int64_t output, struct ahead ahead) { \
-        const int64_t padded = p->padded, strip_bytes = 16 * padded, have = (p->outputs - output + 15) / 16;    \
+        const int64_t padded = p->padded, strip = 16 * padded, have = (p->outputs - output + 15) / 16;          \
         const uint8_t *weight = p->weight + output * padded;                                                    \
         const int8_t *x = p->x + row * padded;                                                                  \
         STRIPS_##C(STRIP, 0)                                                                                    \
@@ -165,9 +165,9 @@ TILE_8(8, 3)
     }
 #define TILE_4(R, C)                                                                                            \
     static void int4_tile_##R##x##C(const struct product *p, int64_t row, int64_t output, struct ahead ahead) { \
-        const int64_t padded = p->padded, groups = padded / GROUP, strip_bytes = 288 * groups;                  \
+        const int64_t padded = p->padded, groups = padded / GROUP, strip = 288 * groups;                        \
         const int64_t have = (p->outputs - output + 15) / 16;                                                   \
-        const uint8_t *weight = p->weight + output / 16 * strip_bytes;                                          \
+        const uint8_t *weight = p->weight + output / 16 * strip;                                                \
         const int8_t *x = p->x + row * padded;                                                                  \
         const int32_t *sums = p->x_sums + row * groups;                                                         \
         const __m512i low_half = _mm512_set1_epi8(15);                                                          \
@@ -199,33 +199,30 @@ static const tile INT8_TALL[] = {NULL, NULL, NULL, NULL, NULL, NULL, int8_tile_6
 static const tile INT4_WIDE[] = {NULL, int4_tile_1x4, int4_tile_2x4};
 static const tile INT4_TALL[] = {NULL, NULL, int4_tile_2x4, int4_tile_3x2, int4_tile_4x2, int4_tile_5x2, int4_tile_6x2};
 
-/* All rows times the strips begin .. end - 1, `width` strips at a time. Rows are split into `count` tiles as even as can be; each fetches
- * its share of the strips that come next, which hides the memory behind the products: 16 rows took 463 us without and 283 with it. */
-INLINE void product_strips(const struct product *p, int64_t begin, int64_t end, const tile *tiles, int64_t width, int64_t count) {
-    int64_t strip_bytes = p->kind == INT8 ? 16 * p->padded : p->padded / GROUP * 288;
-    int64_t steps = p->kind == INT8 ? p->padded / 4 : p->padded / 8;
-    int64_t lines = width * strip_bytes / 64, share = (lines + steps * count - 1) / (steps * count);
+/* All rows times the strips begin .. end - 1, a tile's at a time. Each tile of rows fetches its share of what comes next, the following strips
+ * or at last `after`, which hides the memory behind the products: 16 rows took 463 us without and 283 with it. */
+INLINE void product_strips(const struct product *p, int64_t begin, int64_t end, const tile *tiles, struct upcoming after) {
+    int64_t width = tile_strips(p), count = row_tiles(p), steps = (p->kind == INT8 ? p->padded / 4 : p->padded / 8) * count;
     for (int64_t strip = begin; strip < end; strip += width) {
-        const char *next = (const char *)p->weight + (strip + width) * strip_bytes;
-        int64_t left = strip + width < end ? lines : 0;
+        struct upcoming next = {(const char *)p->weight + (strip + width) * strip_bytes(p), width * strip_bytes(p) / 64};
+        if (strip + width >= end) next = after;
+        const int64_t share = (next.lines + steps - 1) / steps, each = steps / count * share;
         for (int64_t i = 0; i < count; i++) {
             int64_t row = p->rows * i / count;
-            struct ahead ahead = {next, left > 0 ? (int)share : 0};
+            struct ahead ahead = {next.at, next.lines > 0 ? (int)share : 0};
             tiles[p->rows * (i + 1) / count - row](p, row, 16 * strip, ahead);
-            next += 64 * share * steps;
-            left -= share * steps;
+            next.at += 64 * each;
+            next.lines -= each;
         }
     }
 }
 
-static void int8_strips(const struct product *p, int64_t begin, int64_t end) {
-    int64_t count = (p->rows + 7) / 8, most = (p->rows + count - 1) / count;
-    product_strips(p, begin, end, most > 6 ? INT8_TALL : INT8_WIDE, most > 6 ? 3 : 4, count);
+static void int8_strips(const struct product *p, int64_t begin, int64_t end, struct upcoming after) {
+    product_strips(p, begin, end, tile_strips(p) == 3 ? INT8_TALL : INT8_WIDE, after);
 }
 
-static void int4_strips(const struct product *p, int64_t begin, int64_t end) {
-    int64_t count = (p->rows + 5) / 6, most = (p->rows + count - 1) / count;
-    product_strips(p, begin, end, most > 2 ? INT4_TALL : INT4_WIDE, most > 2 ? 2 : 4, count);
+static void int4_strips(const struct product *p, int64_t begin, int64_t end, struct upcoming after) {
+    product_strips(p, begin, end, tile_strips(p) == 2 ? INT4_TALL : INT4_WIDE, after);
 }
 
 #endif

@@ -13,11 +13,10 @@ struct product start_product(const struct weights *weights, int64_t rows, char *
 /* x [inputs] becomes row `row` of the product. */
 void quantise_into(const struct product *product, const struct weights *weights, const float *x, int64_t row);
 
-/* Pieces that `threads` threads share a product in, and piece `index` of `count`. */
+/* Pieces that `threads` threads share a product in; what piece `index` of `count` begins with, nothing where there is no such piece; and the
+ * piece itself, while `after` is fetched. */
 int64_t product_pieces(const struct product *product, int threads);
-void multiply_piece(const struct product *product, int64_t index, int64_t count);
-
-/* Have the beginning of piece `index` fetched. */
-void announce_piece(const struct weights *weights, int64_t index, int64_t count);
+struct upcoming piece_beginning(const struct product *product, int64_t index, int64_t count);
+void multiply_piece(const struct product *product, int64_t index, int64_t count, struct upcoming after);
 
 #endif

@@ -54,8 +54,12 @@ static inline void end_stage(struct team *team, int threads) {
 }
 
 /* The indices of a stage that a member takes: first its own number, so that it knows early what it will read, then whatever is left. */
-#define SHARE_STAGE(index, count)                                        \
-    for (int64_t index = thread, count_of_stage = (count); index < count_of_stage; \
-         index = threads + atomic_fetch_add_explicit(&team->next, 1, memory_order_relaxed))
+#define CLAIM_INDEX (threads + atomic_fetch_add_explicit(&team->next, 1, memory_order_relaxed))
+#define SHARE_STAGE(index, count) \
+    for (int64_t index = thread, count_of_stage = (count); index < count_of_stage; index = CLAIM_INDEX)
+
+/* The same, one ahead: `after` is what the member takes next, so that what that begins with can be fetched; none from the count on. */
+#define SHARE_STAGE_AHEAD(index, after, count) \
+    for (int64_t index = thread, count_of_stage = (count), after = CLAIM_INDEX; index < count_of_stage; index = after, after = CLAIM_INDEX)
 
 #endif
