@@ -47,8 +47,10 @@ class Pictures:
 class PictureStream(TokenStream):
     """A text stream some of whose sequences are questions, drawn by (seed, length, index)."""
 
-    def __init__(self, documents: list[list[int]], tokenizer: BpeTokenizer, seed: int, pictures: Pictures) -> None:
-        super().__init__(documents, tokenizer.end_id, seed)
+    def __init__(
+        self, documents: list[list[int]], tokenizer: BpeTokenizer, seed: int, pictures: Pictures, *, aligned: bool = False
+    ) -> None:
+        super().__init__(documents, tokenizer.end_id, seed, aligned=aligned)
         self._tokenizer = tokenizer
         self._pictures = pictures
         self._salt = seed

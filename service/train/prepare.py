@@ -84,8 +84,8 @@ def prepare(recipe: Recipe, root: Path | None = None, teacher: Source | None = N
 
 def _stream(recipe: Recipe, documents: list[list[int]], tokenizer: BpeTokenizer, pictures: Pictures | None) -> TokenStream:
     if pictures is None:
-        return TokenStream(documents, tokenizer.end_id, recipe.seed)
-    stream = PictureStream(documents, tokenizer, recipe.seed, pictures)
+        return TokenStream(documents, tokenizer.end_id, recipe.seed, aligned=recipe.corpus.aligned)
+    stream = PictureStream(documents, tokenizer, recipe.seed, pictures, aligned=recipe.corpus.aligned)
     shortest = pictures.tokens or min(phase.tokens for phase in recipe.schedule.lengths)
     needed = max(stream.tokens_of(pictures.found.ask(Random(0), pictures.found.train, kind)) for kind in pictures.found.kinds)
     if needed >= shortest:

@@ -24,8 +24,8 @@ from service.types.errors import SettingsError
 class CorpusPart:
     """Which text: per mille of files held out (by digest) and the fraction of the possible chats that is used.
 
-    `recall_documents` is how many questions about facts far back are learned besides, each over `recall_fewest_lines` to `recall_lines`
-    lines.
+    `recall_documents` questions about facts far back are learned besides, each over `recall_fewest_lines` to `recall_lines` lines.
+    `aligned`: a sequence begins with a document where one begins in what would be its first half.
     """
 
     held_out_permille: int
@@ -33,6 +33,7 @@ class CorpusPart:
     recall_documents: int = 0
     recall_lines: int = 100
     recall_fewest_lines: int = 4
+    aligned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +186,7 @@ class Recipe:
     """One committed recipe. `line` and `shape` name the network in the catalog, `dtype` the compute type (auto: the line's policy).
 
     `compile`: fuse the step with torch.compile where the machine has a C++ compiler; results agree within rounding.
-    `gradient_checkpointing`: layers are computed again in the backward pass instead of kept. `segments`, `distil` and `quantise` are
-    for runs that want them.
+    `gradient_checkpointing`: layers are computed again in the backward pass instead of kept.
     """
 
     name: str

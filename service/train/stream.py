@@ -1,7 +1,7 @@
 """Documents as one row of token ids, and sequences cut from it in an order that is a function of (seed, length, index).
 
 It does not know text, models or the schedule. Invariants: a batch depends on the position alone, so a resumed run sees what an
-uninterrupted one would; within one length every sequence of an epoch is seen once before any is seen twice.
+uninterrupted one would; within one length every sequence of an epoch is seen once before any is seen twice (aligned ones may overlap).
 """
 
 from __future__ import annotations
@@ -15,16 +15,22 @@ Tokens = npt.NDArray[np.int64]
 
 
 class TokenStream:
-    """Packed documents. `documents` are id lists without the end token, which is put after each."""
+    """Packed documents. `documents` are id lists without the end token, which is put after each.
 
-    def __init__(self, documents: list[list[int]], end_id: int, seed: int) -> None:
+    `aligned`: a sequence begins with the first document that begins in what would be its first half, where there is one.
+    """
+
+    def __init__(self, documents: list[list[int]], end_id: int, seed: int, *, aligned: bool = False) -> None:
         order = list(range(len(documents)))
         random.Random(seed).shuffle(order)
         ids: list[int] = [end_id]
+        begins = []
         for index in order:
+            begins.append(len(ids) - 1)
             ids.extend(documents[index])
             ids.append(end_id)
         self.tokens: npt.NDArray[np.uint16] = np.asarray(ids, dtype=np.uint16)
+        self._begins = np.asarray(begins if aligned else [], dtype=np.int64)
         self._seed = seed
         self._orders: dict[tuple[int, int], npt.NDArray[np.int64]] = {}
 
@@ -49,7 +55,13 @@ class TokenStream:
             raise ValueError(f"{len(self.tokens)} tokens are too few for sequences of {length}")
         epoch, within = divmod(index, per_epoch)
         shift = random.Random(f"{self._seed}:{epoch}:{length}").randrange(length)
-        return int(self._order(epoch, length, per_epoch)[within]) * length + shift
+        return self._aligned(int(self._order(epoch, length, per_epoch)[within]) * length + shift, length)
+
+    def _aligned(self, start: int, length: int) -> int:
+        """Where the document begins that a sequence from `start` is to begin with: at the end token before it."""
+        found = int(np.searchsorted(self._begins, start))
+        begin = int(self._begins[found]) if found < len(self._begins) else start
+        return begin if begin - start <= length // 2 and begin + length < len(self.tokens) else start
 
     def _order(self, epoch: int, length: int, count: int) -> npt.NDArray[np.int64]:
         key = (epoch, length)
