@@ -45,6 +45,16 @@ def test_nothing_held_out_is_in_the_stream(prepared: PreparedRun) -> None:
         assert f"class {name}:" not in text
 
 
+def test_a_recipe_asks_for_sequences_that_begin_with_documents(
+    prepared: PreparedRun, library: Path, recipe_with: Callable[..., Recipe]
+) -> None:
+    aligned = prepare(recipe_with(corpus={"aligned": True}), library)
+    assert aligned.identity != prepared.identity and np.array_equal(aligned.train.tokens, prepared.train.tokens)
+    starts = [[run.train.batch(at, 1, 64)[0][0] for at in range(0, 64 * 40, 64)] for run in (aligned, prepared)]
+    begun = [sum(int(first == prepared.tokenizer.end_id) for first in found) for found in starts]
+    assert begun[0] > begun[1]
+
+
 def test_unknown_lines_and_shapes(library: Path, recipe_with: Callable[..., Recipe]) -> None:
     for changes in ({"line": "9.9"}, {"shape": "vast"}):
         with pytest.raises(SettingsError, match="not in the catalog"):

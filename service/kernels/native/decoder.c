@@ -11,6 +11,7 @@
 #include "quantised_call.h"
 #include "team.h"
 
+/* What is fetched of a product at once: what memory gives while a few rows are normalised. */
 #define ANNOUNCED_LINES 512
 
 /* One layer: norm weights [dim] and [head_dim] (NULL where heads are not normed), the gate of its heads (panels of float32 [dim, COLUMNS] as
@@ -198,7 +199,7 @@ static struct upcoming first_piece(const struct product *product, int thread, in
     return product ? piece_beginning(product, thread, product_pieces(product, threads)) : (struct upcoming){NULL, 0};
 }
 
-/* Have the beginning of that fetched at once: as much as memory gives while a few rows are normalised. */
+/* Have the beginning of that fetched at once. */
 static void announce(const struct product *product, int thread, int threads) {
     struct upcoming first = first_piece(product, thread, threads);
     int64_t lines = first.lines < ANNOUNCED_LINES ? first.lines : ANNOUNCED_LINES;
