@@ -63,7 +63,7 @@ def choose_far(
     deciding = (candidates > budgets).nonzero().squeeze(1)
     if len(deciding):
         grouped = query[deciding].float().view(len(deciding), kv_heads, heads // kv_heads, size)
-        signed = torch.cat((grouped.clamp(min=0).sum(dim=2), grouped.clamp(max=0).sum(dim=2)), dim=-1)
+        signed = torch.cat((grouped.clamp(min=0), grouped.clamp(max=0)), dim=-1)
         call = _Deciding(far, far_tables[:, sink_blocks:], sequences[deciding], candidates[deciding], budgets[deciding].long(), most)
         chosen = _decide(signed, call)
         choices[deciding] = torch.where(chosen >= 0, chosen + sink_blocks, -1).to(torch.int32)
@@ -82,7 +82,7 @@ class _Deciding(NamedTuple):
 
 
 def _decide(signed: Tensor, call: _Deciding) -> Tensor:
-    """For signed queries [A, Hkv, 2 · D]: chosen candidates in ascending order, −1 behind them, [A, Hkv, most] int64."""
+    """For signed queries [A, Hkv, G, 2 · D]: chosen candidates in ascending order, −1 behind them, [A, Hkv, most] int64."""
     scores = _block_scores(signed, call)
     width = scores.shape[2]
     keep = min(int(call.budgets.max()) * FIRST_STAGE, width)
@@ -120,9 +120,10 @@ def _block_scores(signed: Tensor, call: _Deciding) -> Tensor:
         ids = torch.where(widest, tables, 0).long()
         bounds = call.far.bounds[:, :, 0].flatten(2)[ids].float()  # [S, C, Hkv, 2 · D], S = 1 for a slice
         units = call.far.bound_scales[ids].float().permute(0, 2, 1)
-        asked = signed[rows].unsqueeze(2) if alone else signed[rows].permute(1, 0, 2).unsqueeze(0)
-        found = torch.matmul(asked, bounds.permute(0, 2, 3, 1)) * units.unsqueeze(2)  # [S, Hkv, rows, C]
-        found = found.squeeze(2) if alone else found[0].permute(1, 0, 2)
+        asked = signed[rows] if alone else signed[rows].transpose(0, 1).flatten(1, 2).unsqueeze(0)
+        found = torch.matmul(asked, bounds.permute(0, 2, 3, 1))  # [S, Hkv, G or rows · G, C]
+        found = found.amax(dim=2) if alone else found[0].unflatten(1, (len(rows), -1)).amax(dim=2).transpose(0, 1)
+        found = found * units
         scores[rows] = found.masked_fill(~valid[:, None, :], float("-inf"))
     return scores
 
@@ -130,7 +131,7 @@ def _block_scores(signed: Tensor, call: _Deciding) -> Tensor:
 def _sub_block_scores(signed: Tensor, kept: Tensor, call: _Deciding) -> Tensor:
     """The highest bound of any sub-block of the kept candidates [A, Hkv, K], float32."""
     anchors, kv_heads, keep = kept.shape
-    parts, size = call.far.bounds.shape[2] - 1, signed.shape[2]
+    parts, size = call.far.bounds.shape[2] - 1, signed.shape[3]
     rows = call.far.bounds.flatten(3).flatten(0, 1)[:, 1:]
     units = call.far.bound_scales.flatten()
     scores = signed.new_empty(kept.shape)
@@ -141,6 +142,6 @@ def _sub_block_scores(signed: Tensor, kept: Tensor, call: _Deciding) -> Tensor:
         ids = call.tables[call.sequences[span, None, None], inside].long()
         flat = ids * kv_heads + torch.arange(kv_heads)[:, None]
         bounds = rows[flat].float().flatten(2, 3)  # [a, Hkv, K · parts, 2 · D]
-        found = torch.matmul(bounds, signed[span].unsqueeze(-1)).view(*flat.shape, parts)
+        found = torch.matmul(bounds, signed[span].transpose(2, 3)).view(*flat.shape, -1)  # [a, Hkv, K, parts · G]
         scores[span] = found.amax(dim=-1) * units[flat].float()
     return scores

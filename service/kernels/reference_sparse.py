@@ -134,10 +134,10 @@ def demote(key_blocks: Tensor, value_blocks: Tensor, far: FarBlocks, near_ids: T
 
 
 def bound_scores(query: Tensor, far: FarBlocks, block: int, head: int) -> Tensor:
-    """Upper bounds of Σ over query [G, D] of its products with any key of each part of a far block's K/V head: [1 + subs] float32."""
-    positive, negative = query.float().clamp(min=0).sum(dim=0), (-query.float()).clamp(min=0).sum(dim=0)
+    """Upper bounds of the product of any query of [G, D] with any key of each part of a far block's K/V head: [1 + subs] float32."""
+    positive, negative = query.float().clamp(min=0), (-query.float()).clamp(min=0)
     bounds = far.bounds[block, head].float()
-    return (bounds[:, 0] @ positive - bounds[:, 1] @ negative) * far.bound_scales[block, head].float()
+    return (bounds[:, 0] @ positive.T - bounds[:, 1] @ negative.T).amax(dim=1) * far.bound_scales[block, head].float()
 
 
 def choose_far(
@@ -155,7 +155,7 @@ def choose_far(
 
     Anchor a belongs to sequence sequences[a], a row of far_tables [S, M]; its candidates are the table indices sink_blocks …
     candidate_ends[a] − 1 (none if that is empty), of which each K/V head gets the best budgets[a] ≤ most. The query heads of a K/V head
-    choose together: a block's score bounds the sum of their products with any of its keys. By the bounds of whole blocks the best
+    choose together: a block's score bounds the product of any of them with any of its keys. By the bounds of whole blocks the best
     FIRST_STAGE · budget are kept, of these the best by the highest bound of a sub-block; ties go to the lower index. All in float32. The
     choices are table indices in ascending order, −1 behind the first counts[a], which is the same for every head.
     """

@@ -85,7 +85,7 @@ def test_bounds_are_true_for_any_scale(seed: int, factor: float) -> None:
     assert (real[:, 0, 0] >= keys.double().amax(1)).all() and (real[:, 0, 1] <= keys.double().amin(1)).all()
     query = torch.randn(3, 5, generator=generator)
     far = sparse.FarBlocks(keys[None], keys[None], None, None, bounds[None], scales[None])
-    products = (query.double() @ keys[0].double().T).sum(0)
+    products = (query.double() @ keys[0].double().T).amax(0)
     highest = torch.cat((products.max()[None], products.view(2, 4).amax(1)))
     assert (sparse.bound_scores(query, far, 0, 0).double() >= highest - 1e-5 * highest.abs()).all()
 
@@ -140,6 +140,10 @@ class TestChoice:
         far = self.planted([6, 0, 5], [0, 6, 5])
         assert self.choose(far, torch.tensor([[1.0, 0.0]]), 3, 1) == [0]
         assert self.choose(far, torch.tensor([[0.0, 1.0]]), 3, 1) == [1]
+        # What one head alone looks for is found, though block 2 has more for both together.
+        keys = torch.tensor([4.0, 4.0]).expand(1, 1, 4, 2).contiguous()
+        sparse.demote(keys, keys, far, torch.tensor([0]), torch.tensor([3]))
+        assert self.choose(far, torch.tensor([[1.0, 0.0], [0.0, 1.0]]), 3, 2) == [0, 1]
 
 
 @pytest.mark.parametrize("store", ["int8", "int4", "native"])

@@ -136,27 +136,21 @@ def demote(key_blocks: Tensor, value_blocks: Tensor, far: FarBlocks, near_ids: T
 
 
 @triton.jit
-def load_query(p_query, i_anchor, i_head, stride_anchor, stride_head, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """(positive, negative) parts of an anchor's query summed over the heads that share a K/V head, each [BLOCK_DIM] float32."""
-    o_dim = tl.arange(0, BLOCK_DIM)
-    b_positive, b_negative = tl.zeros([BLOCK_DIM], tl.float32), tl.zeros([BLOCK_DIM], tl.float32)
-    for i_group in tl.static_range(GROUP):
-        o_query = i_anchor * stride_anchor + (i_head * GROUP + i_group) * stride_head + o_dim
-        b_query = tl.load(p_query + o_query, mask=o_dim < DIM, other=0.0).to(tl.float32)
-        b_positive += tl.maximum(b_query, 0.0)
-        b_negative += tl.maximum(-b_query, 0.0)
-    return b_positive, b_negative
-
-
-@triton.jit
-def score_part(p_bounds, p_scales, i_blocks, m_blocks, i_part, b_positive, b_negative, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """Scores [C] float32 of part i_part of the blocks whose bounds begin at p_bounds + i_blocks [C] and whose scales are p_scales [C]."""
+def score_part(
+    p_query, stride_head, p_bounds, p_scales, i_blocks, m_blocks, i_part, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr
+):  # fmt: skip
+    """Scores [C] float32 of part i_part of the blocks whose bounds begin at p_bounds + i_blocks [C] and whose scales are p_scales [C], for
+    the GROUP heads at p_query that share a K/V head: the highest of theirs."""
     o_dim = tl.arange(0, BLOCK_DIM)
     o_at = i_blocks[:, None] + i_part * (2 * DIM) + o_dim[None, :]
     m_at = m_blocks[:, None] & (o_dim < DIM)[None, :]
     b_high = tl.load(p_bounds + o_at, mask=m_at, other=0).to(tl.float32)
     b_low = tl.load(p_bounds + o_at + DIM, mask=m_at, other=0).to(tl.float32)
-    b_total = tl.sum(b_high * b_positive[None, :], 1) - tl.sum(b_low * b_negative[None, :], 1)
+    b_total = tl.full([i_blocks.shape[0]], float("-inf"), tl.float32)
+    for i_group in tl.static_range(GROUP):
+        b_query = tl.load(p_query + i_group * stride_head + o_dim, mask=o_dim < DIM, other=0.0).to(tl.float32)
+        b_product = b_high * tl.maximum(b_query, 0.0)[None, :] + b_low * tl.minimum(b_query, 0.0)[None, :]
+        b_total = tl.maximum(b_total, tl.sum(b_product, 1))
     return b_total * tl.load(p_scales, mask=m_blocks, other=0.0).to(tl.float32)
 
 
@@ -172,21 +166,12 @@ def score_kernel(
     end = tl.load(p_ends + i_anchor)
     if SINK_BLOCKS + tl.program_id(2) * CANDIDATES < end:
         m_candidate = SINK_BLOCKS + o_candidate < end
-        b_positive, b_negative = load_query(p_query, i_anchor, i_head, stride_query_anchor, stride_query_head, GROUP, DIM, BLOCK_DIM)
+        p_heads = p_query + i_anchor * stride_query_anchor + i_head * GROUP * stride_query_head
         p_table = p_tables + tl.load(p_sequences + i_anchor).to(tl.int64) * stride_table
         i_blocks = tl.load(p_table + SINK_BLOCKS + o_candidate, mask=m_candidate, other=0).to(tl.int64)
         o_bounds = i_blocks * stride_bound_block + i_head * stride_bound_head
-        b_scores = score_part(
-            p_bounds,
-            p_bound_scales + i_blocks * stride_bound_scale + i_head,
-            o_bounds,
-            m_candidate,
-            0,
-            b_positive,
-            b_negative,
-            DIM,
-            BLOCK_DIM,
-        )
+        p_scales = p_bound_scales + i_blocks * stride_bound_scale + i_head
+        b_scores = score_part(p_heads, stride_query_head, p_bounds, p_scales, o_bounds, m_candidate, 0, GROUP, DIM, BLOCK_DIM)
         tl.store(p_scores + (i_anchor * tl.num_programs(1) + i_head) * width + o_candidate, b_scores, mask=m_candidate)
 
 
@@ -234,14 +219,14 @@ def select_kernel(
     tl.debug_barrier()
     m_kept = o_kept < tl.minimum(FIRST * budget, candidates)
     b_index = tl.load(p_kept + i_pair * KEPT + o_kept, mask=m_kept, other=0)
-    b_positive, b_negative = load_query(p_query, i_anchor, i_head, stride_query_anchor, stride_query_head, GROUP, DIM, BLOCK_DIM)
+    p_heads = p_query + i_anchor * stride_query_anchor + i_head * GROUP * stride_query_head
     p_table = p_tables + tl.load(p_sequences + i_anchor).to(tl.int64) * stride_table
     i_blocks = tl.load(p_table + b_index, mask=m_kept, other=0).to(tl.int64)
     o_bounds = i_blocks * stride_bound_block + i_head * stride_bound_head
     p_scales = p_bound_scales + i_blocks * stride_bound_scale + i_head
     b_best = tl.full([KEPT], float("-inf"), tl.float32)
     for i_part in range(1, SUBS + 1):
-        b_part = score_part(p_bounds, p_scales, o_bounds, m_kept, i_part, b_positive, b_negative, DIM, BLOCK_DIM)
+        b_part = score_part(p_heads, stride_query_head, p_bounds, p_scales, o_bounds, m_kept, i_part, GROUP, DIM, BLOCK_DIM)
         b_best = tl.maximum(b_best, b_part)
     count = tl.minimum(budget, candidates)
     m_chosen = best_of(b_best, m_kept, count)

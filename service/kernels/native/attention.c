@@ -203,7 +203,7 @@ static void choose_task(void *context, int64_t index, int thread) {
 }
 
 /* See `choose_far` in reference_sparse.py. `widest` is at least every number of candidates; the workspace holds, for each thread,
- * native_choose_bytes. */
+ * native_choose_bytes for the `size` numbers of the queries that choose together. */
 EXPORTED int64_t native_choose_bytes(int64_t widest, int64_t size) { return ((2 * widest * 8 + 2 * size * 4) / 64 + 2) * 64; }
 
 EXPORTED void native_choose_far(int query_type, const void *query, int64_t query_row, int64_t query_head, const void *bounds,
@@ -213,7 +213,7 @@ EXPORTED void native_choose_far(int query_type, const void *query, int64_t query
                                 int64_t widest, void *workspace, int threads) {
     struct choosing choosing = {query_type, query,      bounds,      bound_scales, tables, ends,  budgets, sequences,   choices,
                                 {query_row, query_head}, table_stride, kv_heads,    group,        size,   parts, sink_blocks, most, first_stage, NULL, NULL};
-    int64_t each = native_choose_bytes(widest, size);
+    int64_t each = native_choose_bytes(widest, group * size);
     struct choosing_batch batch = {&choosing, workspace, each / 8, (float *)((char *)workspace + 2 * widest * 8), each / 4};
     native_parallel(choose_task, &batch, anchors * kv_heads, threads);
 }

@@ -106,7 +106,7 @@ struct choosing {
     const int64_t *query_rows, *places;
 };
 
-/* Bytes that choosing needs for each thread; `widest` is at least every number of candidates. */
+/* Bytes that choosing needs for each thread; `widest` is at least every number of candidates, `size` the numbers of a K/V head's queries. */
 EXPORTED int64_t native_choose_bytes(int64_t widest, int64_t size);
 
 #endif

@@ -1,19 +1,43 @@
 /* Which far blocks an anchor's query reads: bounds of blocks, the best of them, bounds of their sub-blocks, the best of those.
  *
- * A candidate's score bounds the sum, over the query heads of a K/V head, of their products with any key of the part: positive queries
- * meet the largest keys, negative ones the smallest. Invariant: ties are decided by the index, so a choice depends on its query alone.
+ * A candidate's score bounds the product of any query head of a K/V head with any key of the part: positive queries meet the largest
+ * keys, negative ones the smallest. Invariant: ties are decided by the index, so a choice depends on its query alone.
  */
 #include "attention_call.h"
 #include "vector.h"
 
-/* Sum of x [count] float32 times y [count] int8. */
-INLINE float bound_score(const float *x, const int8_t *y, int64_t count) {
-    vfloat sum = splat(0.0f);
+/* Query heads that share what is read of the bounds. */
+#define BOUND_HEADS 4
+
+/* The largest of the sums of x [heads, count] float32 times y [count] int8, heads being BOUND_HEADS at most and known when compiled. */
+INLINE float bound_of(const float *x, const int8_t *y, int64_t count, int heads) {
+    vfloat sums[BOUND_HEADS];
+    for (int g = 0; g < heads; g++) sums[g] = splat(0.0f);
     int64_t whole = count / WIDTH * WIDTH;
-    for (int64_t i = 0; i < whole; i += WIDTH) sum += load_float(x + i) * widen_bytes(y + i);
-    float total = whole ? sum_lanes(sum) : 0.0f;
-    for (int64_t i = whole; i < count; i++) total += x[i] * (float)y[i];
-    return total;
+    for (int64_t i = 0; i < whole; i += WIDTH) {
+        vfloat wide = widen_bytes(y + i);
+        for (int g = 0; g < heads; g++) sums[g] += load_float(x + g * count + i) * wide;
+    }
+    float best = -INFINITY;
+    for (int g = 0; g < heads; g++) {
+        float total = whole ? sum_lanes(sums[g]) : 0.0f;
+        for (int64_t i = whole; i < count; i++) total += x[g * count + i] * (float)y[i];
+        best = total > best ? total : best;
+    }
+    return best;
+}
+
+/* The same of any number of heads. */
+INLINE float bound_score(const float *x, const int8_t *y, int64_t count, int64_t heads) {
+    float best = -INFINITY;
+    for (; heads > 0; heads -= BOUND_HEADS, x += BOUND_HEADS * count) {
+        float score = heads >= 4   ? bound_of(x, y, count, 4)
+                      : heads == 3 ? bound_of(x, y, count, 3)
+                      : heads == 2 ? bound_of(x, y, count, 2)
+                                   : bound_of(x, y, count, 1);
+        best = score > best ? score : best;
+    }
+    return best;
 }
 
 /* A number that orders scores as floats, then lower indices first; greater is better. */
@@ -43,19 +67,15 @@ static void keep_best(int64_t *keys, int64_t count, int64_t keep) {
         if (keys[i] > keys[0]) sink_key(keys, keep, 0, keys[i]);
 }
 
-/* Queries of one anchor and K/V head -> sums of their positive parts [size], then of their negative ones. */
+/* Queries of one anchor and K/V head -> of each its positive part [size], then its negative one. */
 INLINE void sign_queries(const struct choosing *c, int64_t anchor, int64_t head, float *out) {
-    memset(out, 0, 2 * c->size * sizeof *out);
     for (int64_t g = 0; g < c->group; g++)
         for (int64_t i = 0; i < c->size; i += WIDTH) {
             int64_t count = c->size - i < WIDTH ? c->size - i : WIDTH;
             int64_t at = (c->query_rows ? c->query_rows[anchor] : anchor) * c->query_strides[0] + (head * c->group + g) * c->query_strides[1] + i;
             vfloat x = load_some(c->query_type, c->query, at, count), zero = splat(0.0f);
-            for (int half = 0; half < 2; half++) {
-                float *to = out + half * c->size + i;
-                vfloat part = half ? pick(x > zero, zero, x) : pick(x < zero, zero, x);
-                store_some(FLOAT32, to, 0, load_some(FLOAT32, to, 0, count) + part, count);
-            }
+            for (int half = 0; half < 2; half++)
+                store_some(FLOAT32, out + (2 * g + half) * c->size + i, 0, half ? pick(x > zero, zero, x) : pick(x < zero, zero, x), count);
         }
 }
 
@@ -81,7 +101,7 @@ static void choose_far(const struct choosing *c, int64_t anchor, int64_t head, i
         int64_t at = table[c->sink_blocks + i] * c->kv_heads + head;
         fetch_bounds(c, table, head, c->sink_blocks + (i + AHEAD < candidates ? i + AHEAD : candidates - 1), 0, 1);
         float scale = load_some(FLOAT16, c->bound_scales, at, 1)[0];
-        keys[i] = rank_key(bound_score(query, c->bounds + at * (1 + c->parts) * part, part) * scale, c->sink_blocks + i);
+        keys[i] = rank_key(bound_score(query, c->bounds + at * (1 + c->parts) * part, part, c->group) * scale, c->sink_blocks + i);
     }
     int64_t kept = c->first_stage * budget < candidates ? c->first_stage * budget : candidates;
     keep_best(keys, candidates, kept);
@@ -91,7 +111,7 @@ static void choose_far(const struct choosing *c, int64_t anchor, int64_t head, i
         fetch_bounds(c, table, head, ranked_index(keys[i + AHEAD / 4 < kept ? i + AHEAD / 4 : kept - 1]), 1, c->parts);
         float best = -INFINITY;
         for (int64_t p = 1; p <= c->parts; p++) {
-            float score = bound_score(query, bounds + p * part, part);
+            float score = bound_score(query, bounds + p * part, part, c->group);
             best = score > best ? score : best;
         }
         keys[i] = rank_key(best * load_some(FLOAT16, c->bound_scales, at, 1)[0], index);

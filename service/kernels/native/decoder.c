@@ -146,7 +146,7 @@ static int64_t place_memory(struct run *run, char *workspace, int64_t bytes, int
         gates = l->gate ? largest(gates, l->heads) : gates;
         const struct weights *products[] = {l->qkv, l->out, l->gate_up, l->down};
         for (int p = 0; p < 4; p++) quantised = largest(quantised, (int64_t)quantised_bytes(products[p], s->rows));
-        if (reads_far(s, l)) choosing = largest(choosing, native_choose_bytes(s->far_groups[l->far_group].stride, l->head_dim));
+        if (reads_far(s, l)) choosing = largest(choosing, native_choose_bytes(s->far_groups[l->far_group].stride, l->heads / l->kv_heads * l->head_dim));
         attention = largest(attention, lay_out_layer(run, l, threads));
     }
     char *at = (char *)(((uintptr_t)workspace + 63) / 64 * 64), *begin = at;

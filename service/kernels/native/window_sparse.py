@@ -78,7 +78,7 @@ def choose_far(
     choices = torch.empty(anchors, kv_heads, most, dtype=torch.int32)
     counts = torch.minimum((ends - sink_blocks).clamp_(min=0), limits)
     widest, threads = max(tables.shape[1], 1), torch.get_num_threads()
-    workspace = _WORKSPACE.take("choosing", threads * functions().native_choose_bytes(widest, size) // 4)
+    workspace = _WORKSPACE.take("choosing", threads * functions().native_choose_bytes(widest, heads // kv_heads * size) // 4)
     functions().native_choose_far(
         *(ELEMENTS[query.dtype], query.data_ptr(), *query.stride()[:2]),
         *(bounds.data_ptr(), scales.data_ptr(), tables.data_ptr(), tables.shape[1]),
