@@ -140,7 +140,7 @@ def flex(query: Tensor, ordered: list[Tensor]) -> Callable[[], Any]:
 
 def sparse_cases() -> Iterator[Case]:
     """Choice and attention over two stores of one decode step, beside our own dense attention over everything."""
-    from service.kernels.gpu import far_store, window_sparse
+    from service.kernels.gpu import choose_far, far_store, window_sparse
     from service.kernels.reference_sparse import ChosenFar, FarBlocks
 
     window, refresh, sinks = 2048, 1, 1
@@ -166,7 +166,7 @@ def sparse_cases() -> Iterator[Case]:
             order: Tensor = order, per_row: list[Tensor] = per_row, plan: Any = plan, there: Any = there, budget: int = budget,
             rule: dict[str, Any] = rule,
         ) -> Tensor:  # fmt: skip
-            chosen = far_store.choose_far(query, store, tables, order, *per_row, sink_blocks=sinks, most=budget)
+            chosen = choose_far.choose_far(query, store, tables, order, *per_row, sink_blocks=sinks, most=budget)
             far = ChosenFar(store, tables, *chosen, order)
             scale = query.shape[2] ** -0.5
             return window_sparse.window_sparse_attention(query, keys, values, tables, *there, far=far, scale=scale, **rule, plan=plan)

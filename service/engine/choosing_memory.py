@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from service.types.kv_layout import FAR_POSITION, FIRST_STAGE, FarSpec, KvGroup, KvLayout
+from service.types.kv_layout import FAR_POSITION, FIRST_STAGE, SECOND_STAGE, FarSpec, KvGroup, KvLayout
 
 # An index of a block, and a score.
 _INDEX_BYTES = 4
@@ -38,7 +38,8 @@ def kept_bytes(layout: KvLayout, rows: int) -> int:
 
 def step_bytes(layout: KvLayout, step: StepSize, on_gpu: bool) -> int:
     """Bytes that choosing takes in one step at most: the choices of all layers until the step has succeeded, a layer's once more while
-    earlier ones are joined to them, and on a GPU a score for each candidate and the indices of the first stage."""
+    earlier ones are joined to them, and on a GPU a score for each candidate, the indices of the first stage, and indices and scores of the
+    second."""
     total, largest = 0, 0
     for group, spec in _far_groups(layout):
         candidates = max(layout.entries(group, max(step.context_tokens - 1, 0)) - spec.sink_blocks, 0)
@@ -46,7 +47,8 @@ def step_bytes(layout: KvLayout, step: StepSize, on_gpu: bool) -> int:
         most = max(candidates, budget) if spec.dense_prompts else budget
         heads = step.anchors(spec.refresh) * group.kv_heads
         total += len(group.layers) * heads * most * _INDEX_BYTES
-        scored = heads * (-(-step.context_tokens // layout.block_tokens) + _power_of_two(FIRST_STAGE * most)) * _INDEX_BYTES
+        blocks, kept, compared = -(-step.context_tokens // layout.block_tokens), _power_of_two(FIRST_STAGE * most), SECOND_STAGE * most
+        scored = heads * (blocks + kept + 2 * compared) * _INDEX_BYTES
         largest = max(largest, heads * most * _INDEX_BYTES + (scored if on_gpu and most else 0))
     return total + largest
 

@@ -194,7 +194,7 @@ TABLE: Mapping[str, tuple[Implementation, ...]] = {
     "choose_far": (
         Implementation("native", native_window_sparse.choose_far, _native, steady=True),
         Implementation("cpu", far_store.choose_far, _on_cpu),
-        _gpu(reference_sparse.choose_far, "far_store"),
+        _gpu(reference_sparse.choose_far, "choose_far"),
         Implementation("reference", reference_sparse.choose_far, _anywhere),
     ),
     "window_sparse_attention": (

@@ -7,14 +7,15 @@ Invariant: the same blocks are chosen as by the reference wherever scores differ
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from service.kernels.reference_sparse import FIRST_STAGE, FarBlocks, key_bounds, pack_nibbles, quantise
+from service.kernels.reference_sparse import FIRST_STAGE, SECOND_STAGE, FarBlocks, dequantise, key_bounds, pack_nibbles, quantise
 
-# Bounds widened to float32 at once: bounds the temporaries of a step.
+# Bounds and keys widened to float32 at once: bounds the temporaries of a step.
 GATHER_BYTES = 16 << 20
 
 
@@ -51,7 +52,7 @@ def choose_far(
     sink_blocks: int,
     most: int,
 ) -> tuple[Tensor, Tensor]:
-    """Two stages of scores and top-k over packed (score, index) keys; see `reference_sparse.choose_far`."""
+    """Three stages of scores and top-k over packed (score, index) keys; see `reference_sparse.choose_far`."""
     heads, size = query.shape[1:]
     kv_heads = far.bounds.shape[1]
     candidates = (candidate_ends.long() - sink_blocks).clamp_(min=0)
@@ -87,14 +88,20 @@ def _decide(signed: Tensor, call: _Deciding) -> Tensor:
     width = scores.shape[2]
     keep = min(int(call.budgets.max()) * FIRST_STAGE, width)
     kept = _best(scores, torch.arange(width), keep)
-    rank = torch.arange(keep)
-    refused = (rank >= FIRST_STAGE * call.budgets[:, None, None]) | (kept >= call.candidates[:, None, None])
-    scores = _sub_block_scores(signed, kept, call).masked_fill_(refused, float("-inf"))
-    chosen = _best(scores, kept, min(call.most, keep))
+    scores = _without_surplus(_sub_block_scores(signed, kept, call), kept, FIRST_STAGE, call)
+    kept = _best(scores, kept, min(int(call.budgets.max()) * SECOND_STAGE, keep))
+    scores = _without_surplus(_key_scores(signed, kept, call), kept, SECOND_STAGE, call)
+    chosen = _best(scores, kept, min(call.most, kept.shape[2]))
     surplus = torch.arange(chosen.shape[2]) >= call.budgets[:, None, None]
     chosen = chosen.masked_fill_(surplus, width).sort(dim=-1).values
     chosen = torch.where(chosen < width, chosen, -1)
     return torch.nn.functional.pad(chosen, (0, call.most - chosen.shape[2]), value=-1)
+
+
+def _without_surplus(scores: Tensor, kept: Tensor, stage: int, call: _Deciding) -> Tensor:
+    """Scores of `kept` candidates [A, Hkv, K], best first; −inf for those that a stage with stage · budget places has none for."""
+    surplus = torch.arange(kept.shape[2]) >= stage * call.budgets[:, None, None]
+    return scores.masked_fill_(surplus | (kept >= call.candidates[:, None, None]), float("-inf"))
 
 
 def _best(scores: Tensor, indices: Tensor, number: int) -> Tensor:
@@ -128,20 +135,38 @@ def _block_scores(signed: Tensor, call: _Deciding) -> Tensor:
     return scores
 
 
-def _sub_block_scores(signed: Tensor, kept: Tensor, call: _Deciding) -> Tensor:
-    """The highest bound of any sub-block of the kept candidates [A, Hkv, K], float32."""
+def _spans(kept: Tensor, floats: int, call: _Deciding) -> Iterator[tuple[slice, Tensor]]:
+    """Anchors, as many at once as GATHER_BYTES allow with `floats` for each of the kept candidates [A, Hkv, K]; and where these lie when
+    blocks and K/V heads are one dimension, [a, Hkv, K]."""
     anchors, kv_heads, keep = kept.shape
-    parts, size = call.far.bounds.shape[2] - 1, signed.shape[3]
-    rows = call.far.bounds.flatten(3).flatten(0, 1)[:, 1:]
-    units = call.far.bound_scales.flatten()
-    scores = signed.new_empty(kept.shape)
-    step = max(1, GATHER_BYTES // (kv_heads * keep * parts * size * 4))
+    step = max(1, GATHER_BYTES // (kv_heads * keep * floats * 4))
     for start in range(0, anchors, step):
         span = slice(start, start + step)
         inside = torch.minimum(kept[span], call.candidates[span, None, None] - 1)
         ids = call.tables[call.sequences[span, None, None], inside].long()
-        flat = ids * kv_heads + torch.arange(kv_heads)[:, None]
+        yield span, ids * kv_heads + torch.arange(kv_heads)[:, None]
+
+
+def _sub_block_scores(signed: Tensor, kept: Tensor, call: _Deciding) -> Tensor:
+    """The highest bound of any sub-block of the kept candidates [A, Hkv, K], float32."""
+    rows = call.far.bounds.flatten(3).flatten(0, 1)[:, 1:]
+    units = call.far.bound_scales.flatten()
+    scores = signed.new_empty(kept.shape)
+    for span, flat in _spans(kept, rows[0].numel(), call):
         bounds = rows[flat].float().flatten(2, 3)  # [a, Hkv, K · parts, 2 · D]
         found = torch.matmul(bounds, signed[span].transpose(2, 3)).view(*flat.shape, -1)  # [a, Hkv, K, parts · G]
         scores[span] = found.amax(dim=-1) * units[flat].float()
+    return scores
+
+
+def _key_scores(signed: Tensor, kept: Tensor, call: _Deciding) -> Tensor:
+    """The highest product with any key of the kept candidates [A, Hkv, K], float32."""
+    positive, negative = signed.chunk(2, dim=3)
+    query = (positive + negative).transpose(2, 3)  # [A, Hkv, D, G]
+    keys = call.far.keys.flatten(0, 1)
+    units = None if call.far.key_scales is None else call.far.key_scales.flatten(0, 1)
+    scores = signed.new_empty(kept.shape)
+    for span, flat in _spans(kept, keys.shape[1] * query.shape[2], call):
+        found = dequantise(keys[flat], None if units is None else units[flat]).float()  # [a, Hkv, K, B, D]
+        scores[span] = torch.matmul(found.flatten(2, 3), query[span]).view(*flat.shape, -1).amax(dim=-1)
     return scores

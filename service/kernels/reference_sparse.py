@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Candidates that the first stage of choosing keeps for each block that may be chosen.
-FIRST_STAGE = 4
+# Candidates that the first stages of choosing keep for each block that may be chosen: by bounds of blocks, then of their parts.
+FIRST_STAGE, SECOND_STAGE = 4, 2
 
 
 class FarBlocks(NamedTuple):
@@ -140,6 +140,12 @@ def bound_scores(query: Tensor, far: FarBlocks, block: int, head: int) -> Tensor
     return (bounds[:, 0] @ positive.T - bounds[:, 1] @ negative.T).amax(dim=1) * far.bound_scales[block, head].float()
 
 
+def key_score(query: Tensor, far: FarBlocks, block: int, head: int) -> float:
+    """The highest product of any query of [G, D] with any key of a far block's K/V head, as it is kept."""
+    keys = dequantise(far.keys[block, head], None if far.key_scales is None else far.key_scales[block, head])
+    return float((keys.float() @ query.float().T).max())
+
+
 def choose_far(
     query: Tensor,
     far: FarBlocks,
@@ -156,8 +162,9 @@ def choose_far(
     Anchor a belongs to sequence sequences[a], a row of far_tables [S, M]; its candidates are the table indices sink_blocks …
     candidate_ends[a] − 1 (none if that is empty), of which each K/V head gets the best budgets[a] ≤ most. The query heads of a K/V head
     choose together: a block's score bounds the product of any of them with any of its keys. By the bounds of whole blocks the best
-    FIRST_STAGE · budget are kept, of these the best by the highest bound of a sub-block; ties go to the lower index. All in float32. The
-    choices are table indices in ascending order, −1 behind the first counts[a], which is the same for every head.
+    FIRST_STAGE · budget are kept, of these the best SECOND_STAGE · budget by the highest bound of a sub-block, and of these the best by
+    their highest product with a key as it is kept; ties go to the lower index. All in float32. The choices are table indices in ascending
+    order, −1 behind the first counts[a], which is the same for every head.
     """
     heads, kv_heads = query.shape[1], far.bounds.shape[1]
     grouped = query.view(query.shape[0], kv_heads, heads // kv_heads, query.shape[2])
@@ -170,7 +177,9 @@ def choose_far(
         for head in range(kv_heads):
             scores = {index: bound_scores(grouped[anchor, head], far, table[index], head) for index in candidates}
             kept = sorted(candidates, key=lambda index: (-float(scores[index][0]), index))[: FIRST_STAGE * budget]
-            best = sorted(kept, key=lambda index: (-float(scores[index][1:].max()), index))[:budget]
+            kept = sorted(kept, key=lambda index: (-float(scores[index][1:].max()), index))[: SECOND_STAGE * budget]
+            products = {index: key_score(grouped[anchor, head], far, table[index], head) for index in kept}
+            best = sorted(kept, key=lambda index: (-products[index], index))[:budget]
             choices[anchor, head, : len(best)] = torch.tensor(sorted(best), dtype=torch.int32)
     return choices.to(query.device), counts.to(query.device)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import groupby
 
-from service.types.kv_layout import BLOCK_TOKENS, FIRST_STAGE, FarSpec, FarStore, KvGroup, KvLayout
+from service.types.kv_layout import BLOCK_TOKENS, FIRST_STAGE, SECOND_STAGE, FarSpec, FarStore, KvGroup, KvLayout
 from service.types.vision import FusionSpec, VisionSpec
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}
@@ -78,14 +78,16 @@ class GroupedQueryAttention:
         return near, min(context_tokens - near, budget)
 
     def bytes_seen(self, context_tokens: float, kv_bytes: int) -> float:
-        """Bytes of cache that such a query reads: entries, scales, and the bounds that far blocks are chosen by."""
+        """Bytes of cache that such a query reads: entries, scales, and the bounds and keys that far blocks are chosen by."""
         near, chosen = self.tokens_seen(context_tokens)
         size = near * 2 * self.head_dim * kv_bytes
         if self.far is not None and chosen:
             store, parts = self.far.store, BLOCK_TOKENS // self.far.sub_block_tokens
             value_bytes = {FarStore.INT8: 1.0, FarStore.INT4: 0.5}.get(store, float(kv_bytes))
-            size += chosen * (2 * self.head_dim * value_bytes + (0 if store is FarStore.NATIVE else 4))
             candidates = context_tokens - near
+            # Keys are read of all that the last stage compares, values of the chosen.
+            read = chosen + min(candidates, SECOND_STAGE * chosen)
+            size += read * (self.head_dim * value_bytes + (0 if store is FarStore.NATIVE else 2))
             compared = candidates + parts * min(candidates, FIRST_STAGE * chosen)
             size += compared / BLOCK_TOKENS * (2 * self.head_dim + 2)
         return size * self.kv_heads

@@ -13,7 +13,9 @@ from torch import Tensor
 from service.engine.choosing_memory import StepSize, kept_bytes, step_bytes
 from service.engine.far_choices import FarChoices, StepChoices
 from service.engine.memory import Usage, plan_memory
+from service.kernels import reference_sparse
 from service.kernels.reference_sparse import FarBlocks
+from service.types import kv_layout
 from service.types.catalog import V2_3, V5_2
 from service.types.kv_layout import FarSpec, FarStore
 from service.types.plan import LoadRequest, Slice
@@ -67,11 +69,15 @@ def test_the_largest_step_takes_all_of_it(dense: bool) -> None:
 
 def test_a_gpu_keeps_a_score_for_each_candidate() -> None:
     spec, step = FarSpec(blocks=2), StepSize(20, 1, CONTEXT)
-    # 20 anchors, 2 heads: 15 table entries and 8 of the first stage, of 4 bytes each.
-    extra = 20 * 2 * (15 + 8) * 4
+    # 20 anchors, 2 heads: 15 table entries, 8 of the first stage, and indices and scores of 4 of the second, of 4 bytes each.
+    extra = 20 * 2 * (15 + 8 + 2 * 4) * 4
     assert step_bytes(layout_of(spec), step, on_gpu=True) - step_bytes(layout_of(spec), step, on_gpu=False) == extra
     evicting = layout_of(replace(spec, store=FarStore.EVICT))
     assert step_bytes(evicting, step, on_gpu=True) == step_bytes(evicting, step, on_gpu=False) == 0
+
+
+def test_the_stages_are_those_of_the_kernels() -> None:
+    assert (kv_layout.FIRST_STAGE, kv_layout.SECOND_STAGE) == (reference_sparse.FIRST_STAGE, reference_sparse.SECOND_STAGE)
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])

@@ -136,6 +136,18 @@ class TestChoice:
         far = self.planted([5, 5, 5, 5, 9, 6], [5, 5, 5, 5, 0, 0])
         assert self.choose(far, torch.tensor([[1.0, 1.0]]), 6, 1) == [0]
 
+    def test_keys_decide_among_what_the_sub_block_bounds_keep(self) -> None:
+        # One token of block 0 reaches 9 in one feature, its neighbour in the other: no key has both. Block 1 has a key with both.
+        far = self.planted([0, 0, 5, 5], [0, 0, 0, 0])
+        for block, rows in ((1, [[9.0, 0.0], [0.0, 9.0]] * 2), (2, [[7.0, 7.0]] * 4)):
+            keys = torch.tensor(rows)[None, None]
+            sparse.demote(keys, keys, far, torch.tensor([0]), torch.tensor([block]))
+        assert self.choose(far, torch.tensor([[1.0, 1.0]]), 4, 1) == [1]
+        # Behind two better bounds nobody looks at its keys.
+        keys = torch.tensor([[9.0, 0.0], [0.0, 9.0]] * 2)[None, None]
+        sparse.demote(keys, keys, far, torch.tensor([0]), torch.tensor([3]))
+        assert self.choose(far, torch.tensor([[1.0, 1.0]]), 4, 1) == [0]
+
     def test_heads_of_a_group_choose_together(self) -> None:
         far = self.planted([6, 0, 5], [0, 6, 5])
         assert self.choose(far, torch.tensor([[1.0, 0.0]]), 3, 1) == [0]

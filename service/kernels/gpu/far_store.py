@@ -1,7 +1,7 @@
-"""The far store on a GPU: near blocks quantised into far ones with bounds of their keys, and the choice of far blocks by these bounds.
+"""The far store on a GPU: near blocks quantised into far ones, with bounds of their keys.
 
-Arithmetic is that of `reference_sparse`, operation for operation: divisions and roundings are the IEEE ones, so both write the same bytes.
-It does not know sequences. Invariant: a choice depends on the anchor's query and its candidates' bounds alone; ties go to the lower index.
+It does not know sequences. Invariant: arithmetic is that of `reference_sparse`, operation for operation: divisions and roundings are the IEEE
+ones, so both write the same bytes.
 """
 
 from __future__ import annotations
@@ -11,10 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from service.kernels.reference_sparse import FIRST_STAGE, FarBlocks
-
-# Candidates that one program of the first stage scores.
-SCORED_BLOCKS = 32
+from service.kernels.reference_sparse import FarBlocks
 
 
 @triton.jit
@@ -133,144 +130,3 @@ def demote(key_blocks: Tensor, value_blocks: Tensor, far: FarBlocks, near_ids: T
             KEY_DIM=size, VALUE_DIM=value_size, BLOCK_KEY=triton.next_power_of_2(size), BLOCK_VALUE=triton.next_power_of_2(value_size),
             BLOCK_TOKENS=tokens, SUBS=far.bounds.shape[2] - 1, LEVELS=levels, num_warps=8,
         )  # fmt: skip
-
-
-@triton.jit
-def score_part(
-    p_query, stride_head, p_bounds, p_scales, i_blocks, m_blocks, i_part, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr
-):  # fmt: skip
-    """Scores [C] float32 of part i_part of the blocks whose bounds begin at p_bounds + i_blocks [C] and whose scales are p_scales [C], for
-    the GROUP heads at p_query that share a K/V head: the highest of theirs."""
-    o_dim = tl.arange(0, BLOCK_DIM)
-    o_at = i_blocks[:, None] + i_part * (2 * DIM) + o_dim[None, :]
-    m_at = m_blocks[:, None] & (o_dim < DIM)[None, :]
-    b_high = tl.load(p_bounds + o_at, mask=m_at, other=0).to(tl.float32)
-    b_low = tl.load(p_bounds + o_at + DIM, mask=m_at, other=0).to(tl.float32)
-    b_total = tl.full([i_blocks.shape[0]], float("-inf"), tl.float32)
-    for i_group in tl.static_range(GROUP):
-        b_query = tl.load(p_query + i_group * stride_head + o_dim, mask=o_dim < DIM, other=0.0).to(tl.float32)
-        b_product = b_high * tl.maximum(b_query, 0.0)[None, :] + b_low * tl.minimum(b_query, 0.0)[None, :]
-        b_total = tl.maximum(b_total, tl.sum(b_product, 1))
-    return b_total * tl.load(p_scales, mask=m_blocks, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def score_kernel(
-    p_query, p_bounds, p_bound_scales, p_tables, p_sequences, p_ends, p_scores, width,
-    stride_query_anchor, stride_query_head, stride_bound_block, stride_bound_head, stride_bound_scale, stride_table,
-    GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, SINK_BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr,
-):  # fmt: skip
-    """One program owns CANDIDATES candidates of one anchor and K/V head: it stores their blocks' scores in p_scores [A, Hkv, width]."""
-    i_anchor, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    o_candidate = tl.program_id(2) * CANDIDATES + tl.arange(0, CANDIDATES)
-    end = tl.load(p_ends + i_anchor)
-    if SINK_BLOCKS + tl.program_id(2) * CANDIDATES < end:
-        m_candidate = SINK_BLOCKS + o_candidate < end
-        p_heads = p_query + i_anchor * stride_query_anchor + i_head * GROUP * stride_query_head
-        p_table = p_tables + tl.load(p_sequences + i_anchor).to(tl.int64) * stride_table
-        i_blocks = tl.load(p_table + SINK_BLOCKS + o_candidate, mask=m_candidate, other=0).to(tl.int64)
-        o_bounds = i_blocks * stride_bound_block + i_head * stride_bound_head
-        p_scales = p_bound_scales + i_blocks * stride_bound_scale + i_head
-        b_scores = score_part(p_heads, stride_query_head, p_bounds, p_scales, o_bounds, m_candidate, 0, GROUP, DIM, BLOCK_DIM)
-        tl.store(p_scores + (i_anchor * tl.num_programs(1) + i_head) * width + o_candidate, b_scores, mask=m_candidate)
-
-
-@triton.jit
-def best_of(b_scores, m_valid, count):
-    """The mask of the `count` best of b_scores [C] float32 (all valid ones if there are no more); ties go to the lower index.
-
-    Floats are mapped to unsigned integers of the same order; the count-th best is found bit by bit, then what is above it is taken and of
-    what equals it the first ones: 32 counts instead of a sort.
-    """
-    b_bits = b_scores.to(tl.int32, bitcast=True)
-    b_keys = tl.where(b_bits < 0, -b_bits.to(tl.int64) - 2147483648, b_bits.to(tl.int64)) + 2147483648
-    b_keys = tl.where(m_valid, b_keys, -1)
-    threshold = tl.zeros([1], tl.int64)
-    for i_bit in range(32):
-        b_trial = threshold | (tl.full([1], 2147483648, tl.int64) >> i_bit)
-        threshold = tl.where(tl.sum((b_keys >= b_trial).to(tl.int32)) >= count, b_trial, threshold)
-    m_above = b_keys > threshold
-    m_equal = m_valid & (b_keys == threshold)
-    b_rank = tl.cumsum(m_equal.to(tl.int32), 0)
-    return m_above | (m_equal & (b_rank <= count - tl.sum(m_above.to(tl.int32))))
-
-
-@triton.jit
-def select_kernel(
-    p_query, p_bounds, p_bound_scales, p_tables, p_sequences, p_ends, p_budgets, p_scores, p_kept, p_choices, p_counts, width, most,
-    stride_query_anchor, stride_query_head, stride_bound_block, stride_bound_head, stride_bound_scale, stride_table,
-    GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, SINK_BLOCKS: tl.constexpr, SUBS: tl.constexpr,
-    FIRST: tl.constexpr, CANDIDATES: tl.constexpr, KEPT: tl.constexpr, MOST: tl.constexpr,
-):  # fmt: skip
-    """One program owns one anchor and K/V head: the best FIRST · budget candidates by their block, of these the best by a sub-block.
-
-    Scores [CANDIDATES] stay in registers; the indices that the first stage keeps pass through p_kept [A, Hkv, KEPT] in ascending order.
-    """
-    i_anchor, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    i_pair = i_anchor * tl.num_programs(1) + i_head
-    budget = tl.load(p_budgets + i_anchor)
-    candidates = tl.maximum(tl.load(p_ends + i_anchor) - SINK_BLOCKS, 0)
-    o_candidate, o_kept, o_most = tl.arange(0, CANDIDATES), tl.arange(0, KEPT), tl.arange(0, MOST)
-    m_candidate = o_candidate < candidates
-    b_scores = tl.load(p_scores + i_pair * width + o_candidate, mask=m_candidate, other=0.0)
-    m_best = best_of(b_scores, m_candidate, tl.minimum(FIRST * budget, candidates))
-    b_place = tl.cumsum(m_best.to(tl.int32), 0) - 1
-    tl.store(p_kept + i_pair * KEPT + b_place, SINK_BLOCKS + o_candidate, mask=m_best)
-    tl.debug_barrier()
-    m_kept = o_kept < tl.minimum(FIRST * budget, candidates)
-    b_index = tl.load(p_kept + i_pair * KEPT + o_kept, mask=m_kept, other=0)
-    p_heads = p_query + i_anchor * stride_query_anchor + i_head * GROUP * stride_query_head
-    p_table = p_tables + tl.load(p_sequences + i_anchor).to(tl.int64) * stride_table
-    i_blocks = tl.load(p_table + b_index, mask=m_kept, other=0).to(tl.int64)
-    o_bounds = i_blocks * stride_bound_block + i_head * stride_bound_head
-    p_scales = p_bound_scales + i_blocks * stride_bound_scale + i_head
-    b_best = tl.full([KEPT], float("-inf"), tl.float32)
-    for i_part in range(1, SUBS + 1):
-        b_part = score_part(p_heads, stride_query_head, p_bounds, p_scales, o_bounds, m_kept, i_part, GROUP, DIM, BLOCK_DIM)
-        b_best = tl.maximum(b_best, b_part)
-    count = tl.minimum(budget, candidates)
-    m_chosen = best_of(b_best, m_kept, count)
-    p_choice = p_choices + i_pair * most
-    tl.store(p_choice + o_most, tl.full([MOST], -1, tl.int32), mask=(o_most >= count) & (o_most < most))
-    tl.store(p_choice + tl.cumsum(m_chosen.to(tl.int32), 0) - 1, b_index, mask=m_chosen)
-    tl.store(p_counts + i_anchor, count, mask=i_head == 0)
-
-
-def choose_far(
-    query: Tensor,
-    far: FarBlocks,
-    far_tables: Tensor,
-    sequences: Tensor,
-    candidate_ends: Tensor,
-    budgets: Tensor,
-    *,
-    sink_blocks: int,
-    most: int,
-) -> tuple[Tensor, Tensor]:
-    """Choose far blocks for anchor queries [A, Hq, D]: see `reference_sparse.choose_far`; choices int32 [A, Hkv, most], counts int32 [A].
-
-    Reads 2 · D bytes a candidate and K/V head, and (sub-blocks) · 2 · D bytes for each of the best FIRST_STAGE · budget.
-    """
-    anchors, heads, size = query.shape
-    kv_heads, width = far.bounds.shape[1], max(far_tables.shape[1] - sink_blocks, 1)
-    choices = torch.empty((anchors, kv_heads, most), dtype=torch.int32, device=query.device)
-    counts = torch.empty(anchors, dtype=torch.int32, device=query.device)
-    if not anchors:
-        return choices, counts
-    query = query if query.stride(2) == 1 else query.contiguous()
-    scores = torch.empty((anchors, kv_heads, width), dtype=torch.float32, device=query.device)
-    kept = triton.next_power_of_2(max(FIRST_STAGE * most, 2))
-    indices = torch.empty((anchors, kv_heads, kept), dtype=torch.int32, device=query.device)
-    strides = (*query.stride()[:2], *far.bounds.stride()[:2], far.bound_scales.stride(0), far_tables.stride(0))
-    tensors = (query, far.bounds, far.bound_scales, far_tables, sequences, candidate_ends)
-    options = {"GROUP": heads // kv_heads, "DIM": size, "BLOCK_DIM": triton.next_power_of_2(size), "SINK_BLOCKS": sink_blocks}
-    score_kernel[(anchors, kv_heads, triton.cdiv(width, SCORED_BLOCKS))](
-        *tensors, scores, width, *strides, CANDIDATES=SCORED_BLOCKS, num_warps=4, **options
-    )
-    candidates = max(triton.next_power_of_2(width), 2)
-    select_kernel[(anchors, kv_heads)](
-        *tensors, budgets, scores, indices, choices, counts, width, most, *strides,
-        SUBS=far.bounds.shape[2] - 1, FIRST=FIRST_STAGE, CANDIDATES=candidates, KEPT=kept, MOST=max(triton.next_power_of_2(most), 2),
-        num_warps=4 if candidates <= 2048 else 8, **options,
-    )  # fmt: skip
-    return choices, counts

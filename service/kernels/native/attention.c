@@ -203,17 +203,25 @@ static void choose_task(void *context, int64_t index, int thread) {
 }
 
 /* See `choose_far` in reference_sparse.py. `widest` is at least every number of candidates; the workspace holds, for each thread,
- * native_choose_bytes for the `size` numbers of the queries that choose together. */
-EXPORTED int64_t native_choose_bytes(int64_t widest, int64_t size) { return ((2 * widest * 8 + 2 * size * 4) / 64 + 2) * 64; }
+ * native_choose_bytes: candidates, the queries in three forms, the keys of a block in whole vectors. */
+EXPORTED int64_t native_choose_bytes(int64_t widest, int64_t group, int64_t size, int64_t block_tokens) {
+    return ((2 * widest * 8 + 3 * group * size * 4 + block_tokens * (size + 16) * 4) / 64 + 2) * 64;
+}
 
-EXPORTED void native_choose_far(int query_type, const void *query, int64_t query_row, int64_t query_head, const void *bounds,
-                                const void *bound_scales, const int32_t *tables, int64_t table_stride, const int64_t *sequences,
-                                const int32_t *ends, const int32_t *budgets, int32_t *choices, int64_t anchors, int64_t kv_heads,
-                                int64_t group, int64_t size, int64_t parts, int64_t sink_blocks, int64_t most, int64_t first_stage,
-                                int64_t widest, void *workspace, int threads) {
-    struct choosing choosing = {query_type, query,      bounds,      bound_scales, tables, ends,  budgets, sequences,   choices,
-                                {query_row, query_head}, table_stride, kv_heads,    group,        size,   parts, sink_blocks, most, first_stage, NULL, NULL};
-    int64_t each = native_choose_bytes(widest, group * size);
+EXPORTED void native_choose_far(int query_type, const void *query, int64_t query_row, int64_t query_head, int far_type, const void *keys,
+                                const void *key_scales, const void *bounds, const void *bound_scales, const int32_t *tables,
+                                int64_t table_stride, const int64_t *sequences, const int32_t *ends, const int32_t *budgets, int32_t *choices,
+                                int64_t anchors, int64_t kv_heads, int64_t group, int64_t size, int64_t block_tokens, int64_t key_size,
+                                int64_t parts, int64_t sink_blocks, int64_t most, int64_t first_stage, int64_t second_stage, int64_t widest,
+                                void *workspace, int threads) {
+    struct choosing choosing = {
+        .query_type = query_type, .query = query, .query_strides = {query_row, query_head}, .far_type = far_type, .keys = keys,
+        .key_scales = key_scales, .bounds = bounds, .bound_scales = bound_scales, .tables = tables, .table_stride = table_stride,
+        .sequences = sequences, .ends = ends, .budgets = budgets, .choices = choices, .kv_heads = kv_heads, .group = group, .size = size,
+        .block_tokens = block_tokens, .key_size = key_size, .parts = parts, .sink_blocks = sink_blocks, .most = most,
+        .first_stage = first_stage, .second_stage = second_stage,
+    };
+    int64_t each = native_choose_bytes(widest, group, size, block_tokens);
     struct choosing_batch batch = {&choosing, workspace, each / 8, (float *)((char *)workspace + 2 * widest * 8), each / 4};
     native_parallel(choose_task, &batch, anchors * kv_heads, threads);
 }

@@ -56,11 +56,12 @@ SIGNATURES: dict[str, tuple[object, ...]] = {
         *(_pointer, _size, _pointer, _size, _pointer, _pointer),
         *(_pointer, _size, _int),
     ),
-    "native_choose_bytes": (_size, _size),
+    "native_choose_bytes": (_size, _size, _size, _size),
     "native_choose_far": (
         *(_int, _pointer, _size, _size),
+        *(_int, _pointer, _pointer),
         *(_pointer, _pointer, _pointer, _size, _pointer, _pointer, _pointer, _pointer),
-        *(_size,) * 9,
+        *(_size,) * 12,
         *(_pointer, _int),
     ),
 }

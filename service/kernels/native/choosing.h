@@ -1,10 +1,10 @@
-/* Which far blocks an anchor's query reads: bounds of blocks, the best of them, bounds of their sub-blocks, the best of those.
+/* Which far blocks an anchor's query reads: bounds of blocks, the best of them, bounds of their sub-blocks, the best of those, their keys.
  *
  * A candidate's score bounds the product of any query head of a K/V head with any key of the part: positive queries meet the largest
  * keys, negative ones the smallest. Invariant: ties are decided by the index, so a choice depends on its query alone.
  */
 #include "attention_call.h"
-#include "vector.h"
+#include "panels.h"
 
 /* Query heads that share what is read of the bounds. */
 #define BOUND_HEADS 4
@@ -67,7 +67,7 @@ static void keep_best(int64_t *keys, int64_t count, int64_t keep) {
         if (keys[i] > keys[0]) sink_key(keys, keep, 0, keys[i]);
 }
 
-/* Queries of one anchor and K/V head -> of each its positive part [size], then its negative one. */
+/* Queries of one anchor and K/V head -> of each its positive part [size], then its negative one; behind all of these the queries [group, size]. */
 INLINE void sign_queries(const struct choosing *c, int64_t anchor, int64_t head, float *out) {
     for (int64_t g = 0; g < c->group; g++)
         for (int64_t i = 0; i < c->size; i += WIDTH) {
@@ -76,6 +76,7 @@ INLINE void sign_queries(const struct choosing *c, int64_t anchor, int64_t head,
             vfloat x = load_some(c->query_type, c->query, at, count), zero = splat(0.0f);
             for (int half = 0; half < 2; half++)
                 store_some(FLOAT32, out + (2 * g + half) * c->size + i, 0, half ? pick(x > zero, zero, x) : pick(x < zero, zero, x), count);
+            store_some(FLOAT32, out + (2 * c->group + g) * c->size + i, 0, x, count);
         }
 }
 
@@ -86,6 +87,48 @@ INLINE void sign_queries(const struct choosing *c, int64_t anchor, int64_t head,
 INLINE void fetch_bounds(const struct choosing *c, const int32_t *table, int64_t head, int64_t index, int64_t first, int64_t parts) {
     const int8_t *bounds = c->bounds + ((table[index] * c->kv_heads + head) * (1 + c->parts) + first) * 2 * c->size;
     for (int64_t line = 0; line < parts * 2 * c->size; line += 64) __builtin_prefetch(bounds + line, 0, 2);
+}
+
+/* Where the keys of a block lie, and how many bytes they have. */
+INLINE const char *keys_of(const struct choosing *c, int64_t at, int64_t *bytes) {
+    int64_t each = c->far_type == FLOAT32 ? 4 : c->far_type == STORED_INT8 || c->far_type == STORED_INT4 ? 1 : 2;
+    *bytes = c->block_tokens * c->key_size * each;
+    return (const char *)c->keys + at * *bytes;
+}
+
+/* The largest product of queries [group, size] with a key of block and head `at` as it is kept; `rows` has room for its keys. */
+INLINE float key_score(const struct choosing *c, int64_t at, const float *query, float *rows) {
+    int64_t size = c->size, stride = whole_vectors(size), whole = size / WIDTH * WIDTH, bytes;
+    const char *keys = keys_of(c, at, &bytes);
+    widen_values(c->far_type, keys, c->key_size, 0, c->block_tokens, size, rows);
+    float best = -INFINITY;
+    for (int64_t token = 0; token < c->block_tokens; token++) {
+        const float *row = rows + token * stride;
+        float highest = -INFINITY;
+        for (int64_t g = 0; g < c->group; g++) {
+            vfloat sum = splat(0.0f);
+            for (int64_t i = 0; i < whole; i += WIDTH) sum += load_float(query + g * size + i) * load_float(row + i);
+            float total = whole ? sum_lanes(sum) : 0.0f;
+            for (int64_t i = whole; i < size; i++) total += query[g * size + i] * row[i];
+            highest = total > highest ? total : highest;
+        }
+        if (c->key_scales) highest *= load_some(FLOAT16, c->key_scales, at * c->block_tokens + token, 1)[0];
+        best = highest > best ? highest : best;
+    }
+    return best;
+}
+
+/* Of the kept candidates' keys [count] the best `budget` by their highest product, to the front. */
+INLINE void keep_best_products(const struct choosing *c, const int32_t *table, int64_t head, int64_t *keys, int64_t count, int64_t budget,
+                               const float *query, float *rows) {
+    if (count <= budget) return;
+    for (int64_t i = 0; i < count; i++) {
+        int64_t index = ranked_index(keys[i]), next = ranked_index(keys[i + 1 < count ? i + 1 : i]), bytes;
+        const char *ahead = keys_of(c, table[next] * c->kv_heads + head, &bytes);
+        for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(ahead + line, 0, 2);
+        keys[i] = rank_key(key_score(c, table[index] * c->kv_heads + head, query, rows), index);
+    }
+    keep_best(keys, count, budget);
 }
 
 static void choose_far(const struct choosing *c, int64_t anchor, int64_t head, int64_t *keys, float *query) {
@@ -116,7 +159,9 @@ static void choose_far(const struct choosing *c, int64_t anchor, int64_t head, i
         }
         keys[i] = rank_key(best * load_some(FLOAT16, c->bound_scales, at, 1)[0], index);
     }
-    keep_best(keys, kept, budget);
+    int64_t left = c->second_stage * budget < kept ? c->second_stage * budget : kept;
+    keep_best(keys, kept, left);
+    keep_best_products(c, table, head, keys, left, budget, query + 2 * c->group * c->size, query + 3 * c->group * c->size);
     for (int64_t i = 0; i < budget; i++) {
         int32_t index = (int32_t)ranked_index(keys[i]);
         int64_t to = i;

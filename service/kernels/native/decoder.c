@@ -65,7 +65,7 @@ struct step {
     const struct layer *layers;
     const struct group *groups;
     const struct far_group *far_groups;
-    int64_t first_stage, layer_count, rows, dim, half, sequences, block_tokens, kv_type;
+    int64_t first_stage, second_stage, layer_count, rows, dim, half, sequences, block_tokens, kv_type;
     float eps;
     float *update, *residual;
     const float *cos, *sin;
@@ -146,7 +146,8 @@ static int64_t place_memory(struct run *run, char *workspace, int64_t bytes, int
         gates = l->gate ? largest(gates, l->heads) : gates;
         const struct weights *products[] = {l->qkv, l->out, l->gate_up, l->down};
         for (int p = 0; p < 4; p++) quantised = largest(quantised, (int64_t)quantised_bytes(products[p], s->rows));
-        if (reads_far(s, l)) choosing = largest(choosing, native_choose_bytes(s->far_groups[l->far_group].stride, l->heads / l->kv_heads * l->head_dim));
+        if (reads_far(s, l))
+            choosing = largest(choosing, native_choose_bytes(s->far_groups[l->far_group].stride, l->heads / l->kv_heads, l->head_dim, s->block_tokens));
         attention = largest(attention, lay_out_layer(run, l, threads));
     }
     char *at = (char *)(((uintptr_t)workspace + 63) / 64 * 64), *begin = at;
@@ -245,11 +246,12 @@ static void choose_blocks(const struct run *run, struct team *team, const struct
     const struct far_group *far = run->step->far_groups + l->far_group;
     const struct far_store *store = l->store;
     struct choosing choosing = {
-        .query_type = FLOAT32, .query = run->memory.turned, .bounds = store->bounds, .bound_scales = store->bound_scales,
+        .query_type = FLOAT32, .query = run->memory.turned, .far_type = store->type, .keys = store->keys, .key_scales = store->key_scales,
+        .key_size = store->key_size, .block_tokens = run->step->block_tokens, .bounds = store->bounds, .bound_scales = store->bound_scales,
         .tables = far->table, .ends = far->ends, .budgets = far->budgets, .sequences = far->sequences, .choices = choices_of(run->step, l),
         .query_strides = {(l->heads + l->kv_heads) * l->head_dim, l->head_dim}, .table_stride = far->stride, .kv_heads = l->kv_heads,
         .group = l->heads / l->kv_heads, .size = l->head_dim, .parts = store->parts, .sink_blocks = l->sink_blocks, .most = far->most,
-        .first_stage = run->step->first_stage, .query_rows = far->query_rows, .places = far->places,
+        .first_stage = run->step->first_stage, .second_stage = run->step->second_stage, .query_rows = far->query_rows, .places = far->places,
     };
     char *memory = run->memory.choosing + thread * run->memory.choosing_bytes;
     SHARE_STAGE(task, far->fresh * l->kv_heads)

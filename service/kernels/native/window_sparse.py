@@ -12,7 +12,7 @@ from torch import Tensor
 
 from service.kernels.native.attention import compute, prepare
 from service.kernels.native.binding import ELEMENTS, STORED, functions
-from service.kernels.reference_sparse import FIRST_STAGE, ChosenFar, FarBlocks
+from service.kernels.reference_sparse import FIRST_STAGE, SECOND_STAGE, ChosenFar, FarBlocks
 from service.kernels.workspace import Workspace
 
 _WORKSPACE = Workspace()
@@ -74,16 +74,20 @@ def choose_far(
     (anchors, heads, size), (kv_heads, parts) = query.shape, far.bounds.shape[1:3]
     query = query if query.stride(-1) == 1 else query.contiguous()
     bounds, scales, tables = far.bounds.contiguous(), far.bound_scales.contiguous(), far_tables.contiguous()
+    keys, key_scales = far.keys.contiguous(), None if far.key_scales is None else far.key_scales.contiguous()
+    block_tokens, key_size = keys.shape[2:]
     owners, ends, limits = sequences.to(torch.int64).contiguous(), *(t.to(torch.int32).contiguous() for t in (candidate_ends, budgets))
     choices = torch.empty(anchors, kv_heads, most, dtype=torch.int32)
     counts = torch.minimum((ends - sink_blocks).clamp_(min=0), limits)
     widest, threads = max(tables.shape[1], 1), torch.get_num_threads()
-    workspace = _WORKSPACE.take("choosing", threads * functions().native_choose_bytes(widest, heads // kv_heads * size) // 4)
+    workspace = _WORKSPACE.take("choosing", threads * functions().native_choose_bytes(widest, heads // kv_heads, size, block_tokens) // 4)
     functions().native_choose_far(
         *(ELEMENTS[query.dtype], query.data_ptr(), *query.stride()[:2]),
+        *(STORED[keys.dtype], keys.data_ptr(), None if key_scales is None else key_scales.data_ptr()),
         *(bounds.data_ptr(), scales.data_ptr(), tables.data_ptr(), tables.shape[1]),
         *(owners.data_ptr(), ends.data_ptr(), limits.data_ptr(), choices.data_ptr()),
-        *(anchors, kv_heads, heads // kv_heads, size, parts - 1, sink_blocks, most, FIRST_STAGE, widest),
+        *(anchors, kv_heads, heads // kv_heads, size, block_tokens, key_size, parts - 1, sink_blocks, most),
+        *(FIRST_STAGE, SECOND_STAGE, widest),
         *(workspace.data_ptr(), threads),
     )
     return choices, counts

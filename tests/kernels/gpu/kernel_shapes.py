@@ -172,10 +172,15 @@ def sparse_shapes() -> list[Shape]:
     constants = attention_constants(128, 4, 2048) | rule | {"SPLIT": True}
     shapes.append(Shape("sparse-decode-fp8", "sparse_tiles", "sparse_kernel", types, constants, *tile[1:], capabilities=(90,)))
     types = attention_types("bf16") | sparse_types(*stores["int8"])
-    choose = {"GROUP": 4, "DIM": 128, "BLOCK_DIM": 128, "SINK_BLOCKS": 1, "SUBS": 4, "FIRST": 4, "KEPT": 128, "MOST": 32}
-    shapes.append(Shape("score", "far_store", "score_kernel", types, choose | {"CANDIDATES": 32}, 4))
-    for candidates, warps in ((256, 4), (2048, 4), (16384, 8)):
-        shapes.append(Shape(f"select-{candidates}", "far_store", "select_kernel", types, choose | {"CANDIDATES": candidates}, warps))
+    choose = {"GROUP": 4, "DIM": 128, "BLOCK_DIM": 128, "SINK_BLOCKS": 1, "SUBS": 4, "FIRST": 4, "SECOND": 2, "KEPT": 128, "SCORED": 32}
+    shapes.append(Shape("score", "choose_far", "score_kernel", types, choose | {"CANDIDATES": 32}, 4))
+    for store in stores:
+        types = attention_types("bf16") | sparse_types(*stores[store])
+        how = {"BLOCK_TOKENS": 64, "QUANTISED": store != "native", "NIBBLES": store == "int4"}
+        shapes.append(Shape(f"product-{store}", "choose_far", "product_kernel", types, choose | how, 4))
+    shapes.append(Shape("pick", "choose_far", "pick_kernel", types, choose | {"KEPT": 64, "MOST": 32}, 4))
+    for candidates, warps in ((256, 4), (2048, 4), (8192, 16), (16384, 8)):
+        shapes.append(Shape(f"select-{candidates}", "choose_far", "select_kernel", types, choose | {"CANDIDATES": candidates}, warps))
     return shapes
 
 
@@ -184,7 +189,7 @@ def sparse_types(far: str, scales: str) -> dict[str, str]:
     types = dict.fromkeys(("p_far_keys", "p_far_values"), far) | dict.fromkeys(("p_key_scales", "p_value_scales"), f"*{scales}")
     types |= dict.fromkeys(("p_far_tables", "p_choices", "p_counts", "p_ends", "p_budgets", "p_kept"), "*i32")
     types |= dict.fromkeys(("p_anchors", "p_near_ids", "p_far_ids", "p_sequences"), "*i64")
-    types |= {"p_bounds": "*i8", "p_bound_scales": "*fp16", "p_scores": "*fp32", "width": "i32", "most": "i32"}
+    types |= {"p_bounds": "*i8", "p_bound_scales": "*fp16", "p_scores": "*fp32", "width": "i32", "most": "i32", "compared": "i32"}
     parts = tuple(f"far_{store}_{part}" for store in ("key", "value") for part in ("block", "head", "token"))
     parts += ("scale_block", "scale_head", "far_table", "choice_anchor", "choice_head", "query_anchor")
     return types | {f"stride_{part}": "i32" for part in (*parts, "bound_block", "bound_head", "bound_scale")}

@@ -13,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from service.kernels import reference_sparse
-from service.kernels.gpu import far_store
+from service.kernels.gpu import choose_far, far_store
 from service.kernels.reference_sparse import FarBlocks
 from tests.kernels.gpu.conftest import DEVICE, DTYPES
 from tests.kernels.sparse_batches import make_sparse, make_store
@@ -85,7 +85,7 @@ def test_nothing_to_demote_and_other_layouts() -> None:
 def choices_of(call: Any) -> tuple[Tensor, Tensor]:
     positional = (call.query, call.tables, call.sequences, call.candidate_ends, call.budgets)
     query, tables, sequences, ends, budgets = (tensor.to(DEVICE) for tensor in positional)
-    chosen = far_store.choose_far(
+    chosen = choose_far.choose_far(
         query, placed(call.blocks), tables, sequences, ends, budgets, sink_blocks=call.sink_blocks, most=call.most
     )
     return chosen[0].cpu(), chosen[1].cpu()
@@ -113,7 +113,7 @@ def test_ties_go_to_the_lower_index(strengths: list[int], budget: int, sinks: in
     query = torch.tensor([[[1.0, 0.0]]]) * (-1 if negative else 1)
     tables = torch.arange(1, len(strengths) + 3, dtype=torch.int32)[None]
     tensors = (tables, torch.tensor([0]), torch.tensor([len(strengths)], dtype=torch.int32), torch.tensor([budget], dtype=torch.int32))
-    chosen = far_store.choose_far(query.to(DEVICE), placed(far), *(tensor.to(DEVICE) for tensor in tensors), sink_blocks=sinks, most=5)
+    chosen = choose_far.choose_far(query.to(DEVICE), placed(far), *(tensor.to(DEVICE) for tensor in tensors), sink_blocks=sinks, most=5)
     expected = reference_sparse.choose_far(query, far, *tensors, sink_blocks=sinks, most=5)
     assert torch.equal(chosen[0].cpu(), expected[0]) and torch.equal(chosen[1].cpu(), expected[1])
 
@@ -121,7 +121,7 @@ def test_ties_go_to_the_lower_index(strengths: list[int], budget: int, sinks: in
 def test_no_anchors_give_no_choices() -> None:
     far = placed(make_store(3, 2, 4, (2, 2), "int8", 2, torch.float32))
     none = torch.zeros(0, dtype=torch.int32, device=DEVICE)
-    choices, counts = far_store.choose_far(
+    choices, counts = choose_far.choose_far(
         torch.zeros(0, 4, 2, device=DEVICE),
         far,
         torch.zeros(1, 5, dtype=torch.int32, device=DEVICE),
