@@ -21,7 +21,8 @@ from loadtests.rows import keep, surroundings
 from service.models.decoder import Decoder
 from service.train.evaluate import held_out_loss
 from service.train.prepare import PreparedRun, prepare
-from service.train.recipe import LengthPhase, Recipe, load_recipe
+from service.train.recipe import Recipe, load_recipe
+from service.train.recipe_parts import LengthPhase
 from service.train.start import start
 from service.types.model_spec import DenseMlp, GroupedQueryAttention, ModelSpec
 

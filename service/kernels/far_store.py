@@ -129,7 +129,7 @@ def _block_scores(signed: Tensor, call: _Deciding) -> Tensor:
         units = call.far.bound_scales[ids].float().permute(0, 2, 1)
         asked = signed[rows] if alone else signed[rows].transpose(0, 1).flatten(1, 2).unsqueeze(0)
         found = torch.matmul(asked, bounds.permute(0, 2, 3, 1))  # [S, Hkv, G or rows · G, C]
-        found = found.amax(dim=2) if alone else found[0].unflatten(1, (len(rows), -1)).amax(dim=2).transpose(0, 1)
+        found = found.amax(dim=2) if alone else found[0].view(signed.shape[1], len(rows), -1, width).amax(dim=2).transpose(0, 1)
         found = found * units
         scores[rows] = found.masked_fill(~valid[:, None, :], float("-inf"))
     return scores

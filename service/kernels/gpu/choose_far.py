@@ -5,6 +5,8 @@ It does not know sequences. Invariant: a choice depends on the anchor's query an
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -128,7 +130,9 @@ def load_keys(p_keys, o_tokens, stride_token, DIM: tl.constexpr, BLOCK_DIM: tl.c
     """Keys [B, BLOCK_DIM] float32 of a block's head as they are kept, without their scales."""
     if NIBBLES:
         o_dim = tl.arange(0, BLOCK_DIM // 2)
-        b_packed = tl.load(p_keys + o_tokens[:, None] * stride_token + o_dim[None, :], mask=(o_dim < DIM // 2)[None, :], other=0).to(tl.int32)
+        b_packed = tl.load(p_keys + o_tokens[:, None] * stride_token + o_dim[None, :], mask=(o_dim < DIM // 2)[None, :], other=0).to(
+            tl.int32
+        )
         b_low, b_high = ((b_packed & 15) ^ 8) - 8, ((b_packed >> 4) ^ 8) - 8
         b_keys = tl.reshape(tl.join(b_low, b_high), [o_tokens.shape[0], BLOCK_DIM]).to(tl.float32)
     else:
@@ -185,13 +189,6 @@ def pick_kernel(
     tl.store(p_counts + i_anchor, count, mask=i_head == 0)
 
 
-def _select_warps(candidates: int) -> int:
-    """Warps with which select_kernel spills on no chip."""
-    if candidates <= 2048:
-        return 4
-    return 16 if candidates <= 8192 else 8
-
-
 def choose_far(
     query: Tensor,
     far: FarBlocks,
@@ -208,40 +205,74 @@ def choose_far(
     Reads 2 · D bytes a candidate and K/V head, (sub-blocks) · 2 · D bytes for each of the best FIRST_STAGE · budget, and the keys of the
     best SECOND_STAGE · budget.
     """
-    anchors, heads, size = query.shape
-    kv_heads, width = far.bounds.shape[1], max(far_tables.shape[1] - sink_blocks, 1)
-    choices = torch.empty((anchors, kv_heads, most), dtype=torch.int32, device=query.device)
-    counts = torch.empty(anchors, dtype=torch.int32, device=query.device)
-    if not anchors:
+    kv_heads = far.bounds.shape[1]
+    choices = torch.empty((len(query), kv_heads, most), dtype=torch.int32, device=query.device)
+    counts = torch.empty(len(query), dtype=torch.int32, device=query.device)
+    if not len(query):
         return choices, counts
     query = query if query.stride(2) == 1 else query.contiguous()
-    scores = torch.empty((anchors, kv_heads, width), dtype=torch.float32, device=query.device)
-    kept = triton.next_power_of_2(max(FIRST_STAGE * most, 2))
-    indices = torch.empty((anchors, kv_heads, kept), dtype=torch.int32, device=query.device)
-    compared = SECOND_STAGE * max(most, 1)
-    best = torch.empty((anchors, kv_heads, compared), dtype=torch.int32, device=query.device)
-    products = torch.empty((anchors, kv_heads, compared), dtype=torch.float32, device=query.device)
-    strides = (*query.stride()[:2], *far.bounds.stride()[:2], far.bound_scales.stride(0), far_tables.stride(0))
-    tensors = (query, far.bounds, far.bound_scales, far_tables, sequences, candidate_ends)
-    options = {"GROUP": heads // kv_heads, "DIM": size, "BLOCK_DIM": triton.next_power_of_2(size), "SINK_BLOCKS": sink_blocks}
-    score_kernel[(anchors, kv_heads, triton.cdiv(width, SCORED_BLOCKS))](
-        *tensors, scores, width, *strides, CANDIDATES=SCORED_BLOCKS, num_warps=4, **options
-    )
-    candidates = max(triton.next_power_of_2(width), 2)
-    select_kernel[(anchors, kv_heads)](
-        *tensors, budgets, scores, indices, best, width, compared, *strides,
-        SUBS=far.bounds.shape[2] - 1, FIRST=FIRST_STAGE, SECOND=SECOND_STAGE, CANDIDATES=candidates, KEPT=kept, SCORED=min(SCORED_BLOCKS, kept),
-        num_warps=_select_warps(candidates), **options,
+    asked = _Asked(query, far, far_tables, sequences, candidate_ends, budgets, sink_blocks, SECOND_STAGE * max(most, 1))
+    kept = _keep_by_bounds(asked)
+    products = torch.empty(kept.shape, dtype=torch.float32, device=query.device)
+    key_scales = far.keys if far.key_scales is None else far.key_scales
+    scale_strides = (0, 0) if far.key_scales is None else far.key_scales.stride()[:2]
+    product_kernel[kept.shape](
+        query, far.keys, key_scales, far_tables, sequences, candidate_ends, budgets, kept, products, asked.compared,
+        *query.stride()[:2], *far.keys.stride()[:3], *scale_strides, far_tables.stride(0),
+        SECOND=SECOND_STAGE, BLOCK_TOKENS=far.keys.shape[2], QUANTISED=far.key_scales is not None, NIBBLES=far.keys.dtype == torch.uint8,
+        num_warps=4, **asked.options,
     )  # fmt: skip
-    quantised = far.key_scales is not None
-    key_scales = far.key_scales if far.key_scales is not None else far.keys
-    product_kernel[(anchors, kv_heads, compared)](
-        query, far.keys, key_scales, far_tables, sequences, candidate_ends, budgets, best, products, compared, *query.stride()[:2],
-        *far.keys.stride()[:3], *(key_scales.stride()[:2] if quantised else (0, 0)), far_tables.stride(0),
-        SECOND=SECOND_STAGE, BLOCK_TOKENS=far.keys.shape[2], QUANTISED=quantised, NIBBLES=far.keys.dtype == torch.uint8, num_warps=4, **options,
-    )  # fmt: skip
-    pick_kernel[(anchors, kv_heads)](
-        candidate_ends, budgets, best, products, choices, counts, compared, most, SINK_BLOCKS=sink_blocks, SECOND=SECOND_STAGE,
-        KEPT=triton.next_power_of_2(max(compared, 2)), MOST=max(triton.next_power_of_2(most), 2), num_warps=4,
+    pick_kernel[kept.shape[:2]](
+        candidate_ends, budgets, kept, products, choices, counts, asked.compared, most, SINK_BLOCKS=sink_blocks, SECOND=SECOND_STAGE,
+        KEPT=triton.next_power_of_2(asked.compared), MOST=max(triton.next_power_of_2(most), 2), num_warps=4,
     )  # fmt: skip
     return choices, counts
+
+
+class _Asked(NamedTuple):
+    """The arguments of one call, and how many candidates' keys are compared at most."""
+
+    query: Tensor
+    far: FarBlocks
+    tables: Tensor
+    sequences: Tensor
+    ends: Tensor
+    budgets: Tensor
+    sink_blocks: int
+    compared: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Constants of every kernel that reads queries."""
+        heads, size = self.query.shape[1:]
+        group = heads // self.far.bounds.shape[1]
+        return {"GROUP": group, "DIM": size, "BLOCK_DIM": triton.next_power_of_2(size), "SINK_BLOCKS": self.sink_blocks}
+
+
+def _keep_by_bounds(asked: _Asked) -> Tensor:
+    """Candidates that two stages of bounds keep, ascending, int32 [A, Hkv, compared]; nothing behind the last."""
+    query, far, tables = asked.query, asked.far, asked.tables
+    pairs, width = (len(query), far.bounds.shape[1]), max(tables.shape[1] - asked.sink_blocks, 1)
+    scores = torch.empty((*pairs, width), dtype=torch.float32, device=query.device)
+    first = triton.next_power_of_2(FIRST_STAGE // SECOND_STAGE * asked.compared)
+    indices = torch.empty((*pairs, first), dtype=torch.int32, device=query.device)
+    kept = torch.empty((*pairs, asked.compared), dtype=torch.int32, device=query.device)
+    strides = (*query.stride()[:2], *far.bounds.stride()[:2], far.bound_scales.stride(0), tables.stride(0))
+    tensors = (query, far.bounds, far.bound_scales, tables, asked.sequences, asked.ends)
+    score_kernel[(*pairs, triton.cdiv(width, SCORED_BLOCKS))](
+        *tensors, scores, width, *strides, CANDIDATES=SCORED_BLOCKS, num_warps=4, **asked.options
+    )
+    candidates = max(triton.next_power_of_2(width), 2)
+    select_kernel[pairs](
+        *tensors, asked.budgets, scores, indices, kept, width, asked.compared, *strides,
+        SUBS=far.bounds.shape[2] - 1, FIRST=FIRST_STAGE, SECOND=SECOND_STAGE, CANDIDATES=candidates, KEPT=first,
+        SCORED=min(SCORED_BLOCKS, first), num_warps=_select_warps(candidates), **asked.options,
+    )  # fmt: skip
+    return kept
+
+
+def _select_warps(candidates: int) -> int:
+    """Warps with which select_kernel spills on no chip."""
+    if candidates <= 2048:
+        return 4
+    return 16 if candidates <= 8192 else 8

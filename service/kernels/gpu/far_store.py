@@ -1,7 +1,7 @@
 """The far store on a GPU: near blocks quantised into far ones, with bounds of their keys.
 
-It does not know sequences. Invariant: arithmetic is that of `reference_sparse`, operation for operation: divisions and roundings are the IEEE
-ones, so both write the same bytes.
+It does not know sequences. Invariant: arithmetic is that of `reference_sparse`, operation for operation: divisions and roundings are the
+IEEE ones, so both write the same bytes.
 """
 
 from __future__ import annotations

@@ -163,7 +163,8 @@ class _Step(ctypes.Structure):
 
     _fields_ = (
         *((name, _pointer) for name in ("layers", "groups", "far_groups")),
-        *((name, _size) for name in ("first_stage", "second_stage", "layer_count", "rows", "dim", "half", "sequences", "block_tokens", "kv_type")),
+        *((name, _size) for name in ("first_stage", "second_stage", "layer_count", "rows", "dim", "half")),
+        *((name, _size) for name in ("sequences", "block_tokens", "kv_type")),
         ("eps", _float),
         *((name, _pointer) for name in ("update", "residual", "cos", "sin", "offsets", "starts", "contexts", "done")),
     )
@@ -242,7 +243,17 @@ def decoder_layers(bound: BoundLayers, update: Tensor, residual: Tensor, rotatio
     keys = step.stores[0][0]
     call = _Step(
         *(ctypes.addressof(bound.layers), ctypes.addressof(groups), ctypes.addressof(far)),
-        *(FIRST_STAGE, SECOND_STAGE, len(bound.layers), rows, dim, rotation[0].shape[1], len(step.context_lengths), keys.shape[2], KEPT[keys.dtype]),
+        *(
+            FIRST_STAGE,
+            SECOND_STAGE,
+            len(bound.layers),
+            rows,
+            dim,
+            rotation[0].shape[1],
+            len(step.context_lengths),
+            keys.shape[2],
+            KEPT[keys.dtype],
+        ),
         bound.eps,
         *(t.data_ptr() for t in (update, residual, *rotation, step.offsets, step.query_starts, step.context_lengths, step.done)),
     )

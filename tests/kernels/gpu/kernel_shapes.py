@@ -174,8 +174,8 @@ def sparse_shapes() -> list[Shape]:
     types = attention_types("bf16") | sparse_types(*stores["int8"])
     choose = {"GROUP": 4, "DIM": 128, "BLOCK_DIM": 128, "SINK_BLOCKS": 1, "SUBS": 4, "FIRST": 4, "SECOND": 2, "KEPT": 128, "SCORED": 32}
     shapes.append(Shape("score", "choose_far", "score_kernel", types, choose | {"CANDIDATES": 32}, 4))
-    for store in stores:
-        types = attention_types("bf16") | sparse_types(*stores[store])
+    for store, kinds in stores.items():
+        types = attention_types("bf16") | sparse_types(*kinds)
         how = {"BLOCK_TOKENS": 64, "QUANTISED": store != "native", "NIBBLES": store == "int4"}
         shapes.append(Shape(f"product-{store}", "choose_far", "product_kernel", types, choose | how, 4))
     shapes.append(Shape("pick", "choose_far", "pick_kernel", types, choose | {"KEPT": 64, "MOST": 32}, 4))
