@@ -203,9 +203,10 @@ static void choose_task(void *context, int64_t index, int thread) {
 }
 
 /* See `choose_far` in reference_sparse.py. `widest` is at least every number of candidates; the workspace holds, for each thread,
- * native_choose_bytes: candidates, the queries in three forms, the keys of a block in whole vectors. */
+ * native_choose_bytes: candidates, the queries in three forms, and `struct products` of choosing.h. */
 EXPORTED int64_t native_choose_bytes(int64_t widest, int64_t group, int64_t size, int64_t block_tokens) {
-    return ((2 * widest * 8 + 3 * group * size * 4 + block_tokens * (size + 16) * 4) / 64 + 2) * 64;
+    const int64_t columns = (block_tokens + 15) / 16 * 16, products = (size + 15) / 16 * 16 * (columns * 4 + 2 * group) + 2 * group * (columns + 2) * 4;
+    return ((2 * widest * 8 + 3 * group * size * 4 + products) / 64 + 2) * 64;
 }
 
 EXPORTED void native_choose_far(int query_type, const void *query, int64_t query_row, int64_t query_head, int far_type, const void *keys,

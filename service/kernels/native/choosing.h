@@ -4,7 +4,7 @@
  * keys, negative ones the smallest. Invariant: ties are decided by the index, so a choice depends on its query alone.
  */
 #include "attention_call.h"
-#include "panels.h"
+#include "panels_int8.h"
 
 /* Query heads that share what is read of the bounds. */
 #define BOUND_HEADS 4
@@ -96,37 +96,88 @@ INLINE const char *keys_of(const struct choosing *c, int64_t at, int64_t *bytes)
     return (const char *)c->keys + at * *bytes;
 }
 
-/* The largest product of queries [group, size] with a key of block and head `at` as it is kept; `rows` has room for its keys. */
-INLINE float key_score(const struct choosing *c, int64_t at, const float *query, float *rows) {
-    int64_t size = c->size, stride = whole_vectors(size), whole = size / WIDTH * WIDTH, bytes;
-    const char *keys = keys_of(c, at, &bytes);
-    widen_values(c->far_type, keys, c->key_size, 0, c->block_tokens, size, rows);
-    float best = -INFINITY;
-    for (int64_t token = 0; token < c->block_tokens; token++) {
-        const float *row = rows + token * stride;
-        float highest = -INFINITY;
-        for (int64_t g = 0; g < c->group; g++) {
-            vfloat sum = splat(0.0f);
-            for (int64_t i = 0; i < whole; i += WIDTH) sum += load_float(query + g * size + i) * load_float(row + i);
-            float total = whole ? sum_lanes(sum) : 0.0f;
-            for (int64_t i = whole; i < size; i++) total += query[g * size + i] * row[i];
-            highest = total > highest ? total : highest;
-        }
-        if (c->key_scales) highest *= load_some(FLOAT16, c->key_scales, at * c->block_tokens + token, 1)[0];
-        best = highest > best ? highest : best;
+/* Scales of WIDTH tokens from `token` on, those past the last being the last token's. */
+INLINE vfloat scales_from(const uint16_t *scales, int64_t token, int64_t tokens) {
+    if (tokens - token >= WIDTH) return load_some(FLOAT16, scales, token, WIDTH);
+    vfloat x = splat(load_some(FLOAT16, scales, tokens - 1, 1)[0]);
+    for (int64_t i = token; i < tokens; i++) x[i - token] = load_some(FLOAT16, scales, i, 1)[0];
+    return x;
+}
+
+/* Memory for keys' products: a panel of keys and products [2 * group, columns]; and where there are dot products of bytes the queries as sums of
+ * two rows of bytes, the second of what the first leaves: 14 bits, which are exact enough to tell scores apart. */
+struct products {
+    float *panel, *scores, *scales;
+    int32_t *sums;
+    int8_t *steps;
+};
+
+#if HAS_STEPS
+INLINE void split_queries(const struct choosing *c, const float *query, struct products *p) {
+    const int64_t size = c->size, words = whole_words(size);
+    for (int64_t g = 0; g < c->group; g++) {
+        int8_t *first = p->steps + 2 * g * words;
+        p->scales[2 * g] = step_query(query + g * size, size, first, p->sums + 2 * g);
+        for (int64_t i = 0; i < size; i++) p->panel[i] = query[g * size + i] - p->scales[2 * g] * first[i];
+        p->scales[2 * g + 1] = step_query(p->panel, size, first + words, p->sums + 2 * g + 1);
     }
-    return best;
+}
+#endif
+
+/* Products of the queries with the keys of block and head `at`, without the scales of these -> p->scores, `rows` rows for each query, to be
+ * added up; while the keys of `next` are fetched. Gives `rows`. */
+INLINE int multiply_keys(const struct choosing *c, int64_t at, int64_t next, const float *query, const struct products *p) {
+    const int64_t columns = whole_vectors(c->block_tokens), size = c->size;
+    int64_t bytes;
+    const char *keys = keys_of(c, at, &bytes);
+    struct upcoming ahead = {keys_of(c, next, &bytes), (bytes + 63) / 64};
+#if HAS_STEPS
+    if (c->far_type == STORED_INT8) {
+        pack_key_steps(keys, c->key_size, c->block_tokens, size, (uint32_t *)p->panel, columns, &ahead);
+        for (int64_t row = 0; row < 2 * c->group; row += ROWS)
+            score_steps(2 * c->group - row < ROWS ? (int)(2 * c->group - row) : ROWS, columns, size, p->steps + row * whole_words(size),
+                        p->scales + row, p->sums + row, (const uint32_t *)p->panel, p->scores + row * columns);
+        return 2;
+    }
+#endif
+    pack_keys(c->far_type, keys, bytes / c->block_tokens, c->block_tokens, size, p->panel, columns, &ahead);
+    for (int64_t row = 0; row < c->group; row += ROWS)
+        multiply_float32(c->group - row < ROWS ? (int)(c->group - row) : ROWS, columns / WIDTH, 0, size, query + row * size, size, p->panel,
+                         columns, p->scores + row * columns, columns, NULL, NULL);
+    return 1;
+}
+
+/* The largest product of queries [group, size] with a key of block and head `at` as it is kept, while those of `next` are fetched. */
+INLINE float key_score(const struct choosing *c, int64_t at, int64_t next, const float *query, const struct products *p) {
+    const int64_t columns = whole_vectors(c->block_tokens), rows = multiply_keys(c, at, next, query, p);
+    vfloat best = splat(-INFINITY);
+    for (int64_t token = 0; token < columns; token += WIDTH) {
+        vfloat highest = splat(-INFINITY);
+        for (int64_t g = 0; g < c->group; g++) {
+            const float *scores = p->scores + g * rows * columns + token;
+            highest = vmaximum(rows == 2 ? load_float(scores) + load_float(scores + columns) : load_float(scores), highest);
+        }
+        if (c->key_scales) highest *= scales_from(c->key_scales + at * c->block_tokens, token, c->block_tokens);
+        best = vmaximum(highest, best);
+    }
+    return maximum_of_lanes(best);
 }
 
 /* Of the kept candidates' keys [count] the best `budget` by their highest product, to the front. */
 INLINE void keep_best_products(const struct choosing *c, const int32_t *table, int64_t head, int64_t *keys, int64_t count, int64_t budget,
-                               const float *query, float *rows) {
+                               const float *query, float *memory) {
     if (count <= budget) return;
+    const int64_t columns = whole_vectors(c->block_tokens), size = whole_vectors(c->size);
+    struct products p = {.panel = memory, .scores = memory + size * columns};
+    p.scales = p.scores + 2 * c->group * columns;
+    p.sums = (int32_t *)(p.scales + 2 * c->group);
+    p.steps = (int8_t *)(p.sums + 2 * c->group);
+#if HAS_STEPS
+    if (c->far_type == STORED_INT8) split_queries(c, query, &p);
+#endif
     for (int64_t i = 0; i < count; i++) {
-        int64_t index = ranked_index(keys[i]), next = ranked_index(keys[i + 1 < count ? i + 1 : i]), bytes;
-        const char *ahead = keys_of(c, table[next] * c->kv_heads + head, &bytes);
-        for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(ahead + line, 0, 2);
-        keys[i] = rank_key(key_score(c, table[index] * c->kv_heads + head, query, rows), index);
+        int64_t index = ranked_index(keys[i]), next = ranked_index(keys[i + 1 < count ? i + 1 : i]);
+        keys[i] = rank_key(key_score(c, table[index] * c->kv_heads + head, table[next] * c->kv_heads + head, query, &p), index);
     }
     keep_best(keys, count, budget);
 }
