@@ -32,8 +32,8 @@ setup: $(VENV)/.test ## create the virtual environment with everything in it
 serve: $(VENV)/.serve ## serve the bundled model on http://127.0.0.1:8000 (flags: ARGS="--port 9000")
 	@$(BIN)/deepseek-serve $(ARGS)
 
-test: $(VENV)/.test ## run the tests
-	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+test: $(VENV)/.test ## run the tests, in two processes (ARGS="-n 0" for one)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 test-all: $(VENV)/.test ## run the tests, the slow ones too
 	@$(MAKE) --no-print-directory tools || echo "test-all: what needs Prometheus is skipped"

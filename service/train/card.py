@@ -133,6 +133,8 @@ def _extra_rows(row: Mapping[str, Any]) -> list[str]:
         lines.append(f"| questions about held-out pictures | share answered right, {row['pictures']['questions']} of each kind: {shares} |")
     if "init" in row:
         lines.append(f"| began with | {row['init']}: the budget above is what came after |")
+    if "init_share" in row:
+        lines.append(f"| mean with that | the weights above, and the share {row['init_share']:g} of what the run began with |")
     if "teacher" in row:
         lines.append(f"| learned from | {row['teacher']['artifact']}, {row['teacher']['parameters']:,} parameters |")
     if "int8" in row:

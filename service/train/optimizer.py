@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from service.train.recipe import OptimizerPart
+from service.train.recipe_parts import OptimizerPart
 from service.types.model_spec import ModelSpec
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)

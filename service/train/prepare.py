@@ -17,7 +17,8 @@ from service.train.corpus import Corpus, read_corpus
 from service.train.picture_stream import Pictures, PictureStream
 from service.train.pictures import load_pictures
 from service.train.recall import recall_documents
-from service.train.recipe import PicturesPart, Recipe
+from service.train.recipe import Recipe
+from service.train.recipe_parts import PicturesPart
 from service.train.source import Source
 from service.train.stream import TokenStream
 from service.types.catalog import VersionLine, find_line
@@ -65,7 +66,8 @@ def prepare(recipe: Recipe, root: Path | None = None, teacher: Source | None = N
     _check_init(recipe, spec, tokenizer, init)
     documents = tokenizer.encode(list(corpus.train)) + [tokenizer.encode_chat(chat.question, chat.answer) for chat in corpus.chats]
     part = recipe.corpus
-    recall = recall_documents(corpus.train, part.recall_documents, (part.recall_fewest_lines, part.recall_lines), recipe.seed)
+    lines = (part.recall_fewest_lines, part.recall_lines)
+    recall = recall_documents(corpus.train, part.recall_documents, lines, recipe.seed, at_end=part.recall_at_end)
     documents += tokenizer.encode(recall)
     return PreparedRun(
         recipe=recipe,
@@ -119,6 +121,8 @@ def _check_teacher(recipe: Recipe, teacher: Source | None) -> None:
 
 def _check_init(recipe: Recipe, spec: ModelSpec, tokenizer: BpeTokenizer, init: Source | None) -> None:
     if init is None:
+        if recipe.average.init:
+            raise SettingsError(f"The recipe {recipe.name} publishes a mean with what it began with: name that with --init.")
         return
     if init.manifest.spec != spec:
         raise SettingsError(

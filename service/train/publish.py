@@ -98,6 +98,8 @@ def _extras(trainer: Trainer, run: PreparedRun, outcome: Outcome) -> dict[str, A
         found["teacher"] = {"artifact": run.teacher.artifact, "parameters": run.teacher.manifest.spec.parameters}
     if run.init is not None:
         found["init"] = run.init.artifact
+        if run.recipe.average.init:
+            found["init_share"] = run.recipe.average.init
     if run.pictures is not None and isinstance(run.train, PictureStream):
         found["pictures"] = {
             "source": run.recipe.pictures.source if run.recipe.pictures else "",

@@ -95,7 +95,7 @@ def conclude(trainer: Trainer, run: PreparedRun) -> Outcome:
         if average.nats_per_token < last.nats_per_token:
             chosen, weights = "average", dict(trainer.averaged())
     stored = DTYPES[run.recipe.publish.dtype]
-    weights = {name: weight.to(stored) for name, weight in weights.items()}
+    weights = {name: weight.to(stored) for name, weight in _towards_init(weights, run).items()}
     model.load_state_dict(weights)
     final = run.recipe.evaluate.final_tokens
     held_out = held_out_loss(model, tokens, token_bytes, EVALUATION_LENGTH, final)
@@ -106,6 +106,15 @@ def conclude(trainer: Trainer, run: PreparedRun) -> Outcome:
         unquantised = held_out_loss(model, tokens, token_bytes, EVALUATION_LENGTH, final)
         trainer.quantise(True)
     return Outcome(weights, chosen, last, average, held_out, full, probe, unquantised)
+
+
+def _towards_init(weights: dict[str, Tensor], run: PreparedRun) -> dict[str, Tensor]:
+    """The weights, or what lies as far back to those that the run began with as the recipe says."""
+    share = run.recipe.average.init
+    if not share or run.init is None:
+        return weights
+    began = run.init.load(next(iter(weights.values())).device).state_dict()
+    return {name: weight.lerp(began[name].to(weight.dtype), share) for name, weight in weights.items()}
 
 
 def _probe(trainer: Trainer, run: PreparedRun) -> Probe:

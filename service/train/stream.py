@@ -17,7 +17,7 @@ Tokens = npt.NDArray[np.int64]
 class TokenStream:
     """Packed documents. `documents` are id lists without the end token, which is put after each.
 
-    `aligned`: a sequence begins with the first document that begins in what would be its first half, where there is one.
+    `aligned`: a sequence begins with the first document that begins in what it would be, where there is one.
     """
 
     def __init__(self, documents: list[list[int]], end_id: int, seed: int, *, aligned: bool = False) -> None:
@@ -26,7 +26,7 @@ class TokenStream:
         ids: list[int] = [end_id]
         begins = []
         for index in order:
-            begins.append(len(ids) - 1)
+            begins.append(len(ids))
             ids.extend(documents[index])
             ids.append(end_id)
         self.tokens: npt.NDArray[np.uint16] = np.asarray(ids, dtype=np.uint16)
@@ -58,10 +58,10 @@ class TokenStream:
         return self._aligned(int(self._order(epoch, length, per_epoch)[within]) * length + shift, length)
 
     def _aligned(self, start: int, length: int) -> int:
-        """Where the document begins that a sequence from `start` is to begin with: at the end token before it."""
+        """Where the document begins that a sequence from `start` is to begin with: at its first token, as prompts do."""
         found = int(np.searchsorted(self._begins, start))
         begin = int(self._begins[found]) if found < len(self._begins) else start
-        return begin if begin - start <= length // 2 and begin + length < len(self.tokens) else start
+        return begin if begin - start < length and begin + length < len(self.tokens) else start
 
     def _order(self, epoch: int, length: int, count: int) -> npt.NDArray[np.int64]:
         key = (epoch, length)

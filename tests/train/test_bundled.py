@@ -22,7 +22,7 @@ from service.models.layers import FAKE_INT8
 from service.train.evaluate import held_out_loss
 from service.train.picture_stream import Pictures, PictureStream, right_answers
 from service.train.pictures import load_pictures
-from service.train.recipe import load_recipe
+from service.train.recipe import Recipe, load_recipe
 from service.train.sample import continue_ids
 from service.types.catalog import LINES, V2_3, V3_5, V4_8, V5_2, VersionLine
 
@@ -56,16 +56,23 @@ def test_it_is_whole_and_its_line_s(line: VersionLine) -> None:
     assert manifest.spec == line.spec(dict(line.shapes)["nano"], manifest.spec.end_ids, image_id=image_id)
 
 
+def recipe_of(line: VersionLine) -> Recipe:
+    """The committed recipe of its (last) run."""
+    return load_recipe(row_of(line)["recipe"])
+
+
 @EVERY_LINE
 def test_its_recipe_is_the_committed_one(line: VersionLine) -> None:
     row, name = row_of(line), f"nano-{line.label}"
-    assert row["recipe"] == name and row["recipe_digest"] == load_recipe(name).digest
+    assert row["recipe_digest"] == recipe_of(line).digest and recipe_of(line).line == line.number
+    # A model that another run went on with says which one it was.
+    assert row["recipe"] == name or (row["recipe"].startswith(f"{name}-") and row["init"].startswith(f"{line.label}@"))
 
 
 @EVERY_LINE
 def test_its_loss_can_be_measured_again(line: VersionLine) -> None:
     probe, decoder = row_of(line)["probe"], decoder_of(line)
-    if load_recipe(f"nano-{line.label}").quantise is not None:
+    if recipe_of(line).quantise is not None:
         decoder.use(FAKE_INT8)
     tokenizer = BpeTokenizer.load(bundled_directory(line))
     ids = np.asarray(tokenizer.encode([probe["text"]])[0], dtype=np.uint16)
@@ -86,7 +93,7 @@ def test_the_card_says_what_the_row_says(line: VersionLine) -> None:
 @EVERY_LINE
 def test_the_split_was_decided_by_digest(line: VersionLine) -> None:
     lines = [entry.split() for entry in (bundled_directory(line) / "corpus.txt").read_text().splitlines()]
-    permille = load_recipe(f"nano-{line.label}").corpus.held_out_permille
+    permille = recipe_of(line).corpus.held_out_permille
     for digest, name, split in lines:
         held_out = name != "pydoc_data/topics.py" and int(digest[:8], 16) % 1000 < permille
         assert split == ("held-out" if held_out else "train")
@@ -107,7 +114,7 @@ def test_the_default_continues_with_indented_python(prompt: str) -> None:
 def test_lines_that_read_images_answer_about_held_out_pictures(line: VersionLine, least: float) -> None:
     pytest.importorskip("sklearn")
     decoder, tokenizer = decoder_of(line), BpeTokenizer.load(bundled_directory(line))
-    part = load_recipe(f"nano-{line.label}").pictures
+    part = recipe_of(line).pictures
     assert decoder.spec.vision is not None and part is not None
     found = load_pictures(part.source, part.held_out_permille)
     pixels, grid = found.prepared(decoder.spec.vision)

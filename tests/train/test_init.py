@@ -14,6 +14,7 @@ from service.cli.train import read_flags
 from service.inputs.bpe import BpeTokenizer
 from service.models.build import build, init_weights
 from service.train.card import _extra_rows
+from service.train.loop import DTYPES
 from service.train.prepare import PreparedRun, prepare
 from service.train.publish import _row
 from service.train.recipe import Recipe
@@ -44,6 +45,24 @@ def test_training_begins_with_the_weights_of_the_checkpoint(prepared: PreparedRu
     assert any(not torch.equal(weight, begun[name]) for name, weight in trainer.model.state_dict().items())
     row = _row(trainer, run, conclude(trainer, run))
     assert row["init"] == earlier.artifact and any(earlier.artifact in line for line in _extra_rows(row))
+
+
+def test_what_is_published_may_lie_between_the_trained_weights_and_those_before(
+    prepared: PreparedRun, earlier: Source, library: Path, recipe_with: Callable[..., Recipe]
+) -> None:
+    recipe = recipe_with(average={"start": 0.0, "decay": 0.0, "init": 0.25})
+    run = replace(prepared, init=earlier, recipe=recipe)
+    trainer = start(run, "cpu", 1)
+    trainer.step()
+    trained = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+    outcome = conclude(trainer, run)
+    began, stored = earlier.load(torch.device("cpu")).state_dict(), DTYPES[recipe.publish.dtype]
+    for name, weight in outcome.weights.items():
+        assert torch.equal(weight, (trained[name] + 0.25 * (began[name] - trained[name])).to(stored))
+    row = _row(trainer, run, outcome)
+    assert row["init_share"] == 0.25 and any("0.25" in line for line in _extra_rows(row))
+    with pytest.raises(SettingsError, match="--init"):
+        prepare(recipe, library)
 
 
 def test_the_tokenizer_is_the_checkpoint_s_and_the_run_another(library: Path, recipe_with: Callable[..., Recipe], earlier: Source) -> None:

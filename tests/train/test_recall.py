@@ -61,6 +61,27 @@ def test_the_other_documents_ask_every_fact_after_it_was_stated_and_tell_the_tru
     assert handed_on > 20 and max(document.count("# prints") for document in documents) > 20
 
 
+def test_questions_at_the_end_ask_for_facts_from_the_first_line_on() -> None:
+    plain = recall_documents(TEXTS, 60, (150, 200), 3)
+    documents = recall_documents(TEXTS, 60, (150, 200), 3, at_end=1.0)
+    # Documents of one question are the same.
+    assert documents[::3] == plain[::3] and plain == recall_documents(TEXTS, 60, (150, 200), 3, at_end=0.0)
+    counts = set()
+    for document in (document for index, document in enumerate(documents) if index % 3):
+        lines = document.splitlines()
+        held = dict(match.groups() for line in lines if (match := re.fullmatch(r"(\w+) = (\d{5})", line)))
+        asked = {at: re.fullmatch(r"print\((\w+)\)  # prints (\d{5})", line) for at, line in enumerate(lines) if line.startswith("print(")}
+        assert lines[0].split(" = ")[0] in held
+        assert {match[1]: match[2] for match in asked.values() if match} == held and len(asked) == len(held)
+        texts = sum(line.startswith("text ") for line in lines)
+        assert sum(line.startswith("text ") for line in lines[: min(asked)]) >= int(0.9 * texts)
+        counts.add(len(held))
+    assert min(counts) == 8 and max(counts) > 30
+    mixed = recall_documents(TEXTS, 60, (150, 200), 3, at_end=0.5)
+    changed = sum(one != other for one, other in zip(mixed, plain, strict=True))
+    assert 10 < sum(one == other for one, other in zip(mixed, documents, strict=True)) - 20 < 30 and changed > 10
+
+
 def test_a_recipe_that_asks_for_questions_learns_them(prepared: PreparedRun, library: Path, recipe_with: Callable[..., Recipe]) -> None:
     asked = recipe_with(corpus={"recall_documents": 30, "recall_lines": 20})
     run = prepare(asked, library)
@@ -68,6 +89,8 @@ def test_a_recipe_that_asks_for_questions_learns_them(prepared: PreparedRun, lib
     text = run.tokenizer.decode(run.train.tokens.tolist())
     assert text.count("# prints") > 60 and "# prints" not in prepared.tokenizer.decode(prepared.train.tokens.tolist())
     assert np.array_equal(run.held_out.tokens, prepared.held_out.tokens)
+    ending = prepare(recipe_with(corpus={"recall_documents": 30, "recall_lines": 20, "recall_at_end": 1.0}), library)
+    assert ending.identity != run.identity and ending.tokenizer.decode(ending.train.tokens.tolist()) != text
 
 
 def test_the_flagship_has_a_recipe() -> None:

@@ -86,6 +86,8 @@ def test_what_is_no_recipe(text: str) -> None:
         ({"schedule": {"decay_from": 1.0}}, "decay_from"),
         ({"schedule": {"warmup_steps": -1}}, "warmup_steps"),
         ({"average": {"decay": 1.0}}, "decay"),
+        ({"average": {"init": 1.0}}, "init"),
+        ({"corpus": {"recall_at_end": 1.5}}, "recall_at_end"),
         ({"corpus": {"recall_fewest_lines": 0}}, "recall_fewest_lines"),
         ({"corpus": {"recall_fewest_lines": 200}}, "recall_fewest_lines"),
         ({"segments": {"tokens": 24}}, "segments.tokens"),
