@@ -40,7 +40,8 @@ class FarSpec:
 
     `blocks` 0 means 16, from position 32768 on 32. The choice is made at positions that are multiples of `refresh`, which divides the
     block size, and shared by the queries that follow; the first `sink_blocks` blocks are never far. Blocks are chosen by the bounds of
-    their keys, kept for each `sub_block_tokens` tokens, and by these keys. With `dense_prompts` queries whose anchor lies in the prompt read all far blocks.
+    their keys, kept for each `sub_block_tokens` tokens, and by these keys. With `dense_prompts` queries whose anchor lies in the prompt
+    read all far blocks.
     """
 
     blocks: int = 0
