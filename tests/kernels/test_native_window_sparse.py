@@ -162,6 +162,17 @@ class TestChoosing:
         assert torch.equal(found[1], expected[1]) and torch.equal(found[0], expected[0])
         assert found[0].dtype == found[1].dtype == torch.int32
 
+    @pytest.mark.parametrize("store", ["int8", "int4", "native"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize(("heads", "kv_heads", "block_tokens"), [(8, 1, 8), (14, 2, 16), (4, 2, 64)])
+    def test_keys_of_every_store_and_many_heads(
+        self, heads: int, kv_heads: int, block_tokens: int, dtype: torch.dtype, store: str, instructions: str
+    ) -> None:
+        sizes = {"block_tokens": block_tokens, "window": 2 * block_tokens, "refresh": 8}
+        call = make_sparse([40 * block_tokens], [3], heads=heads, kv_heads=kv_heads, size=32, dtype=dtype, store=store, **sizes).choosing
+        assert call is not None
+        assert torch.equal(call.run(kernel.choose_far)[0], call.run()[0])
+
     def test_budgets_differ_within_a_call(self) -> None:
         call = make_sparse([300, 300, 120, 60], [9, 1, 1, 1], budget=6).choosing
         assert call is not None

@@ -143,6 +143,13 @@ class TestChoosing:
         assert torch.equal(found[1], expected[1]) and torch.equal(found[0], expected[0])
         assert found[0].dtype == found[1].dtype == torch.int32
 
+    @pytest.mark.parametrize("store", ["int8", "int4", "native"])
+    @pytest.mark.parametrize("heads", [2, 8])
+    def test_keys_of_every_store(self, heads: int, store: str) -> None:
+        call = make_sparse([320, 200], [3, 1], heads=heads, kv_heads=1, store=store).choosing
+        assert call is not None
+        assert torch.equal(call.run(far_store.choose_far)[0], call.run()[0])
+
     def test_budgets_differ_within_a_call(self) -> None:
         call = make_sparse([300, 300, 120, 60], [9, 1, 1, 1], budget=6).choosing
         assert call is not None

@@ -243,17 +243,8 @@ def decoder_layers(bound: BoundLayers, update: Tensor, residual: Tensor, rotatio
     keys = step.stores[0][0]
     call = _Step(
         *(ctypes.addressof(bound.layers), ctypes.addressof(groups), ctypes.addressof(far)),
-        *(
-            FIRST_STAGE,
-            SECOND_STAGE,
-            len(bound.layers),
-            rows,
-            dim,
-            rotation[0].shape[1],
-            len(step.context_lengths),
-            keys.shape[2],
-            KEPT[keys.dtype],
-        ),
+        *(FIRST_STAGE, SECOND_STAGE, len(bound.layers), rows, dim, rotation[0].shape[1]),
+        *(len(step.context_lengths), keys.shape[2], KEPT[keys.dtype]),
         bound.eps,
         *(t.data_ptr() for t in (update, residual, *rotation, step.offsets, step.query_starts, step.context_lengths, step.done)),
     )

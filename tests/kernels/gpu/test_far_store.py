@@ -91,7 +91,7 @@ def choices_of(call: Any) -> tuple[Tensor, Tensor]:
     return chosen[0].cpu(), chosen[1].cpu()
 
 
-@pytest.mark.parametrize("store", ["int8", "native"])
+@pytest.mark.parametrize("store", ["int8", "int4", "native"])
 @pytest.mark.parametrize("budget", [1, 2, 3, 20])
 def test_choices_are_those_of_the_reference(store: str, budget: int) -> None:
     batch = make_sparse([150, 30, 200, 101], [1, 1, 5, 1], window=16, budget=budget, store=store, seed=budget)
