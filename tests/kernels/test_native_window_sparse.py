@@ -168,8 +168,9 @@ class TestChoosing:
     def test_keys_of_every_store_and_many_heads(
         self, heads: int, kv_heads: int, block_tokens: int, dtype: torch.dtype, store: str, instructions: str
     ) -> None:
-        sizes = {"block_tokens": block_tokens, "window": 2 * block_tokens, "refresh": 8}
-        call = make_sparse([40 * block_tokens], [3], heads=heads, kv_heads=kv_heads, size=32, dtype=dtype, store=store, **sizes).choosing
+        # Enough anchors that a choice by bounds alone is another one in some.
+        sizes = {"block_tokens": block_tokens, "window": 2 * block_tokens, "budget": 5}
+        call = make_sparse([40 * block_tokens], [24], heads=heads, kv_heads=kv_heads, size=32, dtype=dtype, store=store, **sizes).choosing
         assert call is not None
         assert torch.equal(call.run(kernel.choose_far)[0], call.run()[0])
 
