@@ -120,7 +120,7 @@ def check_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 def multiplies_pairs(instructions: str, dtype: torch.dtype) -> bool:
     """Whether attention over a cache of `dtype` is computed in pairs of bfloat16 by these kernels here."""
-    return dtype == torch.bfloat16 and instructions == "avx512" and bool(binding.functions().native_has_pairs())
+    return dtype == torch.bfloat16 and instructions in ("avx512", "amx") and bool(binding.functions().native_has_pairs())
 
 
 def check_rounded(actual: Tensor, expected: Tensor, values: Tensor) -> None:

@@ -94,7 +94,7 @@ def test_without_compiled_kernels_it_is_attention_over_what_rows_stand_for(windo
 def test_poison_never_reaches_a_row(window: int | None, garbage: int | None, instructions: str) -> None:
     batch = make_batch(*MIXED, window=window)
     found = run(narrow(batch, garbage))
-    check(found, narrow(batch), exact=instructions != "avx512")
+    check(found, narrow(batch), exact=instructions not in ("avx512", "amx"))
     assert torch.equal(found, run(narrow(batch, 0)))
 
 
@@ -107,21 +107,21 @@ def test_shapes_in_every_instruction_set(shape: tuple[int, int, int, int | None,
         contexts, counts, heads=heads, kv_heads=kv_heads, size=size, value_size=value_size, block_tokens=block_tokens, window=40
     )
     batch = narrow(made)
-    check(run(batch), batch, exact=instructions != "avx512")
+    check(run(batch), batch, exact=instructions not in ("avx512", "amx"))
 
 
 @needs_native
 @pytest.mark.parametrize("block_tokens", [1, 48, 128])
 def test_blocks_of_other_sizes(block_tokens: int, instructions: str) -> None:
     batch = narrow(make_batch([300, 130], [1, 40], block_tokens=block_tokens, size=24))
-    check(run(batch), batch, exact=instructions != "avx512")
+    check(run(batch), batch, exact=instructions not in ("avx512", "amx"))
 
 
 @needs_native
 @pytest.mark.parametrize("scoring", [{"softcap": 1.5}, {"softcap": 50.0}, {"sink_logits": torch.tensor([0.5, -3.0, 4.0, 0.0])}])
 def test_score_cap_and_sinks(scoring: dict[str, object], instructions: str) -> None:
     batch = narrow(make_batch(*MIXED, window=9, **scoring))
-    check(run(batch), batch, exact=instructions != "avx512")
+    check(run(batch), batch, exact=instructions not in ("avx512", "amx"))
 
 
 @needs_native

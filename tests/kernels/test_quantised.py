@@ -8,6 +8,7 @@ from torch import Tensor
 
 from service.kernels import reference
 from service.kernels.dispatch import force, resolve
+from service.kernels.native import binding
 from service.kernels.native.quantised import NativeQuantisedLinear, unsupported
 from service.kernels.quantised import (
     GROUP,
@@ -194,3 +195,21 @@ def test_the_same_bits_with_any_number_of_threads(kind: str) -> None:
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+# Inputs in whole tiles; outputs in whole strips and one past them; rows that leave tiles, pairs of them and chunks unfinished.
+@pytest.mark.skipif("amx" not in binding.describe(), reason="no matrix units here")
+@pytest.mark.parametrize("shape", [(16, 64), (65, 128), (200, 1280), (97, 3456)])
+def test_matrix_units_give_the_bits_of_dot_products(shape: tuple[int, int]) -> None:
+    library, linear = binding.compiled(), NativeQuantisedLinear(quantise_weight(drawn(*shape), "int8"))
+    assert isinstance(library, binding.Library)
+    for rows in (8, 15, 16, 17, 31, 32, 33, 47, 48, 49, 64, 270):
+        x, bias = drawn(rows, shape[1], seed=rows) * 3, drawn(shape[0], seed=1)
+        x[rows // 2] = torch.nan
+        for offset in (None, bias):
+            found = linear.apply(x, offset)
+            library.choose("avx512")
+            wanted = linear.apply(x, offset)
+            library.choose(binding.LEVELS[-1])
+            assert torch.equal(found.nan_to_num(7.0), wanted.nan_to_num(7.0)), (rows, offset is None)
+            assert found[rows // 2].isnan().all() and found.isnan().sum() == shape[0]

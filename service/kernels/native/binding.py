@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 # What `NATIVE_ABI` in native.h has to be.
-ABI = 11
+ABI = 12
 # Instruction sets by level, as `native_choose` takes them.
-LEVELS = ("baseline", "avx2", "avx512")
+LEVELS = ("baseline", "avx2", "avx512", "amx")
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Cached keys and values may also be int8, with the scale of each row behind it.
 KEPT = {**ELEMENTS, torch.int8: 3}

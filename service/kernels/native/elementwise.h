@@ -117,7 +117,7 @@ INLINE void narrow_to(enum element type, const float *x, void *out, int64_t coun
 /* x [count] as steps of -127 .. 127 of its largest magnitude, and behind them what a step is; what is not finite makes that not finite. */
 static void narrow_to_steps(const float *x, int8_t *out, int64_t count) {
     int32_t sum;
-    float scale = quantise_row(x, count, count, count, out, &sum);
+    float scale = quantise_row(x, count, count, count, out, 64, &sum);
     memcpy(out + count, &scale, sizeof scale);
 }
 #endif

@@ -3,7 +3,7 @@
 #include "choosing.h"
 #include "elementwise.h"
 #include "linear.h"
-#include "quantised.h"
+#include "quantised_amx.h"
 
 const struct kernels KERNELS_TABLE = {
     .name = KERNELS_NAME,
@@ -19,6 +19,9 @@ const struct kernels KERNELS_TABLE = {
     .quantise_row = quantise_row,
     .int8_strips = int8_strips,
     .int4_strips = int4_strips,
+#endif
+#if defined(ISA_AMX)
+    .int8_matrices = matrix_strips,
 #endif
     .attention_scratch = attention_scratch,
     .attention_partial = attention_partial,

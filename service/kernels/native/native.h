@@ -17,7 +17,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 /* Counted up whenever an exported function changes; binding.py names the one it speaks to. */
-#define NATIVE_ABI 11
+#define NATIVE_ABI 12
 
 /* The last two only in the cache: integers with a scale for each token, INT4 two in a byte, the even index in the low half. Of far blocks
  * the scales lie apart, in float16; a near block has INT8 only, and behind each token's integers their scale in float32. */
@@ -32,6 +32,11 @@ struct upcoming {
 
 /* Inputs that share a scale of int4 weights. */
 #define GROUP 32
+/* The fewest rows that matrix units multiply faster than vectors do, and what their inputs are a multiple of. */
+#define MATRIX_ROWS 8
+#define MATRIX_INPUTS 64
+/* Rows of a tile of matrix units. */
+#define MATRIX_HEIGHT 16
 enum quantisation { INT8 = 0, INT4 = 1 };
 
 /* Quantised weights [outputs, inputs] in strips as quantised.h says, inputs padded to a multiple of 4 (int8) or GROUP (int4). `scales`
@@ -42,7 +47,8 @@ struct weights {
     const float *scales, *bias;
 };
 
-/* A product under way: quantised rows x [rows, padded], their scales, and the sums of each row (int8) or of each of its groups (int4). */
+/* A product under way: quantised rows x [rows, padded], their scales, and the sums of each row (int8) or of each of its groups (int4).
+ * `matrices`: it is multiplied by matrix units, for which the rows lie as quantised_amx.h says. */
 struct product {
     int64_t kind;
     const int8_t *x;
@@ -53,13 +59,15 @@ struct product {
     const float *scales, *bias;
     float *out;
     int64_t outputs;
+    int matrices;
 };
 
-/* Tiles that the rows of a product are split into, as even as can be, and the strips that a tile takes: as many sums as there are registers. */
+/* Tiles that the rows of a product are split into, as even as can be, and the strips that a tile takes: as many sums as there are registers. Matrix
+ * units take four strips at a time. */
 INLINE int64_t row_tiles(const struct product *p) { return p->kind == INT8 ? (p->rows + 7) / 8 : (p->rows + 5) / 6; }
 INLINE int64_t tile_strips(const struct product *p) {
     int64_t count = row_tiles(p), most = count ? (p->rows + count - 1) / count : 0;
-    return p->kind == INT8 ? (most > 6 ? 3 : 4) : most > 2 ? 2 : 4;
+    return p->matrices ? 4 : p->kind == INT8 ? (most > 6 ? 3 : 4) : most > 2 ? 2 : 4;
 }
 INLINE int64_t strip_bytes(const struct product *p) { return p->kind == INT8 ? 16 * p->padded : p->padded / GROUP * 288; }
 
@@ -107,10 +115,12 @@ struct kernels {
     /* Float32 x [count] -> out in `type`, rounded to nearest even; where there are dot products of int8, to STORED_INT8 too, the scale behind. */
     void (*narrow)(enum element type, const float *x, void *out, int64_t count);
     /* Quantise a row, see quantised.h; these three are NULL where the instruction set has no dot products of int8. */
-    float (*quantise_row)(const float *x, int64_t inputs, int64_t padded, int64_t group, int8_t *out, int32_t *sums);
+    float (*quantise_row)(const float *x, int64_t inputs, int64_t padded, int64_t group, int8_t *out, int64_t line, int32_t *sums);
     /* All rows of a product times the strips begin .. end - 1, while `after` is fetched. */
     void (*int8_strips)(const struct product *product, int64_t begin, int64_t end, struct upcoming after);
     void (*int4_strips)(const struct product *product, int64_t begin, int64_t end, struct upcoming after);
+    /* The same of a product by matrix units; NULL where there are none. */
+    void (*int8_matrices)(const struct product *product, int64_t begin, int64_t end, struct upcoming after);
     /* Floats that a thread needs, and that the result of one split of one tile and head takes; then one share, while what the next one
      * (or NULL) begins with is fetched. */
     int64_t (*attention_scratch)(const struct attention *attention);
@@ -125,6 +135,10 @@ extern const struct kernels kernels_baseline;
 #define HAS_X86_KERNELS 1
 extern const struct kernels kernels_avx2;
 extern const struct kernels kernels_avx512;
+#if defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define HAS_AMX_KERNELS 1
+extern const struct kernels kernels_amx;
+#endif
 #endif
 
 /* The table in use; NULL before native_choose. */

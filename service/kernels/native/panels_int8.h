@@ -17,7 +17,9 @@ INLINE int64_t whole_words(int64_t size) { return (size + 3) / 4 * 4; }
 #define HAS_STEPS 1
 
 /* A query row -> steps [whole_words(size)], their sum, and the scale, which is returned. */
-INLINE float step_query(const float *x, int64_t size, int8_t *out, int32_t *sum) { return quantise_row(x, size, whole_words(size), whole_words(size), out, sum); }
+INLINE float step_query(const float *x, int64_t size, int8_t *out, int32_t *sum) {
+    return quantise_row(x, size, whole_words(size), whole_words(size), out, 64, sum);
+}
 
 /* Keys [tokens, size] of one block and head -> words of four dimensions [whole_words(size) / 4, columns], 128 added to each byte. */
 static void pack_key_steps(const char *keys, int64_t token_bytes, int64_t tokens, int64_t size, uint32_t *panel, int64_t columns,

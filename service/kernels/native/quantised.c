@@ -29,26 +29,37 @@ static char *take_scratch(size_t size) {
 /* Whether the chosen instruction set has these products. */
 EXPORTED int native_has_quantised(void) { return native_kernels->int8_strips != NULL; }
 
+static int by_matrices(const struct weights *weights, int64_t rows) {
+    return native_kernels->int8_matrices && weights->kind == INT8 && weights->padded % MATRIX_INPUTS == 0 && rows >= MATRIX_ROWS;
+}
+
+/* Bytes of the quantised rows alone, in whole lines of 64. */
+static size_t rows_bytes(const struct weights *weights, int64_t rows) {
+    if (by_matrices(weights, rows)) rows = (rows + MATRIX_HEIGHT - 1) / MATRIX_HEIGHT * MATRIX_HEIGHT;
+    return ((size_t)(rows * weights->padded) + 63) / 64 * 64;
+}
+
 size_t quantised_bytes(const struct weights *weights, int64_t rows) {
     int64_t groups = weights->kind == INT8 ? 1 : weights->padded / GROUP;
-    size_t values = ((size_t)(rows * weights->padded) + 63) / 64 * 64;
-    return values + (size_t)rows * (4 + 4 * (size_t)groups);
+    return rows_bytes(weights, rows) + (size_t)rows * (4 + 4 * (size_t)groups);
 }
 
 struct product start_product(const struct weights *weights, int64_t rows, char *memory, float *out) {
-    char *scales = memory + ((size_t)(rows * weights->padded) + 63) / 64 * 64;
+    char *scales = memory + rows_bytes(weights, rows);
     return (struct product){
         .kind = weights->kind, .x = (int8_t *)memory, .x_scales = (float *)scales, .x_sums = (int32_t *)scales + rows, .rows = rows,
         .padded = weights->padded, .weight = weights->values, .scales = weights->scales, .bias = weights->bias, .out = out,
         .outputs = weights->outputs,
+        .matrices = by_matrices(weights, rows),
     };
 }
 
 void quantise_into(const struct product *p, const struct weights *weights, const float *x, int64_t row) {
     int64_t group = p->kind == INT8 ? p->padded : GROUP;
-    int8_t *values = (int8_t *)p->x + row * p->padded;
+    const int64_t tile = row / MATRIX_HEIGHT * MATRIX_HEIGHT, line = p->matrices ? MATRIX_HEIGHT * MATRIX_INPUTS : MATRIX_INPUTS;
+    int8_t *values = (int8_t *)p->x + (p->matrices ? tile * p->padded + (row - tile) * MATRIX_INPUTS : row * p->padded);
     int32_t *sums = (int32_t *)p->x_sums + row * (p->padded / group);
-    ((float *)p->x_scales)[row] = native_kernels->quantise_row(x, weights->inputs, p->padded, group, values, sums);
+    ((float *)p->x_scales)[row] = native_kernels->quantise_row(x, weights->inputs, p->padded, group, values, line, sums);
 }
 
 /* Tiles of strips that the outputs take, and the first strip of a piece. */
@@ -71,7 +82,10 @@ void multiply_piece(const struct product *product, int64_t index, int64_t count,
     int64_t strips = (product->outputs + 15) / 16, begin = piece_strip(product, index, count), end = piece_strip(product, index + 1, count);
     if (end > strips) end = strips;
     if (begin >= end) return;
-    (product->kind == INT8 ? native_kernels->int8_strips : native_kernels->int4_strips)(product, begin, end, after);
+    if (product->matrices)
+        native_kernels->int8_matrices(product, begin, end, after);
+    else
+        (product->kind == INT8 ? native_kernels->int8_strips : native_kernels->int4_strips)(product, begin, end, after);
 }
 
 struct rows {

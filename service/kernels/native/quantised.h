@@ -15,8 +15,9 @@
 #include <immintrin.h>
 #include <string.h>
 
-/* Quantise one row to -127 .. 127: the largest magnitude (as bits, so that NaN stays) over 127 is the scale; sums of each `group` inputs. */
-static float quantise_row(const float *x, int64_t inputs, int64_t padded, int64_t group, int8_t *out, int32_t *sums) {
+/* Quantise one row to -127 .. 127: the largest magnitude (as bits, so that NaN stays) over 127 is the scale; sums of each `group` inputs.
+ * Runs of 64 come `line` bytes apart. */
+static float quantise_row(const float *x, int64_t inputs, int64_t padded, int64_t group, int8_t *out, int64_t line, int32_t *sums) {
     const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
     __m512i top = _mm512_setzero_si512();
     for (int64_t i = 0; i < inputs; i += 16) {
@@ -35,7 +36,7 @@ static float quantise_row(const float *x, int64_t inputs, int64_t padded, int64_
             __mmask16 kept = end - i >= 16 ? 0xffff : (__mmask16)((1u << (end - i)) - 1);
             __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), inverse));
             sum = _mm512_add_epi32(sum, value);
-            _mm_mask_storeu_epi8(out + i, kept, _mm512_cvtepi32_epi8(value));
+            _mm_mask_storeu_epi8(out + i / 64 * line + i % 64, kept, _mm512_cvtepi32_epi8(value));
         }
         *sums++ = _mm512_reduce_add_epi32(sum);
     }
@@ -64,10 +65,14 @@ INLINE void put_outputs(__m512 value, const struct product *p, int64_t row, int6
     _mm512_mask_storeu_ps(p->out + row * p->outputs + output, mask, value);
 }
 
-INLINE void put_int8(__m512i sums, __m512i offset, __m512 row_scale, const struct product *p, int64_t row, int64_t output) {
-    if (output >= p->outputs) return;
+/* What sums of a row and 16 outputs stand for, without the bias. */
+INLINE __m512 scale_int8(__m512i sums, __m512i offset, __m512 row_scale, const struct product *p, int64_t output) {
     __m512 scale = _mm512_mul_ps(row_scale, _mm512_loadu_ps(p->scales + output));
-    put_outputs(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums, offset)), scale), p, row, output);
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums, offset)), scale);
+}
+
+INLINE void put_int8(__m512i sums, __m512i offset, __m512 row_scale, const struct product *p, int64_t row, int64_t output) {
+    if (output < p->outputs) put_outputs(scale_int8(sums, offset, row_scale, p, output), p, row, output);
 }
 
 /* What the caches should fetch while a tile is computed: `lines` lines of 64 bytes in each step. */
