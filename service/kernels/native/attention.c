@@ -115,6 +115,7 @@ static int held_by_bfloat16(enum element type) { return type == BFLOAT16 || type
 
 void cut_attention(struct attention *a) {
     a->pairs = a->kv_type == BFLOAT16 && (!a->far_keys || held_by_bfloat16(a->far_type)) && native_has_pairs();
+    a->tiles = a->pairs && native_kernels->int8_matrices && a->key_size % 32 == 0 && a->block_tokens % 16 == 0;
     a->split_blocks = maximum(1, SPLIT_TOKENS / a->block_tokens);
     a->task_splits = 1;
     a->tile_rows = maximum(TILE_ROWS, a->group);

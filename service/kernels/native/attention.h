@@ -6,56 +6,12 @@
  * the same bits in every tile; keys that no row of a group of six sees are never mixed, whatever they hold
  * (in pairs of tokens: those that no row of the tile sees).
  */
-#include "attention_call.h"
-#include "panels_pairs.h"
+#include "row_groups.h"
 
-/* What a product of a query and a key is multiplied by: log2 units, but for a cap, which is applied to what it was. */
-INLINE float score_unit(const struct attention *a) { return a->softcap > 0 ? a->scale : a->scale * LOG2_E; }
-
-/* Six rows or fewer, at row0 of the tile, over one block whose keys lie in the panel. */
-static void attend_rows(const struct attention *a, struct scratch *s, int64_t row0, int rows, int64_t first_position, int64_t block_start,
-                        enum element type, const void *values, int64_t value_stride, int scaled, struct upcoming *ahead) {
-    int64_t columns = s->columns, value_columns = whole_vectors(a->value_size);
-    int64_t low[ROWS], high[ROWS], from = a->block_tokens, to = 0;
-    for (int r = 0; r < rows; r++) {
-        int64_t position = first_position + (row0 + r) / a->group;
-        low[r] = position - a->window + 1 > block_start ? position - a->window + 1 - block_start : 0;
-        high[r] = position + 1 - block_start < a->block_tokens ? position + 1 - block_start : a->block_tokens;
-        if (low[r] >= high[r]) continue;
-        from = low[r] < from ? low[r] : from;
-        to = high[r] > to ? high[r] : to;
-    }
-    if (from >= to) return;
-    float *scores = s->scores, *mixed = s->mixed + row0 * value_columns, factors[ROWS];
-    const struct weighing how = {scaled ? s->key_scales : NULL, scaled ? s->value_scales : NULL, a->softcap};
-#if HAS_PAIRS
-    if (a->pairs) {
-        const int64_t words = whole_pairs(a->key_size);
-        score_pairs(rows, columns, words, (const uint32_t *)s->query + row0 * words, score_unit(a), (const uint32_t *)s->panel, scores);
-        weigh_pairs(rows, columns, &how, scores, low, high, s->maxima + row0, s->sums + row0 * WIDTH, factors);
-        mix_pairs(rows, value_columns, from, to, (const uint32_t *)scores, columns, factors, values, mixed, ahead);
-        return;
-    }
-#endif
-#if HAS_STEPS
-    if (type == STORED_INT8) {
-        float steps[ROWS];
-        score_steps(rows, columns, a->key_size, s->query_steps + row0 * whole_words(a->key_size), s->query_scales + row0,
-                    s->query_sums + row0, (const uint32_t *)s->panel, scores);
-        weigh_steps(rows, columns, &how, scores, low, high, s->maxima + row0, s->sums + row0 * WIDTH, factors, s->weight_steps, steps);
-        mix_steps(rows, value_columns, from, to, s->weight_steps, columns, steps, factors, values, mixed, ahead);
-        return;
-    }
-#endif
-    multiply_float32(rows, columns / WIDTH, 0, a->key_size, s->query + row0 * a->key_size, a->key_size, s->panel, columns, scores, columns,
-                     NULL, NULL);
-    weigh_rows(rows, columns, &how, scores, low, high, s->maxima + row0, s->sums + row0 * WIDTH, factors);
-    if (type == FLOAT32)
-        multiply_float32(rows, value_columns / WIDTH, from, to, scores, columns, values, value_stride, mixed, value_columns, factors, ahead);
-    else if (type == BFLOAT16)
-        multiply_bfloat16(rows, value_columns / WIDTH, from, to, scores, columns, values, value_stride, mixed, value_columns, factors, ahead);
-    else
-        multiply_float16(rows, value_columns / WIDTH, from, to, scores, columns, values, value_stride, mixed, value_columns, factors, ahead);
+/* Words of two tokens that no row of the tile sees, 0 .. from - 1 and to .. words - 1 of its values, become 0. */
+INLINE void clear_value_pairs(float *values, int64_t from, int64_t to, int64_t words, int64_t columns) {
+    if (from > 0) memset(values, 0, from * columns * sizeof *values);
+    if (to < words) memset(values + to * columns, 0, (words - to) * columns * sizeof *values);
 }
 
 /* Where one head of a block lies: its keys and values, in which form, and the scales of far blocks; those of near ones lie in the block. */
@@ -189,7 +145,9 @@ static void attend_block(const struct attention *a, struct scratch *s, const str
     if (a->pairs) {
         pack_key_pairs(type, here.keys, here.key_stride * element_bytes(type), tokens, a->key_size, (uint32_t *)s->panel,
                        s->columns, &keys_ahead);
-        pack_value_pairs(type, here.values, stride, here.key_scales ? 0 : first_seen(a, tile, &here), tokens, a->value_size, (uint32_t *)s->values);
+        const int64_t from = here.key_scales ? 0 : first_seen(a, tile, &here);
+        pack_value_pairs(type, here.values, stride, from, tokens, a->value_size, (uint32_t *)s->values);
+        if (a->tiles) clear_value_pairs(s->values, from / 2, (tokens + 1) / 2, (s->columns + 31) / 32 * 16, value_columns);
         mixed_from = s->values;
     } else if (in_steps) {
         pack_key_steps(here.keys, here.key_stride, tokens, a->key_size, (uint32_t *)s->panel, s->columns, &keys_ahead);
@@ -203,8 +161,9 @@ static void attend_block(const struct attention *a, struct scratch *s, const str
             type = FLOAT32, mixed_from = s->values, stride = value_columns;
         }
     }
-    for (int64_t row = 0; row < rows; row += ROWS)
-        attend_rows(a, s, first_row + row, rows - row < ROWS ? (int)(rows - row) : ROWS, tile->first_position, here.start, type, mixed_from,
+    const int64_t height = group_rows(a);
+    for (int64_t row = 0; row < rows; row += height)
+        attend_rows(a, s, first_row + row, (int)(rows - row < height ? rows - row : height), tile->first_position, here.start, type, mixed_from,
                     stride, scaled, &values_ahead);
     fetch_upcoming(&values_ahead, values_ahead.lines);
 }
@@ -217,8 +176,10 @@ static void attend_split(const struct attention *a, struct scratch *s, const str
     for (int64_t i = 0; i < rows; i++) s->maxima[i] = -INFINITY;
     memset(s->sums, 0, rows * WIDTH * sizeof(float));
     memset(s->mixed, 0, rows * value_columns * sizeof(float));
+    begin_tiles(a);
     for (struct visit visit = first_visit(a, tile, head, split); visit.entry < end; visit = visit_after(a, tile, head, visit))
         attend_block(a, s, tile, head, visit);
+    end_tiles(a);
     for (int64_t i = 0; i < rows; i++) s->totals[i] = sum_lanes(load_float(s->sums + i * WIDTH));
 }
 
@@ -288,8 +249,9 @@ static void carve(const struct attention *a, float *memory, struct scratch *s) {
     s->values = s->panel + a->key_size * columns;
     s->query = s->values + a->block_tokens * value_columns;
     s->scores = s->query + whole_vectors(rows * a->key_size);
-    s->mixed = s->scores + ROWS * columns;
-    s->joined = s->mixed + rows * value_columns;
+    s->mixed = s->scores + group_rows(a) * columns;
+    s->group = s->mixed + rows * value_columns;
+    s->joined = s->group + (a->tiles ? GROUP_ROWS * value_columns : 0);
     s->sums = s->joined + rows * value_columns;
     s->maxima = s->sums + rows * WIDTH;
     s->totals = s->maxima + rows;

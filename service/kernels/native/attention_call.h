@@ -21,8 +21,8 @@ struct attention {
     const void *far_keys, *far_values;
     const uint16_t *far_key_scales, *far_value_scales;
     int64_t far_key_size, far_value_size, choices_stride;
-    /* Whether products are of pairs of bfloat16, see panels_pairs.h. */
-    int pairs;
+    /* Whether products are of pairs of bfloat16, see panels_pairs.h, and whether these go through matrix units, see row_groups.h. */
+    int pairs, tiles;
 };
 
 /* `tokens` consecutive query tokens of one sequence, all in one task for each K/V head (parts NULL) or with a task for each `task_splits`
@@ -39,9 +39,10 @@ struct tile {
 };
 
 /* Memory of one thread; all float32 but what is left when attention is computed in 8 bits: query rows, sums of each, and weights. In pairs of
- * bfloat16 `panel`, `values` and `query` are words of two, and so are weights, where scores were. */
+ * bfloat16 `panel`, `values` and `query` are words of two, and so are weights, where scores were. `group` is what tiles mix of a group that
+ * is not whole. */
 struct scratch {
-    float *panel, *values, *query, *scores, *mixed, *joined, *sums, *maxima, *totals, *joined_maxima, *joined_totals, *key_scales, *value_scales;
+    float *panel, *values, *query, *scores, *mixed, *group, *joined, *sums, *maxima, *totals, *joined_maxima, *joined_totals, *key_scales, *value_scales;
     float *query_scales;
     int32_t *query_sums;
     int8_t *query_steps;

@@ -132,12 +132,10 @@ static void pack_value_pairs(enum element type, const void *values, int64_t toke
         const __m512i value = four_inputs((const int8_t *)(query + r * words + i)); \
         S(SCORE_PAIR, r)                                                                   \
     }
-#define PUT_PAIR(r, c) _mm512_storeu_ps(scores + r * columns + 16 * c, _mm512_mul_ps(a##r##_##c, unit));
+#define PUT_PAIR(r, c) _mm512_storeu_ps(scores + r * columns + 16 * c, a##r##_##c);
 #define PUT_PAIRS(r, S) S(PUT_PAIR, r)
 #define SCORE_PAIR_TILE(R, C)                                                                                                 \
-    static void score_pairs_##R##x##C(int64_t words, const uint32_t *query, float scale, const uint32_t *panel, float *scores, \
-                                      int64_t columns) {                                                                      \
-        const __m512 unit = _mm512_set1_ps(scale);                                                                            \
+    static void score_pairs_##R##x##C(int64_t words, const uint32_t *query, const uint32_t *panel, float *scores, int64_t columns) { \
         ROWS_##R(ZERO_PAIRS, STRIPS_##C)                                                                                      \
         int64_t i = 0;                                                                                                        \
         do {                                                                                                                  \
@@ -168,7 +166,7 @@ static void pack_value_pairs(enum element type, const void *values, int64_t toke
 #define PAIR_TILES_OF(R) SCORE_PAIR_TILE(R, 1) SCORE_PAIR_TILE(R, 4) MIX_PAIR_TILE(R, 1) MIX_PAIR_TILE(R, 4)
 PAIR_TILES_OF(1) PAIR_TILES_OF(2) PAIR_TILES_OF(3) PAIR_TILES_OF(4) PAIR_TILES_OF(5) PAIR_TILES_OF(6)
 
-typedef void score_pair_tile(int64_t, const uint32_t *, float, const uint32_t *, float *, int64_t);
+typedef void score_pair_tile(int64_t, const uint32_t *, const uint32_t *, float *, int64_t);
 typedef void mix_pair_tile(int64_t, int64_t, const uint32_t *, int64_t, const float *, const uint32_t *, float *, int64_t, struct upcoming *);
 static score_pair_tile *const score_pair_tiles[ROWS][2] = {{score_pairs_1x1, score_pairs_1x4}, {score_pairs_2x1, score_pairs_2x4},
                                                            {score_pairs_3x1, score_pairs_3x4}, {score_pairs_4x1, score_pairs_4x4},
@@ -177,11 +175,11 @@ static mix_pair_tile *const mix_pair_tiles[ROWS][2] = {{mix_pairs_1x1, mix_pairs
                                                        {mix_pairs_3x1, mix_pairs_3x4}, {mix_pairs_4x1, mix_pairs_4x4},
                                                        {mix_pairs_5x1, mix_pairs_5x4}, {mix_pairs_6x1, mix_pairs_6x4}};
 
-/* Scores [rows, columns], times `scale`, of query rows in pairs over a panel of keys. */
-static void score_pairs(int rows, int64_t columns, int64_t words, const uint32_t *query, float scale, const uint32_t *panel, float *scores) {
+/* Scores [rows, columns] of query rows in pairs over a panel of keys. */
+static void score_pairs(int rows, int64_t columns, int64_t words, const uint32_t *query, const uint32_t *panel, float *scores) {
     for (int64_t column = 0; column < columns;) {
         int wide = columns - column >= 64;
-        score_pair_tiles[rows - 1][wide](words, query, scale, panel + column, scores + column, columns);
+        score_pair_tiles[rows - 1][wide](words, query, panel + column, scores + column, columns);
         column += wide ? 64 : 16;
     }
 }
@@ -198,12 +196,12 @@ static void mix_pairs(int rows, int64_t columns, int64_t from, int64_t to, const
 
 /* Scores of a row -> weights under the maximum `now`, in bfloat16 at the row's beginning, times the scales of the values; gives their sums. */
 INLINE __m512 weigh_pairs_row(const int64_t columns, const struct weighing *w, float *scores, float now) {
-    const __m512 top = _mm512_set1_ps(now);
+    const __m512 top = _mm512_set1_ps(now), unit = _mm512_set1_ps(unit_left(w));
     __m512 total = _mm512_setzero_ps();
 #pragma GCC unroll 2
     for (int64_t i = 0; i < columns; i += 32) {
-        __m512 low = exp2_short(_mm512_sub_ps(_mm512_loadu_ps(scores + i), top)), high = _mm512_setzero_ps();
-        if (i + 16 < columns) high = exp2_short(_mm512_sub_ps(_mm512_loadu_ps(scores + i + 16), top));
+        __m512 low = exp2_short(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i), unit, top)), high = _mm512_setzero_ps();
+        if (i + 16 < columns) high = exp2_short(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i + 16), unit, top));
         __m512i rounded;
         if (w->value_scales) {
             total = _mm512_add_ps(total, _mm512_add_ps(low, high));
@@ -228,7 +226,7 @@ INLINE void weigh_pairs_of(const int64_t columns, int rows, const struct weighin
         if (low[r] < high[r])
             add_total(sums + r * WIDTH, factors[r], weigh_pairs_row(columns, w, scores + r * columns, maxima[r]));
         else
-            memset(scores + r * columns, 0, columns * 2);
+            memset(scores + r * columns, 0, (columns + 31) / 32 * 64);
     }
 }
 

@@ -8,43 +8,12 @@
 #ifndef DEEPSEEK_QUANTISED_AMX_H
 #define DEEPSEEK_QUANTISED_AMX_H
 
+#include "amx.h"
 #include "quantised.h"
 
 #if defined(ISA_AMX)
-/* Bytes of a tile's row, and of all 16. */
-#define LINE_BYTES 64
-#define TILE_BYTES (MATRIX_HEIGHT * LINE_BYTES)
 /* Bytes of activations that stay in the second level cache while the strips of a piece pass by. */
 #define KEPT_BYTES (768 << 10)
-
-/* GCC's own intrinsics do not say which memory they read: what was written before has to be there. */
-#define TILES_READ_MEMORY __asm__ volatile("" ::: "memory");
-/* The four tiles of sums, by number, as the intrinsics ask. */
-#define ZERO_TILES  \
-    _tile_zero(0);  \
-    _tile_zero(1);  \
-    _tile_zero(2);  \
-    _tile_zero(3);
-#define STORE_TILES(to, stride)       \
-    _tile_stored(0, (to)[0], stride); \
-    _tile_stored(1, (to)[1], stride); \
-    _tile_stored(2, (to)[2], stride); \
-    _tile_stored(3, (to)[3], stride);
-
-/* The shapes of the eight tile registers, as the processor loads them: 0 - 3 are sums, 4 and 5 rows, 6 and 7 weights. */
-struct shapes {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-};
-
-/* Whole tiles in all registers. */
-INLINE void use_shapes(void) {
-    struct shapes shapes = {.palette = 1};
-    for (int i = 0; i < 8; i++) shapes.row_bytes[i] = LINE_BYTES, shapes.rows[i] = MATRIX_HEIGHT;
-    TILES_READ_MEMORY
-    _tile_loadconfig(&shapes);
-}
 
 /* Sums of four tiles: of rows from `row` on, the second sixteen behind the first, times strips from `strip` on. Rows `next` .. rows - 1 of
  * them are to be written. */
@@ -52,8 +21,6 @@ struct patch {
     _Alignas(64) int32_t sums[4][MATRIX_HEIGHT][16];
     int64_t row, strip, next, rows;
 };
-
-INLINE int64_t at_most(int64_t count, int64_t most) { return count < most ? count : most; }
 
 /* Write some of what was summed over `across` strips, of outputs that there are. */
 INLINE void put_rows(const struct product *p, const int across, struct patch *patch, int64_t count) {

@@ -16,11 +16,14 @@ INLINE vfloat vtanh(vfloat x) {
     return pick(square < splat(0.09f), near, far);
 }
 
-/* What weighing rows needs of a block: scales of its tokens, or NULL, and the cap on scores. */
+/* What weighing rows needs of a block: scales of its tokens, or NULL, the cap on scores, and what scores have yet to be multiplied by. */
 struct weighing {
     const float *key_scales, *value_scales;
-    float softcap;
+    float softcap, unit;
 };
+
+/* What scores that `highest_score` has been over have yet to be multiplied by: a cap is applied in its own units. */
+INLINE float unit_left(const struct weighing *w) { return w->softcap > 0 ? 1.0f : w->unit; }
 
 #if defined(ISA_AVX512)
 /* 2^x, 0 for -infinity; to within 2 units in the last place. */
@@ -52,22 +55,23 @@ INLINE __m512 exp2_short(__m512 x) {
     return _mm512_scalef_ps(y, whole);
 }
 
-/* The new maximum of a row, whose scores become what is weighed: scaled, capped, and -infinity outside of low .. high - 1. */
+/* The new maximum of a row, whose scores become what is weighed, but for unit_left: scaled, capped, and -infinity outside of low .. high - 1. */
 INLINE float highest_score(const int64_t columns, const struct weighing *w, float *scores, int64_t low, int64_t high, float before) {
-    __m512 highest = _mm512_set1_ps(before);
+    __m512 highest = _mm512_set1_ps(-INFINITY);
     const int masked = low > 0 || high < columns, changed = masked || w->softcap > 0 || w->key_scales;
 #pragma GCC unroll 4
     for (int64_t i = 0; i < columns; i += 16) {
         __m512 s = _mm512_loadu_ps(scores + i);
         if (changed) {
             if (w->key_scales) s = _mm512_mul_ps(s, _mm512_loadu_ps(w->key_scales + i));
-            if (w->softcap > 0) s = (__m512)(splat(w->softcap * LOG2_E) * vtanh((vfloat)s * splat(1.0f / w->softcap)));
+            if (w->softcap > 0) s = (__m512)(splat(w->softcap * LOG2_E) * vtanh((vfloat)s * splat(w->unit / w->softcap)));
             if (masked) s = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), lanes_between(low, high, i), s);
             _mm512_storeu_ps(scores + i, s);
         }
         highest = _mm512_max_ps(s, highest); /* the second where one is not a number */
     }
-    return _mm512_reduce_max_ps(highest);
+    float now = _mm512_reduce_max_ps(highest) * unit_left(w);
+    return now > before ? now : before;
 }
 
 /* The new maxima of rows that share a block, and the factors for what was summed under the old ones. */
