@@ -40,21 +40,21 @@
     if ((tiles) > 2) _tile_stored(2, (to) + 32, stride);    \
     if ((tiles) > 3) _tile_stored(3, (to) + 48, stride);
 
-/* Sums += tile 4 times the first `tiles` tiles of columns from `from` on, pairs of bfloat16. */
-#define MULTIPLY_PAIRS(tiles, from, stride)                                                 \
-    _tile_loadd(6, from, stride);                                                           \
-    _tile_dpbf16ps(0, 4, 6);                                                                \
-    if ((tiles) > 1) {                                                                      \
-        _tile_loadd(7, (from) + 16, stride);                                                \
-        _tile_dpbf16ps(1, 4, 7);                                                            \
-    }                                                                                       \
-    if ((tiles) > 2) {                                                                      \
-        _tile_loadd(6, (from) + 32, stride);                                                \
-        _tile_dpbf16ps(2, 4, 6);                                                            \
-    }                                                                                       \
-    if ((tiles) > 3) {                                                                      \
-        _tile_loadd(7, (from) + 48, stride);                                                \
-        _tile_dpbf16ps(3, 4, 7);                                                            \
+/* Sums += tile 4 times the first `tiles` tiles of columns from `from` on, by one of the processor's products. */
+#define MULTIPLY_SOME_TILES(product, tiles, from, stride) \
+    _tile_loadd(6, from, stride);                         \
+    product(0, 4, 6);                                     \
+    if ((tiles) > 1) {                                    \
+        _tile_loadd(7, (from) + 16, stride);              \
+        product(1, 4, 7);                                 \
+    }                                                     \
+    if ((tiles) > 2) {                                    \
+        _tile_loadd(6, (from) + 32, stride);              \
+        product(2, 4, 6);                                 \
+    }                                                     \
+    if ((tiles) > 3) {                                    \
+        _tile_loadd(7, (from) + 48, stride);              \
+        product(3, 4, 7);                                 \
     }
 
 /* The shapes of the registers, as the processor loads them. */

@@ -115,10 +115,11 @@ static int held_by_bfloat16(enum element type) { return type == BFLOAT16 || type
 
 void cut_attention(struct attention *a) {
     a->pairs = a->kv_type == BFLOAT16 && (!a->far_keys || held_by_bfloat16(a->far_type)) && native_has_pairs();
-    a->tiles = a->pairs && native_kernels->int8_matrices && a->key_size % 32 == 0 && a->block_tokens % 16 == 0;
+    a->tiles = native_kernels->int8_matrices && a->block_tokens % 16 == 0 &&
+               ((a->pairs && a->key_size % 32 == 0) || (a->kv_type == STORED_INT8 && a->key_size % 64 == 0));
     a->split_blocks = maximum(1, SPLIT_TOKENS / a->block_tokens);
     a->task_splits = 1;
-    a->tile_rows = maximum(TILE_ROWS, a->group);
+    a->tile_rows = maximum(a->tiles ? 2 * TILE_ROWS : TILE_ROWS, a->group);
 }
 
 int64_t lay_out_attention(struct attention *a, const struct sparse *sparse, const struct rows *rows, void *workspace,

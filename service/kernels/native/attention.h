@@ -161,7 +161,7 @@ static void attend_block(const struct attention *a, struct scratch *s, const str
             type = FLOAT32, mixed_from = s->values, stride = value_columns;
         }
     }
-    const int64_t height = group_rows(a);
+    const int64_t height = by_tiles(a, type) ? GROUP_ROWS : ROWS;
     for (int64_t row = 0; row < rows; row += height)
         attend_rows(a, s, first_row + row, (int)(rows - row < height ? rows - row : height), tile->first_position, here.start, type, mixed_from,
                     stride, scaled, &values_ahead);
@@ -245,13 +245,14 @@ static void finish_rows(const struct attention *a, int64_t first_row, int64_t ro
 
 static void carve(const struct attention *a, float *memory, struct scratch *s) {
     int64_t columns = whole_vectors(a->block_tokens), value_columns = whole_vectors(a->value_size), rows = a->tile_rows;
+    const int64_t most = a->tiles ? GROUP_ROWS : ROWS, beyond = a->tiles ? GROUP_ROWS : 0; /* rows that a group may lack */
     s->panel = memory;
     s->values = s->panel + a->key_size * columns;
     s->query = s->values + a->block_tokens * value_columns;
     s->scores = s->query + whole_vectors(rows * a->key_size);
-    s->mixed = s->scores + group_rows(a) * columns;
+    s->mixed = s->scores + most * columns;
     s->group = s->mixed + rows * value_columns;
-    s->joined = s->group + (a->tiles ? GROUP_ROWS * value_columns : 0);
+    s->joined = s->group + beyond * value_columns;
     s->sums = s->joined + rows * value_columns;
     s->maxima = s->sums + rows * WIDTH;
     s->totals = s->maxima + rows;
@@ -262,13 +263,13 @@ static void carve(const struct attention *a, float *memory, struct scratch *s) {
     s->query_scales = s->value_scales + columns;
     s->query_sums = (int32_t *)(s->query_scales + rows);
     s->query_steps = (int8_t *)(s->query_sums + rows);
-    s->weight_steps = (uint8_t *)(s->query_steps + whole_vectors(rows * whole_words(a->key_size)));
+    s->weight_steps = (uint8_t *)(s->query_steps + whole_vectors((rows + beyond) * whole_words(a->key_size)));
 }
 
 static int64_t attention_scratch(const struct attention *a) {
     struct scratch s;
     carve(a, NULL, &s);
-    return (float *)s.weight_steps + whole_vectors(ROWS * whole_vectors(a->block_tokens)) / 4 - (float *)NULL;
+    return (float *)s.weight_steps + GROUP_ROWS * whole_lines(a->block_tokens) / 4 - (float *)NULL;
 }
 
 static int64_t attention_partial(const struct attention *a) { return a->tile_rows * (2 + whole_vectors(a->value_size)); }

@@ -10,6 +10,10 @@
 
 #include "weighing.h"
 
+/* Rows of the largest group that is weighed together. */
+#define GROUP_ROWS 16
+
+INLINE int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 INLINE int64_t whole_words(int64_t size) { return (size + 3) / 4 * 4; }
 
 #if defined(ISA_AVX512)
@@ -182,11 +186,11 @@ INLINE float step_weights(const int64_t columns, const float *weights, float mos
     return most / 255.0f;
 }
 
-/* Rows of one block, row r of which sees the columns low[r] .. high[r] - 1: as weigh_rows, `steps` [rows, columns] and a step
- * of each. Rows that see nothing get steps of 0. Each stage takes all rows, whose chains then run side by side. */
+/* Rows of one block, row r of which sees the columns low[r] .. high[r] - 1: as weigh_rows, `steps` [rows, stride] and a step
+ * of each. Rows that see nothing get steps of 0, as do columns that there are not. Each stage takes all rows, whose chains then run side by side. */
 INLINE void weigh_steps_of(const int64_t columns, int rows, const struct weighing *w, float *scores, const int64_t *low, const int64_t *high,
-                           float *maxima, float *sums, float *factors, uint8_t *steps, float *step) {
-    float most[ROWS];
+                           float *maxima, float *sums, float *factors, uint8_t *steps, int64_t stride, float *step) {
+    float most[GROUP_ROWS];
     highest_scores(columns, rows, w, scores, low, high, maxima, factors);
     for (int r = 0; r < rows; r++) {
         if (low[r] >= high[r]) continue;
@@ -195,19 +199,17 @@ INLINE void weigh_steps_of(const int64_t columns, int rows, const struct weighin
         add_total(sums + r * WIDTH, factors[r], total);
     }
     for (int r = 0; r < rows; r++) {
-        if (low[r] < high[r])
-            step[r] = step_weights(columns, scores + r * columns, most[r], steps + r * columns);
-        else
-            memset(steps + r * columns, 0, columns), step[r] = 0.0f;
+        if (columns < stride || low[r] >= high[r]) memset(steps + r * stride, 0, stride);
+        step[r] = low[r] < high[r] ? step_weights(columns, scores + r * columns, most[r], steps + r * stride) : 0.0f;
     }
 }
 
 static void weigh_steps(int rows, int64_t columns, const struct weighing *w, float *scores, const int64_t *low, const int64_t *high,
-                        float *maxima, float *sums, float *factors, uint8_t *steps, float *step) {
+                        float *maxima, float *sums, float *factors, uint8_t *steps, int64_t stride, float *step) {
     if (columns == 64)
-        weigh_steps_of(64, rows, w, scores, low, high, maxima, sums, factors, steps, step);
+        weigh_steps_of(64, rows, w, scores, low, high, maxima, sums, factors, steps, stride, step);
     else
-        weigh_steps_of(columns, rows, w, scores, low, high, maxima, sums, factors, steps, step);
+        weigh_steps_of(columns, rows, w, scores, low, high, maxima, sums, factors, steps, stride, step);
 }
 #else
 #define HAS_STEPS 0

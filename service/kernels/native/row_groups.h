@@ -9,11 +9,9 @@
 #include "attention_call.h"
 #include "panels_pairs.h"
 
-/* Rows of the largest group. */
-#define GROUP_ROWS 16
 
-/* Rows that are computed together. */
-INLINE int64_t group_rows(const struct attention *a) { return a->tiles ? GROUP_ROWS : ROWS; }
+/* Whether a block that is read as `type` goes through tiles: far blocks beside a cache of int8 do not. */
+INLINE int by_tiles(const struct attention *a, enum element type) { return a->tiles && (a->pairs || type == STORED_INT8); }
 
 /* What a product of a query and a key is multiplied by: log2 units, but for a cap, which is applied to what it was. */
 INLINE float score_unit(const struct attention *a) { return a->softcap > 0 ? a->scale : a->scale * LOG2_E; }
@@ -48,7 +46,7 @@ INLINE void end_tiles(const struct attention *a) {
 }
 
 /* Scores [16, columns] of the rows of a group over a panel of keys. */
-static void score_by_tiles(const struct attention *a, const struct scratch *s, int64_t row0) {
+static void score_pair_group(const struct attention *a, const struct scratch *s, int64_t row0) {
     const int64_t words = a->key_size / 2, columns = s->columns, stride = columns * 4;
     const uint32_t *query = (const uint32_t *)s->query + row0 * words;
     TILES_READ_MEMORY
@@ -58,7 +56,7 @@ static void score_by_tiles(const struct attention *a, const struct scratch *s, i
         for (int64_t i = 0; i < words; i += 16) {
             const uint32_t *keys = (const uint32_t *)s->panel + i * columns + column;
             _tile_loadd(4, query + i, words * 4);
-            MULTIPLY_PAIRS(tiles, keys, stride)
+            MULTIPLY_SOME_TILES(_tile_dpbf16ps, tiles, keys, stride)
         }
         float *to = s->scores + column;
         STORE_SOME_TILES(tiles, to, stride)
@@ -66,7 +64,7 @@ static void score_by_tiles(const struct attention *a, const struct scratch *s, i
 }
 
 /* mixed [16, value_columns] += weights, where the scores were, times the values. */
-static void mix_by_tiles(const struct attention *a, const struct scratch *s, float *mixed) {
+static void mix_pair_group(const struct attention *a, const struct scratch *s, float *mixed) {
     const int64_t columns = whole_vectors(a->value_size), words = (s->columns + 31) / 32 * 16, stride = columns * 4;
     TILES_READ_MEMORY
     for (int64_t column = 0; column < columns; column += 64) {
@@ -76,19 +74,19 @@ static void mix_by_tiles(const struct attention *a, const struct scratch *s, flo
         for (int64_t i = 0; i < words; i += 16) {
             const uint32_t *values = (const uint32_t *)s->values + i * columns + column;
             _tile_loadd(4, s->scores + i, s->columns * 4);
-            MULTIPLY_PAIRS(tiles, values, stride)
+            MULTIPLY_SOME_TILES(_tile_dpbf16ps, tiles, values, stride)
         }
         STORE_SOME_TILES(tiles, to, stride)
     }
 }
 
 /* Rows that are missing from a group are computed beside it from whatever stands there, and dropped. */
-static void attend_by_tiles(const struct attention *a, struct scratch *s, int64_t row0, int rows, const struct weighing *how,
+static void attend_pair_group(const struct attention *a, struct scratch *s, int64_t row0, int rows, const struct weighing *how,
                             const struct sight *sight, struct upcoming *ahead) {
     const int64_t columns = whole_vectors(a->value_size), lines = (ahead->lines + 3) / 4;
     float factors[GROUP_ROWS], *mixed = s->mixed + row0 * columns, *to = rows == GROUP_ROWS ? mixed : s->group;
     fetch_upcoming(ahead, lines);
-    score_by_tiles(a, s, row0);
+    score_pair_group(a, s, row0);
     fetch_upcoming(ahead, lines);
     weigh_pairs(rows, s->columns, how, s->scores, sight->low, sight->high, s->maxima + row0, s->sums + row0 * WIDTH, factors);
     fetch_upcoming(ahead, lines);
@@ -96,9 +94,72 @@ static void attend_by_tiles(const struct attention *a, struct scratch *s, int64_
         if (factors[r] != 1.0f || to != mixed)
             for (int64_t i = 0; i < columns; i += WIDTH)
                 store_float(to + r * columns + i, load_float(mixed + r * columns + i) * splat(factors[r]));
-    mix_by_tiles(a, s, to);
+    mix_pair_group(a, s, to);
     fetch_upcoming(ahead, lines);
     if (to != mixed) memcpy(mixed, to, rows * columns * sizeof *to);
+}
+
+/* The same of keys in 8 bits: sums [16, columns] of steps, where scores come to be. */
+static void score_step_group(const struct attention *a, struct scratch *s, int64_t row0, int rows) {
+    const int64_t columns = s->columns, stride = columns * 4;
+    TILES_READ_MEMORY
+    for (int64_t column = 0; column < columns; column += 64) {
+        const int64_t tiles = at_most((columns - column) / 16, 4);
+        ZERO_TILES
+        for (int64_t i = 0; i < a->key_size; i += LINE_BYTES) {
+            const uint32_t *keys = (const uint32_t *)s->panel + i / 4 * columns + column;
+            _tile_loadd(4, s->query_steps + row0 * a->key_size + i, a->key_size);
+            MULTIPLY_SOME_TILES(_tile_dpbsud, tiles, keys, stride)
+        }
+        float *to = s->scores + column;
+        STORE_SOME_TILES(tiles, to, stride)
+    }
+    for (int r = 0; r < rows; r++) {
+        const __m512i offset = _mm512_set1_epi32(128 * s->query_sums[row0 + r]);
+        const __m512 scale = _mm512_set1_ps(s->query_scales[row0 + r]);
+        for (int64_t i = 0; i < columns; i += WIDTH) {
+            float *at = s->scores + r * columns + i;
+            _mm512_storeu_ps(at, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(at), offset)), scale));
+        }
+    }
+}
+
+/* mixed = factors * mixed + steps of weights, each a `scales`, times values in 8 bits. */
+static void mix_step_group(const struct attention *a, struct scratch *s, int rows, const float *scales, const float *factors, float *mixed) {
+    const int64_t columns = whole_vectors(a->value_size), tokens = whole_lines(s->columns), stride = columns * 4;
+    TILES_READ_MEMORY
+    for (int64_t column = 0; column < columns; column += 64) {
+        const int64_t tiles = at_most((columns - column) / 16, 4);
+        ZERO_TILES
+        for (int64_t i = 0; i < tokens; i += LINE_BYTES) {
+            const uint32_t *values = (const uint32_t *)s->values + i / 4 * columns + column;
+            _tile_loadd(4, s->weight_steps + i, tokens);
+            MULTIPLY_SOME_TILES(_tile_dpbusd, tiles, values, stride)
+        }
+        float *to = s->group + column;
+        STORE_SOME_TILES(tiles, to, stride)
+    }
+    for (int r = 0; r < rows; r++) {
+        const __m512 scale = _mm512_set1_ps(scales[r]), factor = _mm512_set1_ps(factors[r]);
+        for (int64_t i = 0; i < columns; i += WIDTH) {
+            float *at = mixed + r * columns + i;
+            const __m512 sums = _mm512_cvtepi32_ps(_mm512_loadu_si512(s->group + r * columns + i));
+            _mm512_storeu_ps(at, _mm512_fmadd_ps(sums, scale, _mm512_mul_ps(_mm512_loadu_ps(at), factor)));
+        }
+    }
+}
+
+static void attend_step_group(const struct attention *a, struct scratch *s, int64_t row0, int rows, const struct weighing *how,
+                              const struct sight *sight, struct upcoming *ahead) {
+    const int64_t lines = (ahead->lines + 2) / 3;
+    float factors[GROUP_ROWS], scales[GROUP_ROWS];
+    fetch_upcoming(ahead, lines);
+    score_step_group(a, s, row0, rows);
+    fetch_upcoming(ahead, lines);
+    weigh_steps(rows, s->columns, how, s->scores, sight->low, sight->high, s->maxima + row0, s->sums + row0 * WIDTH, factors, s->weight_steps,
+                whole_lines(s->columns), scales);
+    fetch_upcoming(ahead, lines);
+    mix_step_group(a, s, rows, scales, factors, s->mixed + row0 * whole_vectors(a->value_size));
 }
 #else
 #define begin_tiles(a) ((void)0)
@@ -116,8 +177,8 @@ static void attend_rows(const struct attention *a, struct scratch *s, int64_t ro
     float *scores = s->scores, *mixed = s->mixed + row0 * value_columns, factors[GROUP_ROWS];
     const struct weighing how = {scaled ? s->key_scales : NULL, scaled ? s->value_scales : NULL, a->softcap, a->pairs ? score_unit(a) : 1.0f};
 #if defined(ISA_AMX)
-    if (a->tiles) {
-        attend_by_tiles(a, s, row0, rows, &how, &sight, ahead);
+    if (by_tiles(a, type) && (a->pairs || rows > ROWS)) { /* products of bytes are exact: few rows take fewer steps without tiles */
+        (a->pairs ? attend_pair_group : attend_step_group)(a, s, row0, rows, &how, &sight, ahead);
         return;
     }
 #endif
@@ -132,10 +193,10 @@ static void attend_rows(const struct attention *a, struct scratch *s, int64_t ro
 #endif
 #if HAS_STEPS
     if (type == STORED_INT8) {
-        float steps[ROWS];
+        float steps[GROUP_ROWS];
         score_steps(rows, columns, a->key_size, s->query_steps + row0 * whole_words(a->key_size), s->query_scales + row0,
                     s->query_sums + row0, (const uint32_t *)s->panel, scores);
-        weigh_steps(rows, columns, &how, scores, low, high, s->maxima + row0, s->sums + row0 * WIDTH, factors, s->weight_steps, steps);
+        weigh_steps(rows, columns, &how, scores, low, high, s->maxima + row0, s->sums + row0 * WIDTH, factors, s->weight_steps, columns, steps);
         mix_steps(rows, value_columns, from, to, s->weight_steps, columns, steps, factors, values, mixed, ahead);
         return;
     }
