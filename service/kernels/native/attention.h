@@ -161,10 +161,13 @@ static void attend_block(const struct attention *a, struct scratch *s, const str
             type = FLOAT32, mixed_from = s->values, stride = value_columns;
         }
     }
-    const int64_t height = by_tiles(a, type) ? GROUP_ROWS : ROWS;
-    for (int64_t row = 0; row < rows; row += height)
-        attend_rows(a, s, first_row + row, (int)(rows - row < height ? rows - row : height), tile->first_position, here.start, type, mixed_from,
-                    stride, scaled, &values_ahead);
+    /* Sums of bytes are exact, so few rows may do without tiles; far blocks beside a cache of int8 are not of its form. */
+    if (a->tiles && (a->pairs || (in_steps && rows > ROWS)))
+        attend_by_tiles(a, s, first_row, rows, tile->first_position, here.start, scaled, &values_ahead);
+    else
+        for (int64_t row = 0; row < rows; row += ROWS)
+            attend_rows(a, s, first_row + row, rows - row < ROWS ? (int)(rows - row) : ROWS, tile->first_position, here.start, type, mixed_from,
+                        stride, scaled, &values_ahead);
     fetch_upcoming(&values_ahead, values_ahead.lines);
 }
 
@@ -245,7 +248,7 @@ static void finish_rows(const struct attention *a, int64_t first_row, int64_t ro
 
 static void carve(const struct attention *a, float *memory, struct scratch *s) {
     int64_t columns = whole_vectors(a->block_tokens), value_columns = whole_vectors(a->value_size), rows = a->tile_rows;
-    const int64_t most = a->tiles ? GROUP_ROWS : ROWS, beyond = a->tiles ? GROUP_ROWS : 0; /* rows that a group may lack */
+    const int64_t most = a->tiles ? 2 * GROUP_ROWS : ROWS, beyond = a->tiles ? GROUP_ROWS : 0; /* rows that a group may lack */
     s->panel = memory;
     s->values = s->panel + a->key_size * columns;
     s->query = s->values + a->block_tokens * value_columns;

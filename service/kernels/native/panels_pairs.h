@@ -91,13 +91,21 @@ INLINE void pair_values(const uint16_t *low, const uint16_t *high, int64_t i, in
     words[1] = _mm512_permutex2var_epi64(even, second, odd);
 }
 
+/* 16 integers as float32, `there` their bytes: of int4, two in one, the even index in the low half. */
+INLINE __m512 widen_sixteen(enum element type, const int8_t *x, __mmask16 there) {
+    if (type == STORED_INT8) return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(there, x)));
+    const __m512i bytes = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(there, x));
+    const __m512i spread = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7), bytes);
+    const __m512i shifts = _mm512_set1_epi64((int64_t)24 << 32 | 28);
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_sllv_epi32(spread, shifts), 28));
+}
+
 /* The same of integers, 16 dimensions. */
 INLINE __m512i pair_integers(enum element type, const int8_t *low, const int8_t *high, int64_t i, int64_t size) {
-    const int64_t count = size - i < WIDTH ? size - i : WIDTH, at = type == STORED_INT8 ? i : i / 2;
-    float wide[2][WIDTH] = {{0}};
-    if (low) widen_integers(type, low + at, count, wide[0]);
-    if (high) widen_integers(type, high + at, count, wide[1]);
-    return (__m512i)join_halves(load_float(wide[0]), load_float(wide[1]));
+    const int64_t count = size - i < WIDTH ? size - i : WIDTH, at = type == STORED_INT8 ? i : i / 2, bytes = type == STORED_INT8 ? count : (count + 1) / 2;
+    const __mmask16 there = (__mmask16)((1u << bytes) - 1);
+    const __m512 none = _mm512_setzero_ps();
+    return (__m512i)join_halves((vfloat)(low ? widen_sixteen(type, low + at, there) : none), (vfloat)(high ? widen_sixteen(type, high + at, there) : none));
 }
 
 /* Values of the tokens from .. to - 1 -> words of two tokens [.., whole_vectors(size)], word i of which are tokens 2 i and 2 i + 1; the stride
