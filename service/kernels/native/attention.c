@@ -12,6 +12,8 @@
 #define TASKS_PER_THREAD 8
 /* Query rows that share a panel of keys: turning the keys costs 5 % of the products then, and all of it fits the second level cache. */
 #define TILE_ROWS 96
+/* With matrix units turning takes longer than multiplying: four times as many, where there still is work for every thread then. */
+#define MOST_TILE_ROWS 384
 
 struct task {
     struct tile *tile;
@@ -83,7 +85,6 @@ static struct tile fill_tile(const struct attention *a, const struct sparse *spa
 static struct sizes lay_out(const struct attention *a, const struct sparse *sparse, const struct rows *rows, struct tile *tiles,
                             struct task *tasks, float *parts, atomic_llong *pending) {
     struct sizes sizes = {0, 0, 0};
-    int64_t partial = native_kernels->attention_partial(a);
     int64_t row_bytes = a->kv_heads * a->group * a->value_size * (a->query_type == FLOAT32 ? 4 : 2);
     for (int64_t s = 0; s < rows->sequences; s++) {
         int64_t begin = rows->starts[s], last = rows->starts[s + 1], shift = rows->contexts[s] - last, first = maximum(begin, -shift);
@@ -102,7 +103,7 @@ static struct sizes lay_out(const struct attention *a, const struct sparse *spar
             }
             sizes.tiles += 1;
             sizes.tasks += runs;
-            sizes.parts += shared ? tile.splits * a->kv_heads * partial : 0;
+            sizes.parts += shared ? tile.splits * a->kv_heads * native_kernels->attention_partial(a, &tile) : 0;
             row += tile.tokens;
         }
     }
@@ -119,13 +120,17 @@ void cut_attention(struct attention *a) {
                ((a->pairs && a->key_size % 32 == 0) || (a->kv_type == STORED_INT8 && a->key_size % 64 == 0));
     a->split_blocks = maximum(1, SPLIT_TOKENS / a->block_tokens);
     a->task_splits = 1;
-    a->tile_rows = maximum(a->tiles ? 2 * TILE_ROWS : TILE_ROWS, a->group);
+    a->tile_rows = maximum(a->tiles ? MOST_TILE_ROWS : TILE_ROWS, a->group);
 }
 
 int64_t lay_out_attention(struct attention *a, const struct sparse *sparse, const struct rows *rows, void *workspace,
                           int64_t workspace_bytes, int threads, struct batch *batch) {
     struct sizes sizes = lay_out(a, sparse, rows, NULL, NULL, NULL, NULL);
     threads = threads > 1 ? threads : 1;
+    if (a->tile_rows > maximum(TILE_ROWS, a->group) && sizes.tiles * a->kv_heads < TASKS_PER_THREAD * threads) {
+        a->tile_rows = maximum(TILE_ROWS, a->group);
+        sizes = lay_out(a, sparse, rows, NULL, NULL, NULL, NULL);
+    }
     if (sizes.tasks * a->kv_heads > TASKS_PER_THREAD * threads) {
         a->task_splits = sizes.tasks * a->kv_heads / (TASKS_PER_THREAD * threads);
         sizes = lay_out(a, sparse, rows, NULL, NULL, NULL, NULL);

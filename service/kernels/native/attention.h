@@ -275,7 +275,9 @@ static int64_t attention_scratch(const struct attention *a) {
     return (float *)s.weight_steps + GROUP_ROWS * whole_lines(a->block_tokens) / 4 - (float *)NULL;
 }
 
-static int64_t attention_partial(const struct attention *a) { return a->tile_rows * (2 + whole_vectors(a->value_size)); }
+static int64_t attention_partial(const struct attention *a, const struct tile *tile) {
+    return tile->tokens * a->group * (2 + whole_vectors(a->value_size));
+}
 
 /* One share: every split of a tile and head in order, or a run of them, whose results wait for the last run to join all. */
 static void attention_share(const struct attention *a, const struct share *share, const struct share *after, float *memory) {
@@ -287,7 +289,7 @@ static void attention_share(const struct attention *a, const struct share *share
     int64_t rows = tile->tokens * a->group, columns = whole_vectors(a->value_size);
     pack_query(a, &s, tile->first_row, tile->tokens, head);
     if (tile->parts) {
-        int64_t size = attention_partial(a), last = split + a->task_splits < tile->splits ? split + a->task_splits : tile->splits;
+        int64_t size = attention_partial(a, tile), last = split + a->task_splits < tile->splits ? split + a->task_splits : tile->splits;
         float *parts = tile->parts + head * tile->splits * size;
         for (int64_t i = split; i < last; i++) {
             attend_split(a, &s, tile, head, i);

@@ -91,6 +91,7 @@ struct linear {
 
 /* See attention_call.h. */
 struct attention;
+struct tile;
 struct share;
 struct choosing;
 
@@ -124,7 +125,7 @@ struct kernels {
     /* Floats that a thread needs, and that the result of one split of one tile and head takes; then one share, while what the next one
      * (or NULL) begins with is fetched. */
     int64_t (*attention_scratch)(const struct attention *attention);
-    int64_t (*attention_partial)(const struct attention *attention);
+    int64_t (*attention_partial)(const struct attention *attention, const struct tile *tile);
     void (*attention_share)(const struct attention *attention, const struct share *share, const struct share *after, float *memory);
     /* Choose far blocks for one anchor and K/V head, see choosing.h. */
     void (*choose_far)(const struct choosing *choosing, int64_t anchor, int64_t head, int64_t *keys, float *query);
