@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -44,14 +44,25 @@ class Drawn:
         return linear
 
 
-def layer(drawn: Drawn, kind: str, heads: int, kv_heads: int, size: int, *, plain: bool = True, **attending: object) -> LayerParts:
-    """A layer with a feed-forward of 70, whose heads are normed and gated and whose products have biases unless it is plain."""
-    shapes = ((heads + 2 * kv_heads) * size, DIM), (DIM, heads * size), (140, DIM), (DIM, 70)
-    norms = (drawn(DIM), drawn(DIM), None if plain else drawn(size), None if plain else drawn(size))
+def layer(
+    drawn: Drawn,
+    kind: str,
+    heads: int,
+    kv_heads: int,
+    size: int,
+    *,
+    plain: bool = True,
+    dim: int = DIM,
+    hidden: int = 70,
+    **attending: object,
+) -> LayerParts:
+    """A layer whose heads are normed and gated and whose products have biases unless it is plain."""
+    shapes = ((heads + 2 * kv_heads) * size, dim), (dim, heads * size), (2 * hidden, dim), (dim, hidden)
+    norms = (drawn(dim), drawn(dim), None if plain else drawn(size), None if plain else drawn(size))
     products = tuple(drawn.product(*shape, kind, bias=not plain) for shape in shapes)
-    gate = None if plain else (OrderedLinear(drawn(heads, DIM, scale=0.2)), drawn(heads))
+    gate = None if plain else (OrderedLinear(drawn(heads, dim, scale=0.2)), drawn(heads))
     rule = {"window": None, "scale": size**-0.5, "softcap": None} | attending
-    return LayerParts(products, norms, heads, kv_heads, size, 70, gate=gate, **rule)  # type: ignore[arg-type]
+    return LayerParts(products, norms, heads, kv_heads, size, hidden, gate=gate, **rule)  # type: ignore[arg-type]
 
 
 def layers_of(kind: str) -> list[LayerParts]:
@@ -121,14 +132,32 @@ STEPS = (
 )
 
 
+def layers_in_tiles(kind: str) -> list[LayerParts]:
+    """Sizes that fill the tiles of matrix units, where there are any: inputs in sixty-fours, heads in thirty-twos and sixty-fours."""
+    drawn = Drawn(2)
+    return [
+        layer(drawn, kind, 6, 2, 64, dim=128, hidden=192),
+        layer(drawn, kind, 4, 2, 32, dim=128, hidden=208, plain=False, window=21, softcap=3.0),
+        layer(drawn, kind, 5, 1, 64, dim=128, hidden=64, window=21),
+    ]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_prefill_and_decode_have_the_bits_of_separate_calls(kind: str, dtype: torch.dtype) -> None:
-    parts = layers_of(kind)
+@pytest.mark.parametrize(
+    ("made", "kind"),
+    [
+        pytest.param(layers_of, "int8", id="int8"),
+        pytest.param(layers_of, "int4", id="int4"),
+        pytest.param(layers_in_tiles, "int8", id="tiles"),
+    ],
+)
+def test_prefill_and_decode_have_the_bits_of_separate_calls(made: Callable[[str], list[LayerParts]], kind: str, dtype: torch.dtype) -> None:
+    parts = made(kind)
+    dim = parts[0].norms[0].numel()
     bound, mine, theirs = BoundLayers(parts, EPS), Cache(parts, 3, dtype), Cache(parts, 3, dtype)
     for number, (befores, counts) in enumerate(STEPS):
         drawn = Drawn(number)
-        update, residual = drawn(sum(counts), DIM), drawn(sum(counts), DIM)
+        update, residual = drawn(sum(counts), dim), drawn(sum(counts), dim)
         wanted = update.clone(), residual.clone()
         step, rotation = mine.step(befores, counts)
         assert decoder.decoder_layers(bound, update, residual, rotation, step)

@@ -268,7 +268,7 @@ static void run_step(void *context, struct team *team, int thread, int threads) 
         const struct layer *l = s->layers + i;
         struct product qkv = start_product(l->qkv, s->rows, m->quantised, m->qkv);
         struct product out = start_product(l->out, s->rows, m->quantised, s->update);
-        struct product gate_up = start_product(l->gate_up, s->rows, m->quantised, m->gate_up);
+        struct product gate_up = start_gated_product(l->gate_up, s->rows, m->quantised, m->gate_up);
         struct product down = start_product(l->down, s->rows, m->quantised, s->update);
         struct product next = i + 1 < s->layer_count ? start_product(l[1].qkv, s->rows, m->quantised, m->qkv) : qkv;
 
@@ -290,9 +290,9 @@ static void run_step(void *context, struct team *team, int thread, int threads) 
         end_stage(team, threads);
         multiply(team, &gate_up, &down, thread, threads);
         SHARE_STAGE(row, s->rows) {
-            float *both = m->gate_up + row * 2 * l->hidden;
-            native_kernels->swiglu(FLOAT32, both, both, 0, 1, l->hidden);
-            quantise_into(&down, l->down, both, row);
+            float *hidden = m->gate_up + row * gate_up.outputs;
+            if (!gate_up.gated) native_kernels->swiglu(FLOAT32, hidden, hidden, 0, 1, l->hidden);
+            quantise_into(&down, l->down, hidden, row);
         }
         end_stage(team, threads);
         multiply(team, &down, i + 1 < s->layer_count ? &next : NULL, thread, threads);

@@ -1,4 +1,7 @@
 /* Norms and activations over rows, one pass each; computed in float32 whatever the type in memory. */
+#ifndef DEEPSEEK_ELEMENTWISE_H
+#define DEEPSEEK_ELEMENTWISE_H
+
 #include "quantised.h"
 #include "vector.h"
 
@@ -130,3 +133,5 @@ static void narrow(enum element type, const float *x, void *out, int64_t count) 
     if (type == BFLOAT16) narrow_to(BFLOAT16, x, out, count);
     if (type == FLOAT16) narrow_to(FLOAT16, x, out, count);
 }
+
+#endif

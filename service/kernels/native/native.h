@@ -34,6 +34,8 @@ struct upcoming {
 #define GROUP 32
 /* The fewest rows that matrix units multiply faster than vectors do, and what their inputs are a multiple of. */
 #define MATRIX_ROWS 8
+/* The fewest rows whose gates are applied within the product: memory passes then cost more than reading two halves of a weight at once. */
+#define GATED_ROWS 64
 #define MATRIX_INPUTS 64
 /* Rows of a tile of matrix units. */
 #define MATRIX_HEIGHT 16
@@ -48,7 +50,8 @@ struct weights {
 };
 
 /* A product under way: quantised rows x [rows, padded], their scales, and the sums of each row (int8) or of each of its groups (int4).
- * `matrices`: it is multiplied by matrix units, for which the rows lie as quantised_amx.h says. */
+ * `matrices`: it is multiplied by matrix units, for which the rows lie as quantised_amx.h says; with `gated` only the SwiGLU of both halves
+ * of what the weights give, gates first, is written: `outputs` is half of theirs. */
 struct product {
     int64_t kind;
     const int8_t *x;
@@ -59,7 +62,7 @@ struct product {
     const float *scales, *bias;
     float *out;
     int64_t outputs;
-    int matrices;
+    int matrices, gated;
 };
 
 /* Tiles that the rows of a product are split into, as even as can be, and the strips that a tile takes: as many sums as there are registers. Matrix

@@ -54,6 +54,12 @@ struct product start_product(const struct weights *weights, int64_t rows, char *
     };
 }
 
+struct product start_gated_product(const struct weights *weights, int64_t rows, char *memory, float *out) {
+    struct product p = start_product(weights, rows, memory, out);
+    if (p.matrices && rows >= GATED_ROWS && p.outputs % 32 == 0) p.gated = 1, p.outputs /= 2;
+    return p;
+}
+
 void quantise_into(const struct product *p, const struct weights *weights, const float *x, int64_t row) {
     int64_t group = p->kind == INT8 ? p->padded : GROUP;
     const int64_t tile = row / MATRIX_HEIGHT * MATRIX_HEIGHT, line = p->matrices ? MATRIX_HEIGHT * MATRIX_INPUTS : MATRIX_INPUTS;

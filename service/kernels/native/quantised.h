@@ -65,14 +65,18 @@ INLINE void put_outputs(__m512 value, const struct product *p, int64_t row, int6
     _mm512_mask_storeu_ps(p->out + row * p->outputs + output, mask, value);
 }
 
-/* What sums of a row and 16 outputs stand for, without the bias. */
-INLINE __m512 scale_int8(__m512i sums, __m512i offset, __m512 row_scale, const struct product *p, int64_t output) {
-    __m512 scale = _mm512_mul_ps(row_scale, _mm512_loadu_ps(p->scales + output));
-    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums, offset)), scale);
+/* What sums of a row and 16 outputs stand for, the bias of those in the mask added: one rounding, wherever this is inlined. */
+INLINE __m512 int8_values(__m512i sums, __m512i offset, __m512 row_scale, const struct product *p, int64_t output, __mmask16 there) {
+    const __m512 scale = _mm512_mul_ps(row_scale, _mm512_loadu_ps(p->scales + output));
+    const __m512 bias = p->bias ? _mm512_maskz_loadu_ps(there, p->bias + output) : _mm512_setzero_ps();
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums, offset)), scale, bias);
 }
 
 INLINE void put_int8(__m512i sums, __m512i offset, __m512 row_scale, const struct product *p, int64_t row, int64_t output) {
-    if (output < p->outputs) put_outputs(scale_int8(sums, offset, row_scale, p, output), p, row, output);
+    const int64_t count = p->outputs - output;
+    if (count <= 0) return;
+    const __mmask16 there = count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1);
+    _mm512_mask_storeu_ps(p->out + row * p->outputs + output, there, int8_values(sums, offset, row_scale, p, output, there));
 }
 
 /* What the caches should fetch while a tile is computed: `lines` lines of 64 bytes in each step. */

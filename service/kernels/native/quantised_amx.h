@@ -9,7 +9,7 @@
 #define DEEPSEEK_QUANTISED_AMX_H
 
 #include "amx.h"
-#include "quantised.h"
+#include "elementwise.h"
 
 #if defined(ISA_AMX)
 /* Bytes of activations that stay in the second level cache while the strips of a piece pass by. */
@@ -22,35 +22,46 @@ struct patch {
     int64_t row, strip, next, rows;
 };
 
-/* Write some of what was summed over `across` strips, of outputs that there are. */
-INLINE void put_rows(const struct product *p, const int across, struct patch *patch, int64_t count) {
+/* 16 outputs of a row that there are, from their sums. */
+INLINE __m512 whole_values(const struct product *p, const int32_t *sums, __m512i offset, __m512 row_scale, int64_t output) {
+    return int8_values(_mm512_load_si512(sums), offset, row_scale, p, output, 0xffff);
+}
+
+/* Write some of what was summed over `across` strips, of outputs that there are; of a gated product half of them are gates of the others. */
+INLINE void put_rows(const struct product *p, const int across, const int gated, struct patch *patch, int64_t count) {
     const int64_t end = at_most(patch->next + count, patch->rows), output = 16 * patch->strip;
-    const int whole = output + 16 * across <= p->outputs;
+    const int wide = gated ? across / 2 : across, whole = output + 16 * wide <= p->outputs;
     for (int64_t r = patch->next; r < end; r++) {
         const int64_t row = patch->row + r;
         const __m512i offset = _mm512_set1_epi32(128 * p->x_sums[row]);
         const __m512 row_scale = _mm512_set1_ps(p->x_scales[row]);
         const int32_t *sums = patch->sums[r / MATRIX_HEIGHT * across][r % MATRIX_HEIGHT];
+        float *out = p->out + row * p->outputs + output;
 #pragma GCC unroll 4
-        for (int i = 0; i < across; i++, sums += 16 * MATRIX_HEIGHT) {
-            if (whole) {
-                __m512 value = scale_int8(_mm512_load_si512(sums), offset, row_scale, p, output + 16 * i);
-                if (p->bias) value = _mm512_add_ps(value, _mm512_loadu_ps(p->bias + output + 16 * i));
-                _mm512_storeu_ps(p->out + row * p->outputs + output + 16 * i, value);
-            } else
+        for (int i = 0; i < wide; i++, sums += 16 * MATRIX_HEIGHT) {
+            if (gated && (whole || i == 0)) {
+                const __m512 gate = whole_values(p, sums, offset, row_scale, output + 16 * i);
+                const __m512 up = whole_values(p, sums + wide * 16 * MATRIX_HEIGHT, offset, row_scale, p->outputs + output + 16 * i);
+                _mm512_storeu_ps(out + 16 * i, (__m512)silu_times((vfloat)gate, (vfloat)up));
+            } else if (whole) {
+                _mm512_storeu_ps(out + 16 * i, whole_values(p, sums, offset, row_scale, output + 16 * i));
+            } else if (!gated) {
                 put_int8(_mm512_load_si512(sums), offset, row_scale, p, row, output + 16 * i);
+            }
         }
     }
     patch->next = end;
 }
 
 /* Two tiles of rows times two strips, or one times four, while vectors of the patch before are written. A piece ends with a whole tile of
- * strips or with the last output: what lies beyond that is the last strip once more, and is not written. */
-INLINE void multiply_patch(const struct product *p, const int across, int64_t row, int64_t strip, int64_t strips, struct ahead ahead,
-                           struct patch *before, struct patch *patch) {
+ * strips or with the last output: what lies beyond that is the last strip once more, and is not written. The second half of a gated
+ * product's strips are those that the first half gates. */
+INLINE void multiply_patch(const struct product *p, const int across, const int gated, int64_t row, int64_t strip, int64_t strips,
+                           struct ahead ahead, struct patch *before, struct patch *patch) {
     const int8_t *x0 = p->x + row * p->padded, *x1 = x0 + MATRIX_HEIGHT * p->padded;
     const uint8_t *w[4];
-    for (int i = 0; i < across; i++) w[i] = p->weight + (strip + at_most(i, strips - 1)) * 16 * p->padded;
+    const int wide = gated ? across / 2 : across;
+    for (int i = 0; i < across; i++) w[i] = p->weight + (i / wide * p->outputs + 16 * (strip + at_most(i % wide, strips - 1))) * p->padded;
     const int64_t steps = p->padded / LINE_BYTES, share = (before->rows + steps - 1) / steps;
     ZERO_TILES
     for (int64_t i = 0; i < steps * TILE_BYTES; i += TILE_BYTES) {
@@ -70,27 +81,42 @@ INLINE void multiply_patch(const struct product *p, const int across, int64_t ro
             _tile_loadd(7, w[3] + i, LINE_BYTES);
             _tile_dpbsud(3, 4, 7);
         }
-        put_rows(p, across, before, share);
+        put_rows(p, across, gated, before, share);
     }
     STORE_TILES(patch->sums, LINE_BYTES)
     patch->row = row, patch->strip = strip, patch->next = 0, patch->rows = at_most(4 / across * MATRIX_HEIGHT, p->rows - row);
 }
 
 /* Patches one above the other, each `across` strips wide, of rows begin .. end - 1 and up to four strips, while the next memory is fetched. */
-INLINE void multiply_column(const struct product *p, const int across, int64_t begin, int64_t end, int64_t strip, int64_t strips,
-                            struct upcoming next) {
-    const int64_t height = 4 / across * MATRIX_HEIGHT, count = (end - begin + height - 1) / height * ((strips + across - 1) / across);
+INLINE void multiply_column(const struct product *p, const int across, const int gated, int64_t begin, int64_t end, int64_t strip,
+                            int64_t strips, struct upcoming next) {
+    const int64_t wide = gated ? across / 2 : across;
+    const int64_t height = 4 / across * MATRIX_HEIGHT, count = (end - begin + height - 1) / height * ((strips + wide - 1) / wide);
     const int64_t steps = p->padded / LINE_BYTES, share = next.lines > 0 ? (next.lines + steps * count - 1) / (steps * count) : 0;
     struct patch patches[2];
     int at = 0;
     patches[1].rows = 0;
     for (int64_t row = begin; row < end; row += height)
-        for (int64_t done = 0; done < strips; done += across, at = !at) {
+        for (int64_t done = 0; done < strips; done += wide, at = !at) {
             struct ahead ahead = {next.at, next.lines > 0 ? (int)share : 0};
-            multiply_patch(p, across, row, strip + done, strips - done, ahead, patches + !at, patches + at);
+            multiply_patch(p, across, gated, row, strip + done, strips - done, ahead, patches + !at, patches + at);
             next.at += 64 * steps * share, next.lines -= steps * share;
         }
-    put_rows(p, across, patches + !at, height);
+    put_rows(p, across, gated, patches + !at, height);
+}
+
+static void multiply_paired(const struct product *p, int64_t begin, int64_t end, int64_t strip, int64_t strips, struct upcoming next) {
+    if (p->gated)
+        multiply_column(p, 2, 1, begin, end, strip, strips, next);
+    else
+        multiply_column(p, 2, 0, begin, end, strip, strips, next);
+}
+
+static void multiply_single(const struct product *p, int64_t begin, int64_t end, int64_t strip, int64_t strips, struct upcoming next) {
+    if (p->gated)
+        multiply_column(p, 4, 1, begin, end, strip, strips, next);
+    else
+        multiply_column(p, 4, 0, begin, end, strip, strips, next);
 }
 
 /* All rows of a product times the strips begin .. end - 1: pairs of tiles of rows, and one that is left over for itself. */
@@ -106,8 +132,8 @@ static void matrix_strips(const struct product *p, int64_t begin, int64_t end, s
             if (strip + width >= end) next = last == p->rows ? after : next;
             else if (row == 0)
                 next = (struct upcoming){(const char *)p->weight + (strip + width) * strip_bytes(p), width * strip_bytes(p) / 64};
-            if (row < middle) multiply_column(p, 2, row, at_most(middle, p->rows), strip, strips, next);
-            if (middle < last) multiply_column(p, 4, middle, last, strip, strips, row < middle ? (struct upcoming){NULL, 0} : next);
+            if (row < middle) multiply_paired(p, row, at_most(middle, p->rows), strip, strips, next);
+            if (middle < last) multiply_single(p, middle, last, strip, strips, row < middle ? (struct upcoming){NULL, 0} : next);
         }
     }
     _tile_release();

@@ -10,6 +10,9 @@ size_t quantised_bytes(const struct weights *weights, int64_t rows);
 /* The product of `rows` rows that are to be quantised into `memory` (quantised_bytes, aligned to 64), into out [rows, outputs]. */
 struct product start_product(const struct weights *weights, int64_t rows, char *memory, float *out);
 
+/* The same of gates and what they gate: out [rows, outputs / 2] is their SwiGLU where `gated` says so, else both. */
+struct product start_gated_product(const struct weights *weights, int64_t rows, char *memory, float *out);
+
 /* x [inputs] becomes row `row` of the product. */
 void quantise_into(const struct product *product, const struct weights *weights, const float *x, int64_t row);
 

@@ -163,8 +163,26 @@ INLINE float maximum_of_lanes(vfloat x) {
     return lanes[0];
 }
 
-/* 2^x to within 2 units in the last place; 0 below 2^-126, infinity from 2^128 on, NaN stays NaN. */
+#if defined(ISA_AVX512)
+/* 2^x, 0 for -infinity; to within 2 units in the last place. */
+INLINE __m512 exp2_lanes(__m512 x) {
+    __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm512_sub_ps(x, whole);
+    __m512 y = _mm512_set1_ps(0x1.430912p-13f);
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0x1.5d87fep-10f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0x1.3b2ab6p-7f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0x1.c6b08ep-5f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0x1.ebfbe0p-3f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0x1.62e430p-1f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(y, whole);
+}
+#endif
+
+/* 2^x to within 2 units in the last place; 0 below 2^-126 (but with AVX-512), infinity from 2^128 on, NaN stays NaN. */
 INLINE vfloat vexp2(vfloat x) {
+#if defined(ISA_AVX512)
+    return (vfloat)exp2_lanes((__m512)x);
+#endif
     vint zero = x < splat(-126.0f), large = x >= splat(128.0f);
     x = pick(zero | large, splat(0.0f), x);
     vfloat shifted = x + splat(0x1.8p23f); /* its low bits are the nearest integer */

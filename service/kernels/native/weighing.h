@@ -26,19 +26,6 @@ struct weighing {
 INLINE float unit_left(const struct weighing *w) { return w->softcap > 0 ? 1.0f : w->unit; }
 
 #if defined(ISA_AVX512)
-/* 2^x, 0 for -infinity; to within 2 units in the last place. */
-INLINE __m512 exp2_lanes(__m512 x) {
-    __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm512_sub_ps(x, whole);
-    __m512 y = _mm512_set1_ps(0x1.430912p-13f);
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0x1.5d87fep-10f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0x1.3b2ab6p-7f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0x1.c6b08ep-5f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0x1.ebfbe0p-3f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0x1.62e430p-1f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(y, whole);
-}
-
 INLINE __mmask16 lanes_between(int64_t low, int64_t high, int64_t column) {
     int64_t first = low - column < 0 ? 0 : low - column < 16 ? low - column : 16, last = high - column < 0 ? 0 : high - column < 16 ? high - column : 16;
     return last > first ? (__mmask16)(((1u << last) - 1) & ~((1u << first) - 1)) : 0;
