@@ -64,13 +64,15 @@ struct shapes {
     uint8_t rows[16];
 };
 
-/* Whole tiles in all registers. */
-INLINE void use_shapes(void) {
+/* Whole tiles in all registers, or `rows` rows in those of sums and rows. */
+INLINE void use_rows(int64_t rows) {
     struct shapes shapes = {.palette = 1};
-    for (int i = 0; i < 8; i++) shapes.row_bytes[i] = LINE_BYTES, shapes.rows[i] = MATRIX_HEIGHT;
+    for (int i = 0; i < 8; i++) shapes.row_bytes[i] = LINE_BYTES, shapes.rows[i] = (uint8_t)(i < 6 ? rows : MATRIX_HEIGHT);
     TILES_READ_MEMORY
     _tile_loadconfig(&shapes);
 }
+
+INLINE void use_shapes(void) { use_rows(MATRIX_HEIGHT); }
 
 INLINE int64_t at_most(int64_t count, int64_t most) { return count < most ? count : most; }
 #endif

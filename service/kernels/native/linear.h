@@ -6,6 +6,7 @@
 #ifndef DEEPSEEK_LINEAR_H
 #define DEEPSEEK_LINEAR_H
 
+#include "amx.h"
 #include "panels.h"
 
 /* Inputs of a panel that stay in the second level cache while rows pass by. */
@@ -70,6 +71,74 @@ WITH_PAIRS static void multiply_pairs(int rows, int64_t vectors, int64_t pairs, 
 }
 #endif
 
+#if defined(ISA_AMX)
+/* Sixteen rows or fewer: c [rows, 16 tiles] += x [rows, pairs] * panel [pairs, 16 tiles], as multiply_pair_tile. */
+static void multiply_pairs_1xn(int64_t tiles, int64_t pairs, const int32_t *x, int64_t x_stride, const int32_t *panel, int64_t stride,
+                               float *c, int carried, struct upcoming *ahead) {
+    if (carried) {
+        LOAD_SOME_TILES(tiles, c, COLUMNS * 4)
+    } else {
+        ZERO_TILES
+    }
+    for (int64_t k = 0; k < pairs; k += 16) {
+        const int32_t *columns = panel + k * stride;
+        fetch_upcoming(ahead, 64);
+        _tile_loadd(4, x + k, x_stride * 4);
+        MULTIPLY_SOME_TILES(_tile_dpbf16ps, tiles, columns, stride * 4)
+    }
+    STORE_SOME_TILES(tiles, c, COLUMNS * 4)
+}
+
+/* Thirty-two rows and a whole panel, two tiles of columns at a time. */
+static void multiply_pairs_2x4(int64_t pairs, const int32_t *x, int64_t x_stride, const int32_t *panel, float *c, int carried,
+                               struct upcoming *ahead) {
+    const int64_t stride = COLUMNS * 4, below = MATRIX_HEIGHT * COLUMNS;
+    for (int half = 0; half < COLUMNS; half += 32) {
+        float *sums = c + half;
+        if (carried) {
+            _tile_loadd(0, sums, stride);
+            _tile_loadd(1, sums + 16, stride);
+            _tile_loadd(2, sums + below, stride);
+            _tile_loadd(3, sums + below + 16, stride);
+        } else {
+            ZERO_TILES
+        }
+        for (int64_t k = 0; k < pairs; k += 16) {
+            const int32_t *columns = panel + k * COLUMNS + half;
+            fetch_upcoming(ahead, 32);
+            _tile_loadd(4, x + k, x_stride * 4);
+            _tile_loadd(6, columns, stride);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, columns + 16, stride);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(5, x + MATRIX_HEIGHT * x_stride + k, x_stride * 4);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, sums, stride);
+        _tile_stored(1, sums + 16, stride);
+        _tile_stored(2, sums + below, stride);
+        _tile_stored(3, sums + below + 16, stride);
+    }
+}
+
+/* Rows of a tile by matrix units: by thirty-two, by sixteen, and what is left over. */
+static void multiply_pairs_by_tiles(int64_t rows, int64_t vectors, int64_t pairs, const int32_t *x, int64_t x_stride, const int32_t *panel,
+                                    int64_t stride, float *c, int carried, struct upcoming *ahead) {
+    use_shapes();
+    for (int64_t row = 0; row < rows;) {
+        const int64_t count = rows - row >= 32 && vectors * 16 == COLUMNS ? 32 : at_most(rows - row, MATRIX_HEIGHT);
+        if (count < MATRIX_HEIGHT) use_rows(count);
+        if (count == 32)
+            multiply_pairs_2x4(pairs, x + row * x_stride, x_stride, panel, c + row * COLUMNS, carried, ahead);
+        else
+            multiply_pairs_1xn(vectors, pairs, x + row * x_stride, x_stride, panel, stride, c + row * COLUMNS, carried, ahead);
+        row += count;
+    }
+    _tile_release();
+}
+#endif
+
 static void linear_tile(const struct linear *p, int64_t strip, int64_t tile, float *memory) {
     static const float ones[ROWS] = {1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f};
     const int64_t begin = tile * HEIGHT, end = begin + HEIGHT < p->rows ? begin + HEIGHT : p->rows, bytes = p->type == FLOAT32 ? 4 : 2;
@@ -82,6 +151,14 @@ static void linear_tile(const struct linear *p, int64_t strip, int64_t tile, flo
         const char *panel = (const char *)p->weight + (p->packed ? output * p->inputs + from * COLUMNS : output * p->inputs + from) * bytes;
         struct upcoming ahead = {panel + AHEAD_BYTES, p->packed ? inputs * COLUMNS * bytes / 64 : 0};
         if (!p->packed) pack_keys(p->type, panel, p->inputs * bytes, count, inputs, turned, stride, &ahead);
+#if defined(ISA_AMX)
+        if (p->pairs && p->inputs % 16 == 0) {
+            const int32_t *x = (const int32_t *)p->x + begin * p->inputs + from;
+            multiply_pairs_by_tiles(end - begin, vectors, inputs, x, p->inputs, (const int32_t *)(p->packed ? panel : (const char *)turned),
+                                    stride, sums, from > 0, &ahead);
+            continue;
+        }
+#endif
         for (int64_t row = begin; row < end; row += ROWS) {
             int rows = end - row < ROWS ? (int)(end - row) : ROWS;
             const float *x = (const float *)p->x + row * p->inputs + from;
