@@ -15,28 +15,43 @@
 #include <immintrin.h>
 #include <string.h>
 
-/* Quantise one row to -127 .. 127: the largest magnitude (as bits, so that NaN stays) over 127 is the scale; sums of each `group` inputs.
- * Runs of 64 come `line` bytes apart. */
-static float quantise_row(const float *x, int64_t inputs, int64_t padded, int64_t group, int8_t *out, int64_t line, int32_t *sums) {
+INLINE __mmask16 first_of(int64_t count) { return count >= 16 ? 0xffff : count > 0 ? (__mmask16)((1u << count) - 1) : 0; }
+
+/* The largest magnitude of a row: of its bits, so that what is not a number stays. */
+INLINE float largest_magnitude(const float *x, int64_t inputs) {
     const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-    __m512i top = _mm512_setzero_si512();
-    for (int64_t i = 0; i < inputs; i += 16) {
-        __mmask16 mask = inputs - i >= 16 ? 0xffff : (__mmask16)((1u << (inputs - i)) - 1);
-        top = _mm512_max_epu32(top, _mm512_and_si512(magnitude, _mm512_maskz_loadu_epi32(mask, x + i)));
-    }
-    uint32_t bits = _mm512_reduce_max_epu32(top);
+    __m512i tops[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
+    int64_t i = 0;
+    for (; i + 64 <= inputs; i += 64)
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; part++)
+            tops[part] = _mm512_max_epu32(tops[part], _mm512_and_si512(magnitude, _mm512_loadu_si512(x + i + 16 * part)));
+    for (; i < inputs; i += 16)
+        tops[0] = _mm512_max_epu32(tops[0], _mm512_and_si512(magnitude, _mm512_maskz_loadu_epi32(first_of(inputs - i), x + i)));
+    uint32_t bits = _mm512_reduce_max_epu32(_mm512_max_epu32(_mm512_max_epu32(tops[0], tops[1]), _mm512_max_epu32(tops[2], tops[3])));
     float largest;
     memcpy(&largest, &bits, sizeof largest);
-    __m512 inverse = _mm512_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
+    return largest;
+}
+
+/* Quantise one row to -127 .. 127: its largest magnitude over 127 is the scale; sums of each `group` inputs. Runs of 64 come `line` bytes
+ * apart. */
+static float quantise_row(const float *x, int64_t inputs, int64_t padded, int64_t group, int8_t *out, int64_t line, int32_t *sums) {
+    const float largest = largest_magnitude(x, inputs);
+    const __m512 inverse = _mm512_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
     for (int64_t begin = 0; begin < padded; begin += group) {
-        int64_t end = begin + group < padded ? begin + group : padded;
+        const int64_t end = begin + group < padded ? begin + group : padded;
         __m512i sum = _mm512_setzero_si512();
         for (int64_t i = begin; i < end; i += 16) {
-            __mmask16 mask = inputs - i >= 16 ? 0xffff : inputs > i ? (__mmask16)((1u << (inputs - i)) - 1) : 0;
-            __mmask16 kept = end - i >= 16 ? 0xffff : (__mmask16)((1u << (end - i)) - 1);
-            __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), inverse));
+            int8_t *to = out + (i >> 6) * line + (i & 63);
+            const int whole = i + 16 <= inputs && i + 16 <= end; /* masked stores of bytes take long */
+            const __m512 from = whole ? _mm512_loadu_ps(x + i) : _mm512_maskz_loadu_ps(first_of(inputs - i), x + i);
+            const __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(from, inverse));
             sum = _mm512_add_epi32(sum, value);
-            _mm_mask_storeu_epi8(out + i / 64 * line + i % 64, kept, _mm512_cvtepi32_epi8(value));
+            if (whole)
+                _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8(value));
+            else
+                _mm_mask_storeu_epi8(to, first_of(end - i), _mm512_cvtepi32_epi8(value));
         }
         *sums++ = _mm512_reduce_add_epi32(sum);
     }
@@ -60,7 +75,7 @@ INLINE __m512i four_inputs(const int8_t *x) {
 INLINE void put_outputs(__m512 value, const struct product *p, int64_t row, int64_t output) {
     int64_t count = p->outputs - output;
     if (count <= 0) return;
-    __mmask16 mask = count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1);
+    const __mmask16 mask = first_of(count);
     if (p->bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, p->bias + output));
     _mm512_mask_storeu_ps(p->out + row * p->outputs + output, mask, value);
 }
@@ -75,7 +90,7 @@ INLINE __m512 int8_values(__m512i sums, __m512i offset, __m512 row_scale, const 
 INLINE void put_int8(__m512i sums, __m512i offset, __m512 row_scale, const struct product *p, int64_t row, int64_t output) {
     const int64_t count = p->outputs - output;
     if (count <= 0) return;
-    const __mmask16 there = count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1);
+    const __mmask16 there = first_of(count);
     _mm512_mask_storeu_ps(p->out + row * p->outputs + output, there, int8_values(sums, offset, row_scale, p, output, there));
 }
 
