@@ -34,6 +34,7 @@ from service.kernels.native import binding as native
 from service.kernels.native import cross_attention as native_cross_attention
 from service.kernels.native import decoder as native_decoder
 from service.kernels.native import elementwise as native_elementwise
+from service.kernels.native import far_store as native_far_store
 from service.kernels.native import linear as native_linear
 from service.kernels.native import quantised as native_quantised
 from service.kernels.native import window_sparse as native_window_sparse
@@ -187,6 +188,7 @@ TABLE: Mapping[str, tuple[Implementation, ...]] = {
         Implementation("reference", reference.paged_attention, _anywhere),
     ),
     "demote": (
+        Implementation("native", native_far_store.demote, _native, steady=True),
         _gpu(reference_sparse.demote, "far_store"),
         Implementation("torch", far_store.demote, _anywhere, steady=True),
         Implementation("reference", reference_sparse.demote, _anywhere),

@@ -44,4 +44,5 @@ aarch64-linux-gnu-gcc -O3 -std=gnu11 -fPIC -shared -fvisibility=hidden -fno-math
 exec env -i PATH=/usr/bin HOME=/tmp OMP_NUM_THREADS=1 PYTHONPATH="$here/site:$here/project" QEMU_LD_PREFIX="$here/root" \
     qemu-aarch64-static "$here/root/usr/bin/python3.11" -m pytest -q -p no:cacheprovider tests/kernels/test_native_attention.py \
     tests/kernels/test_native_elementwise.py tests/kernels/test_native_linear.py tests/kernels/test_native_window_sparse.py \
-    tests/kernels/test_int8_cache.py tests/kernels/test_cross_attention.py tests/kernels/test_kv_store.py "$@"
+    tests/kernels/test_native_demote.py tests/kernels/test_int8_cache.py tests/kernels/test_cross_attention.py \
+    tests/kernels/test_kv_store.py "$@"

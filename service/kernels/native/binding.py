@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 # What `NATIVE_ABI` in native.h has to be.
-ABI = 12
+ABI = 13
 # Instruction sets by level, as `native_choose` takes them.
 LEVELS = ("baseline", "avx2", "avx512", "amx")
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -64,11 +64,20 @@ SIGNATURES: dict[str, tuple[object, ...]] = {
         *(_size,) * 12,
         *(_pointer, _int),
     ),
+    "native_demote_scratch": (_size, _size, _size),
+    "native_demote": (
+        *(_int, _int),
+        *(_pointer, _size, _size, _size),
+        *(_pointer, _size, _size, _size),
+        *(_pointer,) * 8,
+        *(_size,) * 8,
+        *(_pointer, _int),
+    ),
 }
 # Functions that return something.
 RESULTS: dict[str, object] = {"native_has_quantised": _int, "native_quantised_linear": _int, "native_paged_attention": _size}
 RESULTS |= {"native_has_pairs": _int, "native_linear_scratch": _size, "native_window_sparse_attention": _size, "native_choose_bytes": _size}
-RESULTS["native_decoder_layers"] = _size
+RESULTS |= {"native_decoder_layers": _size, "native_demote_scratch": _size, "native_demote": _int}
 
 
 class Library:

@@ -1,6 +1,7 @@
 /* Every kernel, compiled for the instruction set that the including file asks for, and the table of them. */
 #include "attention.h"
 #include "choosing.h"
+#include "demoting.h"
 #include "elementwise.h"
 #include "linear.h"
 #include "quantised_amx.h"
@@ -27,4 +28,5 @@ const struct kernels KERNELS_TABLE = {
     .attention_partial = attention_partial,
     .attention_share = attention_share,
     .choose_far = choose_far,
+    .demote = demote,
 };

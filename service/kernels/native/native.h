@@ -17,7 +17,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 /* Counted up whenever an exported function changes; binding.py names the one it speaks to. */
-#define NATIVE_ABI 12
+#define NATIVE_ABI 13
 
 /* The last two only in the cache: integers with a scale for each token, INT4 two in a byte, the even index in the low half. Of far blocks
  * the scales lie apart, in float16; a near block has INT8 only, and behind each token's integers their scale in float32. */
@@ -97,6 +97,8 @@ struct attention;
 struct tile;
 struct share;
 struct choosing;
+/* See demoting_call.h. */
+struct demoting;
 
 /* One implementation of every kernel, filled by isa_*.c. `add_rms_norm`: x and residual [rows, size] -> out and total [rows, size],
  * total = x + residual, out = total / sqrt(mean(total²) + eps) * weight; residual may be NULL and total then is not written. */
@@ -132,6 +134,8 @@ struct kernels {
     void (*attention_share)(const struct attention *attention, const struct share *share, const struct share *after, float *memory);
     /* Choose far blocks for one anchor and K/V head, see choosing.h. */
     void (*choose_far)(const struct choosing *choosing, int64_t anchor, int64_t head, int64_t *keys, float *query);
+    /* Move one near block of a K/V head into the far store, see demoting.h; `memory` is demoting_floats. */
+    void (*demote)(const struct demoting *demoting, int64_t block, int64_t head, float *memory);
 };
 
 extern const struct kernels kernels_baseline;
