@@ -41,6 +41,9 @@ from service.types.plan import LoadRequest
 from service.types.request import FinishEvent, GenerationRequest, Sampling, Stop, TokenEvent
 from service.types.settings import AttentionSettings, EngineSettings, SchedulerSettings
 
+# Between the sides of a round: threads of some runtimes go on looking for work for 0.2 s, and would take the other side's first step.
+REST_S = 0.5
+
 
 def prompts(count: int, length: int, vocabulary: int, seed: int) -> list[tuple[int, ...]]:
     """Different random prompts, so that no prefix is shared."""
@@ -126,8 +129,10 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
         theirs: list[Speed] = []
         for number in range(options.rounds + 1):
             texts = prompts(batch, options.prompt, manifest.spec.vocab_size, seed=number)
+            await asyncio.sleep(REST_S)
             ours.append(await run_ours(router, texts, options.generate))
             if peer is not None:
+                time.sleep(REST_S)
                 theirs.append(peer.run(texts, options.generate))
         rows[str(batch)] = summary(ours[1:], theirs[1:], options.peer)
         print(f"B={batch}: {json.dumps(rows[str(batch)])}", flush=True)

@@ -1,14 +1,13 @@
 /* A group of query rows over one block of keys and values, in the form that the cache and the processor have in common.
  *
- * Six rows share what is in registers; sixteen go through the tiles of AMX. Invariant: what is computed for a row is a chain of operations that depends on
- * the row alone, whichever rows share its group.
+ * Six rows share what is in registers; sixteen go through the tiles of AMX. Invariant: what is computed for a row is a chain of operations
+ * that depends on the row alone, whichever rows share its group.
  */
 #ifndef DEEPSEEK_ROW_GROUPS_H
 #define DEEPSEEK_ROW_GROUPS_H
 
 #include "attention_call.h"
 #include "panels_pairs.h"
-
 
 /* What a product of a query and a key is multiplied by: log2 units, but for a cap, which is applied to what it was. */
 INLINE float score_unit(const struct attention *a) { return a->softcap > 0 ? a->scale : a->scale * LOG2_E; }
