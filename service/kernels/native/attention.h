@@ -146,7 +146,7 @@ static void attend_block(const struct attention *a, struct scratch *s, const str
         pack_key_pairs(type, here.keys, here.key_stride * element_bytes(type), tokens, a->key_size, (uint32_t *)s->panel,
                        s->columns, &keys_ahead);
         const int64_t from = here.key_scales ? 0 : first_seen(a, tile, &here);
-        pack_value_pairs(type, here.values, stride, from, tokens, a->value_size, (uint32_t *)s->values);
+        pack_value_pairs(type, here.values, stride, from, tokens, a->value_size, (uint32_t *)s->values, &values_ahead);
         if (a->tiles) clear_value_pairs(s->values, from / 2, (tokens + 1) / 2, (s->columns + 31) / 32 * 16, value_columns);
         mixed_from = s->values;
     } else if (in_steps) {

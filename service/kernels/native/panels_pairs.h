@@ -111,9 +111,10 @@ INLINE __m512i pair_integers(enum element type, const int8_t *low, const int8_t 
 /* Values of the tokens from .. to - 1 -> words of two tokens [.., whole_vectors(size)], word i of which are tokens 2 i and 2 i + 1; the stride
  * counts elements, of integers bytes. */
 static void pack_value_pairs(enum element type, const void *values, int64_t token_stride, int64_t from, int64_t to, int64_t size,
-                             uint32_t *panel) {
+                             uint32_t *panel, struct upcoming *ahead) {
     const int64_t columns = whole_vectors(size), bytes = type == BFLOAT16 ? 2 : 1;
     for (int64_t token = from / 2 * 2; token < to; token += 2) {
+        fetch_upcoming(ahead, 4);
         const char *row = (const char *)values + token * token_stride * bytes, *low = token < from ? NULL : row;
         const char *high = token + 1 < to ? row + token_stride * bytes : NULL;
         uint32_t *out = panel + token / 2 * columns;
