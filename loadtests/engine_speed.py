@@ -132,7 +132,7 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
             await asyncio.sleep(REST_S)
             ours.append(await run_ours(router, texts, options.generate))
             if peer is not None:
-                time.sleep(REST_S)
+                await asyncio.sleep(REST_S)
                 theirs.append(peer.run(texts, options.generate))
         rows[str(batch)] = summary(ours[1:], theirs[1:], options.peer)
         print(f"B={batch}: {json.dumps(rows[str(batch)])}", flush=True)

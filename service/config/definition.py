@@ -238,7 +238,8 @@ class EngineSection(BaseModel):
     )
     kv_cache_dtype: KvCacheDtype = Field(
         cast(KvCacheDtype, _ENGINE.kv_cache_dtype),
-        description="type of cached keys and values; auto is that of the activations; bfloat16, float16 and int8 on a CPU, fp8 on a GPU",
+        description="type of cached keys and values; auto is that of the activations, or bfloat16 beside quantised weights on a CPU that "
+        "multiplies it; bfloat16, float16 and int8 on a CPU, fp8 on a GPU",
     )
     cuda_graphs: CudaGraphs = Field(
         cast(CudaGraphs, _ENGINE.cuda_graphs),

@@ -62,7 +62,7 @@ def plan_memory(spec: ModelSpec, layout: KvLayout, element_bytes: int, request: 
 
     Without `kv_bytes`: what `max_rows` full contexts can use, at most half of what weights and workspace leave of `available_bytes`. The
     checkpoint's own context shrinks to what fits (not below 256 tokens); one that the request names does not. Activations take
-    `element_bytes`, and so do keys and values unless the request names a type for them.
+    `element_bytes`, and so do keys and values unless the request names a type for them (loading.py resolves what `auto` is).
     """
     context = _context(spec, request)
     workspace = workspace_bytes(spec, request.max_step_tokens, request.max_rows, element_bytes)

@@ -220,7 +220,8 @@ class Backend(Protocol):
 class LoadRequest:
     """The first message to a worker: which checkpoint to load and how. `kv_bytes` 0 means: what the machine leaves, bounded.
 
-    `backend` torch or onnx decides which worker it is sent to. `kv_cache_dtype` auto keeps keys and values in the dtype.
+    `backend` torch or onnx decides which worker it is sent to. `kv_cache_dtype` auto keeps keys and values in the dtype, or in
+    bfloat16 beside quantised weights where a CPU multiplies it.
     `machine_limits` are bytes read and operations a second, 0 where the worker is to measure. `deterministic`: a row's bits must not
     depend on its batch. `cuda_graphs` auto records decode steps on a GPU, off does not.
     """

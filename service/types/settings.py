@@ -91,7 +91,8 @@ class EngineSettings:
     0: measured when the worker starts. `quantize` auto: what the model's own precision says; `quantize_cache` is a directory or "none".
     `spare_worker` keeps a second process with its libraries loaded: a restart is a load only. `deterministic` computes each row of a step
     to the same bits whatever else the step holds, or refuses to start. `backend` is torch, onnx (an exported graph in ONNX Runtime) or
-    auto, which asks the measured table `backend_table` ("": the one that comes with this package). `kv_cache_dtype` auto is the dtype.
+    auto, which asks the measured table `backend_table` ("": the one that comes with this package). `kv_cache_dtype` auto is the dtype,
+    or bfloat16 beside quantised weights on a CPU that multiplies it.
     `cuda_graphs` auto replays decode steps from graphs on a GPU, off launches every kernel of every step.
     """
 

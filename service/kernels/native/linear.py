@@ -24,7 +24,7 @@ _WORKSPACE = Workspace()
 
 
 def slower(dtype: torch.dtype) -> str | None:
-    """Why the libraries' packed products are taken to be faster than these where nobody asks for one order, or None: rows of 2026-11-25 and 29."""
+    """Why the libraries' packed products are taken to be faster than these where nobody asks for one order, or None: see docs/log.md."""
     library = compiled()
     if isinstance(library, str) or library.name not in ("avx512", "amx"):
         return "it was measured to be faster with AVX-512 only"
