@@ -63,7 +63,8 @@ async def times_of(stream: Stream) -> tuple[float, float, int]:
 
 
 async def run_ours(router: Router, texts: list[tuple[int, ...]], generate: int) -> Speed:
-    """One round through the router."""
+    """One round through the router, after a rest."""
+    await asyncio.sleep(REST_S)
     began = time.perf_counter()
     sampling = Sampling(temperature=0.0)
     requests = [GenerationRequest("bench", "bench", text, Stop(generate, ignore_eos=True), sampling) for text in texts]
@@ -129,7 +130,6 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
         theirs: list[Speed] = []
         for number in range(options.rounds + 1):
             texts = prompts(batch, options.prompt, manifest.spec.vocab_size, seed=number)
-            await asyncio.sleep(REST_S)
             ours.append(await run_ours(router, texts, options.generate))
             if peer is not None:
                 await asyncio.sleep(REST_S)
