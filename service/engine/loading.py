@@ -47,8 +47,7 @@ def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallba
     torch.set_num_threads(request.threads or len(os.sched_getaffinity(0)))
     manifest = read_as_served(request)
     spec = manifest.spec
-    device, quantize, dtype = _choose_place(request, manifest)
-    kept = choose_kept(request.kv_cache_dtype, dtype, quantize, device)
+    device, quantize, dtype, kept = _choose_place(request, manifest)
     request = replace(request, kv_cache_dtype=kept)
     element_bytes = ELEMENT_BYTES[dtype]
     layout = _kept_layout(spec, kept)
@@ -94,8 +93,8 @@ def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallba
     return Loaded(backend, info, spec.flops(1, 0.0), spec.flops(1, 1.0) - spec.flops(1, 0.0))
 
 
-def _choose_place(request: LoadRequest, manifest: Manifest) -> tuple[torch.device, str, str]:
-    """Device, quantisation and dtype; from here on this process computes by steady kernels only, where that is asked."""
+def _choose_place(request: LoadRequest, manifest: Manifest) -> tuple[torch.device, str, str, str]:
+    """Device, quantisation, dtype and that of keys and values; from here on only steady kernels compute, where that is asked."""
     spec, device = manifest.spec, choose_device(request.device)
     _check_kv_cache(request.kv_cache_dtype, device)
     quantize = choose_quantize(request.quantize, spec, device)
@@ -103,7 +102,7 @@ def _choose_place(request: LoadRequest, manifest: Manifest) -> tuple[torch.devic
     require_steady(False)
     if request.deterministic:
         require_deterministic(spec, device, getattr(torch, dtype), quantize)
-    return device, quantize, dtype
+    return device, quantize, dtype, choose_kept(request.kv_cache_dtype, dtype, quantize, device)
 
 
 def choose_kept(asked: str, dtype: str, quantize: str, device: torch.device) -> str:
