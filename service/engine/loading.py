@@ -25,7 +25,8 @@ from service.engine.memory import MemoryPlan, Usage, available_bytes, plan_memor
 from service.engine.sampler import Sampler
 from service.engine.torch_backend import TorchBackend
 from service.kernels.dispatch import chosen, require_steady
-from service.kernels.native.binding import absent, describe, functions
+from service.kernels.native.binding import describe
+from service.kernels.native.linear import multiplies_bfloat16
 from service.models.decoder import Decoder
 from service.types.errors import CapacityError
 from service.types.kv_layout import KvLayout
@@ -108,13 +109,13 @@ def _choose_place(request: LoadRequest, manifest: Manifest) -> tuple[torch.devic
 def choose_kept(asked: str, dtype: str, quantize: str, device: torch.device) -> str:
     """The type of keys and values: the one asked for, else that of the activations.
 
-    Beside quantised weights, whose activations are float32 and rounded anyway, bfloat16 where the compiled kernels multiply it: half of
-    the bytes, and attention in half of the time or less.
+    Beside quantised weights, whose activations are float32 and rounded anyway, bfloat16 where the compiled kernels multiply it well:
+    half of the bytes, and attention in half of the time or less.
     """
     if asked != "auto":
         return asked
     rounded = device.type == "cpu" and quantize != "none" and dtype == "float32"
-    return "bfloat16" if rounded and absent() is None and functions().native_has_pairs() else dtype
+    return "bfloat16" if rounded and multiplies_bfloat16() else dtype
 
 
 def _check_kv_cache(name: str, device: torch.device) -> None:

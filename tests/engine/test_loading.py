@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -138,8 +137,7 @@ def test_eight_bits_are_for_a_gpu_that_has_them(full_model: str, monkeypatch: py
 @pytest.mark.parametrize(("pairs", "kept"), [(True, "bfloat16"), (False, "float32")])
 def test_keys_and_values_beside_quantised_weights(full_model, monkeypatch, pairs: bool, kept: str) -> None:
     """auto is bfloat16 where the processor multiplies it; what was asked for stays, and so does what is not quantised."""
-    monkeypatch.setattr(loading, "absent", lambda: None)
-    monkeypatch.setattr(loading, "functions", lambda: SimpleNamespace(native_has_pairs=lambda: pairs))
+    monkeypatch.setattr(loading, "multiplies_bfloat16", lambda: pairs)
     request = LoadRequest(str(full_model), device="cpu", dtype="float32", threads=1, kv_bytes=8 << 20, max_rows=2)
     for asked, quantize, expected in (("auto", "int8", kept), ("auto", "none", "float32"), ("float32", "int8", "float32")):
         loaded = load_backend(replace(request, quantize=quantize, quantize_cache="none", kv_cache_dtype=asked), 0.0, lambda *_: None)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from service.kernels import reference
+from service.kernels.native import linear as native_linear
 from service.kernels.native.linear import COLUMNS, OrderedLinear, ordered_linear
 from tests.kernels.conftest import needs_native
 
@@ -97,3 +100,18 @@ def test_what_does_not_fit_is_refused() -> None:
         ordered_linear(drawn(3, 12), drawn(8, 12), drawn(7))
     with pytest.raises(ValueError, match=r"float32 do not fit a torch\.bfloat16 weight"):
         ordered_linear(drawn(3, 12), drawn(8, 12, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("name", "pairs", "units", "expected"),
+    [("amx", 1, True, True), ("avx512", 1, True, False), ("avx512", 1, False, True), ("avx512", 0, False, False)],
+)
+def test_where_bfloat16_is_multiplied_well(monkeypatch: pytest.MonkeyPatch, name: str, pairs: int, units: bool, expected: bool) -> None:
+    """By matrix units, or by dot products where there are no such units for libraries alone."""
+    library = SimpleNamespace(name=name, functions=SimpleNamespace(native_has_pairs=lambda: pairs))
+    monkeypatch.setattr(native_linear, "compiled", lambda: library)
+    monkeypatch.setattr(native_linear, "multiplies_tiles", lambda: units)
+    assert native_linear.multiplies_bfloat16() is expected
+    assert (native_linear.slower(torch.bfloat16) is None) is expected
+    monkeypatch.setattr(native_linear, "compiled", lambda: "was not built")
+    assert not native_linear.multiplies_bfloat16()

@@ -1,10 +1,10 @@
 /* Attention of a tile of query rows over K/V blocks, one split of consecutive blocks at a time.
  *
  * Rows are (query token, query head of one K/V head), token by token, packed and scaled to log2 units. A block's keys are turned into a
- * panel once for all rows of the tile; then six rows at a time are multiplied, weighed and mixed while panel and values
+ * panel once for all rows of the tile; then six rows at a time, or sixteen, are multiplied, weighed and mixed while panel and values
  * stay in the first level cache. Invariants: what is computed for a row is a chain of operations that depends on the row alone, so it gets
  * the same bits in every tile; keys that no row of a group of six sees are never mixed, whatever they hold
- * (in pairs of tokens: those that no row of the tile sees).
+ * (in pairs of tokens: those that no row of the tile sees; a value that is not a number reaches all rows of its group then).
  */
 #include "row_groups.h"
 

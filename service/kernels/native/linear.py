@@ -23,12 +23,23 @@ COLUMNS = 64
 _WORKSPACE = Workspace()
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the compiled kernels multiply bfloat16 well: by matrix units, or by dot products on a processor that has no such units.
+
+    Beside units that the system keeps from this process dot products take longer than float32.
+    """
+    library = compiled()
+    if isinstance(library, str) or not library.functions.native_has_pairs():
+        return False
+    return library.name == "amx" or not multiplies_tiles()
+
+
 def slower(dtype: torch.dtype) -> str | None:
     """Why the libraries' packed products are taken to be faster than these where nobody asks for one order, or None: see docs/log.md."""
     library = compiled()
     if isinstance(library, str) or library.name not in ("avx512", "amx"):
         return "it was measured to be faster with AVX-512 only"
-    if dtype == torch.bfloat16 and (not library.functions.native_has_pairs() or (multiplies_tiles() and library.name != "amx")):
+    if dtype == torch.bfloat16 and not multiplies_bfloat16():
         return "without dot products of bfloat16, or beside matrix units that only they use, the libraries' products take less time"
     return "float16 was not measured" if dtype == torch.float16 else None
 

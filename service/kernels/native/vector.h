@@ -163,39 +163,38 @@ INLINE float maximum_of_lanes(vfloat x) {
     return lanes[0];
 }
 
-#if defined(ISA_AVX512)
-/* 2^x, 0 for -infinity; to within 2 units in the last place. */
-INLINE __m512 exp2_lanes(__m512 x) {
-    __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm512_sub_ps(x, whole);
-    __m512 y = _mm512_set1_ps(0x1.430912p-13f);
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0x1.5d87fep-10f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0x1.3b2ab6p-7f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0x1.c6b08ep-5f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0x1.ebfbe0p-3f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0x1.62e430p-1f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(y, whole);
+/* 2^r for -1/2 .. 1/2: the factors of a polynomial, the highest power first, to within 2 units in the last place. */
+static const float EXP2[] = {0x1.430912p-13f, 0x1.5d87fep-10f, 0x1.3b2ab6p-7f, 0x1.c6b08ep-5f, 0x1.ebfbe0p-3f, 0x1.62e430p-1f, 1.0f};
+#define EXP2_TERMS 7
+
+INLINE vfloat polynomial(vfloat r, const float *factors, const int terms) {
+    vfloat y = splat(factors[0]);
+#pragma GCC unroll 8
+    for (int i = 1; i < terms; i++) y = y * r + splat(factors[i]);
+    return y;
 }
+
+#if defined(ISA_AVX512)
+/* 2^x by a polynomial, 0 for -infinity. */
+INLINE __m512 exp2_by(__m512 x, const float *factors, const int terms) {
+    __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return _mm512_scalef_ps((__m512)polynomial((vfloat)_mm512_sub_ps(x, whole), factors, terms), whole);
+}
+INLINE __m512 exp2_lanes(__m512 x) { return exp2_by(x, EXP2, EXP2_TERMS); }
 #endif
 
 /* 2^x to within 2 units in the last place; 0 below 2^-126 (but with AVX-512), infinity from 2^128 on, NaN stays NaN. */
 INLINE vfloat vexp2(vfloat x) {
 #if defined(ISA_AVX512)
     return (vfloat)exp2_lanes((__m512)x);
-#endif
+#else
     vint zero = x < splat(-126.0f), large = x >= splat(128.0f);
     x = pick(zero | large, splat(0.0f), x);
     vfloat shifted = x + splat(0x1.8p23f); /* its low bits are the nearest integer */
     vfloat r = x - (shifted - splat(0x1.8p23f));
-    vfloat y = splat(0x1.430912p-13f);
-    y = y * r + splat(0x1.5d87fep-10f);
-    y = y * r + splat(0x1.3b2ab6p-7f);
-    y = y * r + splat(0x1.c6b08ep-5f);
-    y = y * r + splat(0x1.ebfbe0p-3f);
-    y = y * r + splat(0x1.62e430p-1f);
-    y = y * r + splat(1.0f);
-    vfloat scaled = (vfloat)((vint)y + ((vint)shifted << 23));
+    vfloat scaled = (vfloat)((vint)polynomial(r, EXP2, EXP2_TERMS) + ((vint)shifted << 23));
     return pick(large, splat(INFINITY), pick(zero, splat(0.0f), scaled));
+#endif
 }
 
 #define LOG2_E 1.4426950408889634f

@@ -32,15 +32,8 @@ INLINE __mmask16 lanes_between(int64_t low, int64_t high, int64_t column) {
 }
 
 /* 2^x for a number that is rounded to 8 bits: to within 3 millionths; 0 for -infinity. */
-INLINE __m512 exp2_short(__m512 x) {
-    __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm512_sub_ps(x, whole);
-    __m512 y = _mm512_set1_ps(0x1.3997d6p-7f);
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0x1.ca1440p-5f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0x1.ec06dap-3f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0x1.62e0dcp-1f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0x1.ffffe8p-1f));
-    return _mm512_scalef_ps(y, whole);
-}
+static const float EXP2_SHORT[] = {0x1.3997d6p-7f, 0x1.ca1440p-5f, 0x1.ec06dap-3f, 0x1.62e0dcp-1f, 0x1.ffffe8p-1f};
+INLINE __m512 exp2_short(__m512 x) { return exp2_by(x, EXP2_SHORT, 5); }
 
 /* The new maximum of a row, whose scores become what is weighed, but for unit_left: scaled, capped, and -infinity outside of low .. high - 1. */
 INLINE float highest_score(const int64_t columns, const struct weighing *w, float *scores, int64_t low, int64_t high, float before) {
