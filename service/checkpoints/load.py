@@ -1,7 +1,7 @@
 """From a Manifest to a Decoder with its weights, streamed chunk by chunk, fused and quantised on the way.
 
-It does not know plans or caches. Invariant: never more than the model, one fused matrix and one chunk is held, and every parameter is
-filled by finite values or the load fails with the tensor's name.
+It does not know plans or caches. Invariant: never more than the model, one fused matrix and one chunk is held (for int4 one layer, and what
+8,192 tokens are before it), and every parameter is filled by finite values or the load fails with the tensor's name.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
+from service.checkpoints.calibration import Calibrated, Nearest, calibration_tokens
 from service.checkpoints.manifest import Manifest
 from service.checkpoints.pieces import Match, Piece, match_hugging_face, match_own, parameter_shapes
-from service.checkpoints.quantisation import kind_of
 from service.checkpoints.quantised_cache import CacheWriter, Damaged, QuantisedCache, Stored, layout_of, read_parameters
 from service.checkpoints.stored_tensors import find_weight_files
 from service.checkpoints.weight_readers import BinReader, SafetensorsReader, WeightReader
-from service.kernels.quantised import QuantisedWeight, quantise_weight
+from service.kernels.quantised import QuantisedWeight
 from service.models.build import build
 from service.models.decoder import Decoder
 from service.models.layers import Embedding, Kernels, Linear
@@ -32,10 +32,14 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Quantisation:
-    """What becomes of the weights: `kind` none, int8 or int4, and where the quantised ones are kept for the next start, if anywhere."""
+    """What becomes of the weights: `kind` none, int8 or int4, and where the quantised ones are kept for the next start, if anywhere.
+
+    `seen(name, parameter)` is called with every parameter that is read from the checkpoint and not from the cache.
+    """
 
     kind: str = "none"
     cache: QuantisedCache | None = None
+    seen: Callable[[str, Stored], None] = lambda name, parameter: None
 
 
 def load(
@@ -74,15 +78,18 @@ def _load_checkpoint(
     with SafetensorsReader(weights) if weights.safetensors else BinReader(weights) as reader, writing or nullcontext() as writer:
         match: Match = (match_own if manifest.is_own_format else match_hugging_face)(manifest.spec, reader.shapes)
         filling = _Filling(decoder, reader, device, dtype, progress)
+        kind = "none" if quantisation is None else quantisation.kind
+        rounding = Calibrated(decoder, calibration_tokens(manifest)) if kind == "int4" else Nearest(kind)
         for target, pieces in groupby(match.pieces, key=lambda piece: piece.target):
             value = filling.read(target, pieces)
             for copy, original in match.duplicates if target == "embed.weight" else ():
                 filling.compare(copy, original, value)
-            kind = None if quantisation is None else kind_of(target, tuple(value.shape), quantisation.kind)
-            stored: Stored = value if kind is None else quantise_weight(value.cpu(), kind)
-            if writer is not None:
-                writer.add(stored)
-            _settle(decoder, target, stored, device, dtype, pack=quantisation is not None)
+            for name, stored in rounding.offer(target, value):
+                if writer is not None:
+                    writer.add(stored)
+                if quantisation is not None:
+                    quantisation.seen(name, stored)
+                _settle(decoder, name, stored, device, dtype, pack=quantisation is not None)
         if writer is not None:
             writer.publish()
             if writer.failure is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from onnx import TensorProto, helper
@@ -22,14 +23,22 @@ from service.checkpoints.onnx_decoder import DecoderGraph
 from service.checkpoints.onnx_nodes import Nodes, Weights
 from service.checkpoints.onnx_support import ABOUT, ENCODER, FORMAT, GRAPH, PRODUCT, WEIGHTS, graph_directory, queries_per_kv_head, refuse
 from service.checkpoints.onnx_vision import encoder_graph
-from service.checkpoints.quantisation import kind_of
+from service.checkpoints.quantised_cache import Stored
 from service.checkpoints.stage import staged_directory, sync, write_synced
-from service.kernels.quantised import dequantise, quantise_weight
+from service.kernels.quantised import QuantisedWeight, dequantise
 from service.models.decoder import Decoder
 from service.models.rope import attention_factor, inverse_frequencies
 
 _WATCHED = "watched.onnx"
 _PRODUCT_WIDTH = 768
+
+
+class _Models(NamedTuple):
+    """The torch decoders of a checkpoint, plain and as it is served quantised, and the parameters of the latter by name."""
+
+    plain: Decoder
+    quantised: Decoder | None
+    stored: dict[str, Stored]
 
 
 def find_or_export(manifest: Manifest, cache: Path, quantize: str) -> Path:
@@ -43,10 +52,10 @@ def find_or_export(manifest: Manifest, cache: Path, quantize: str) -> Path:
 def export(manifest: Manifest, directory: Path, quantize: str) -> None:
     """Write graph and weights with `quantize` none, int8 or int4 and check them. Raises CheckpointError."""
     refuse(manifest.spec, quantize)
-    decoder = load(manifest, "cpu", torch.float32, serving=False)
+    models = _load(manifest, quantize)
     with staged_directory(directory) as partial:
         with (partial / WEIGHTS).open("wb") as stream:
-            weights = Weights(decoder, quantize, stream)
+            weights = Weights(models.plain, quantize, models.stored, stream)
             graph = DecoderGraph(weights)
             files = {GRAPH: graph.model, PRODUCT: _product(weights)}
             if manifest.spec.vision is not None and manifest.spec.fusion is not None:
@@ -63,34 +72,41 @@ def export(manifest: Manifest, directory: Path, quantize: str) -> None:
             "queries_per_kv_head": [queries_per_kv_head(manifest.spec, group.layers[0]) for group in manifest.spec.kv_layout().groups],
         }
         write_synced(partial / ABOUT, json.dumps(about).encode())
-        _check(manifest, decoder, partial, quantize, graph.watched())
+        _check(models, partial, quantize, graph.watched())
 
 
-def _check(manifest: Manifest, decoder: Decoder, directory: Path, quantize: str, watched: bytes) -> None:
+def _load(manifest: Manifest, quantize: str) -> _Models:
+    stored: dict[str, Stored] = {}
+    quantised = None
+    if quantize != "none":
+        quantised = load(manifest, "cpu", torch.float32, quantisation=Quantisation(quantize, seen=stored.__setitem__))
+    return _Models(load(manifest, "cpu", torch.float32, serving=False), quantised, stored)
+
+
+def _check(models: _Models, directory: Path, quantize: str, watched: bytes) -> None:
     """Raise CheckpointError unless the graph computes what the decoder does; `watched` is it with its residual streams as outputs."""
-    probe = Probe(manifest.spec)
-    check_images(decoder, probe, directory)
-    plain = probe.decoded(decoder)
+    probe, quantised = Probe(models.plain.spec), models.quantised
+    check_images(models.plain, probe, directory)
+    plain = probe.decoded(models.plain)
     logits, _ = probe.graphed(directory, GRAPH)
-    if quantize == "none":
+    if quantised is None:
         check_logits(plain, logits)
         return
-    quantised = load(manifest, "cpu", torch.float32, quantisation=Quantisation(quantize))
     (directory / _WATCHED).write_bytes(watched)
     # With 4-bit weights the graph rounds activations by other groups than the decoder: its layers are compared with some that round none.
-    beside = quantised if quantize == "int8" else _with_exact_layers(quantised, decoder, quantize)
+    beside = quantised if quantize == "int8" else _with_exact_layers(models.plain, quantised, models.stored)
     check_layers(beside, probe, *probe.graphed(directory, _WATCHED), TOLERANCES[quantize])
     (directory / _WATCHED).unlink()
     check_quantised(plain, probe.decoded(quantised), logits)
 
 
 @torch.inference_mode()
-def _with_exact_layers(quantised: Decoder, plain: Decoder, quantize: str) -> Decoder:
+def _with_exact_layers(plain: Decoder, quantised: Decoder, stored: dict[str, Stored]) -> Decoder:
     """The quantised decoder with the layers of the plain one, whose weights become the values that the quantised ones stand for."""
     for name, parameter in plain.layers.named_parameters(prefix="layers"):
-        kind = kind_of(name, tuple(parameter.shape), quantize)
-        if kind is not None:
-            parameter.copy_(dequantise(quantise_weight(parameter, kind), slice(None)))
+        weight = stored[name]
+        if isinstance(weight, QuantisedWeight):
+            parameter.copy_(dequantise(weight, slice(None)))
     plain.embed, plain.head = quantised.embed, quantised.head
     return plain
 

@@ -6,7 +6,7 @@ the project's own (`kernels.quantised`): the same integers, the same scales.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BufferedWriter
 from typing import Any
 
@@ -16,7 +16,8 @@ from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from service.checkpoints.onnx_support import WEIGHTS
 from service.checkpoints.quantisation import kind_of
-from service.kernels.quantised import GROUP, quantise_weight
+from service.checkpoints.quantised_cache import Stored
+from service.kernels.quantised import GROUP, QuantisedWeight, quantise_weight
 from service.models.decoder import Decoder
 from service.types.model_spec import ModelSpec
 
@@ -31,18 +32,26 @@ _TYPES = {
 
 
 class Weights:
-    """The parameters of a decoder and the file that they are written to."""
+    """The parameters of a decoder, what they are as quantised ones (`stored`), and the file that they are written to."""
 
-    def __init__(self, decoder: Decoder, quantize: str, stream: BufferedWriter) -> None:
+    def __init__(self, decoder: Decoder, quantize: str, stored: Mapping[str, Stored], stream: BufferedWriter) -> None:
         self.spec: ModelSpec = decoder.spec
         self.quantize = quantize
         self.parameters = dict(decoder.named_parameters())
+        self._stored = stored
         self._stream = stream
         self._written: dict[str, TensorProto] = {}
 
     def kind(self, name: str) -> str | None:
         """What a parameter is quantised to, or None."""
         return kind_of(name, tuple(self.parameters[name].shape), self.quantize)
+
+    def quantised(self, name: str) -> QuantisedWeight:
+        """A parameter as the torch decoder has it; one that no model has is rounded to the nearest."""
+        found = self._stored.get(name)
+        if isinstance(found, QuantisedWeight):
+            return found
+        return quantise_weight(self.parameters[name], self.kind(name) or "int8")
 
     def tensor(self, name: str, value: NDArray[np.generic]) -> TensorProto:
         """Write a value to the file unless it is there; what a graph says of where it lies."""
@@ -130,7 +139,7 @@ class Nodes:
         name = f"{module}.weight"
         if self.weights.kind(name) is None:
             return self.op("Gather", self.parameter(name), ids, axis=0)
-        stored = quantise_weight(self.weights.parameters[name], "int8")
+        stored = self.weights.quantised(name)
         values = self.op("Gather", self.weight(f"{module}.rows", stored.values.numpy()), ids, axis=0)
         scales = self.op("Gather", self.weight(f"{module}.row_scales", stored.scales.numpy()[:, None]), ids, axis=0)
         return self.op("Mul", self.op("Cast", values, to=TensorProto.FLOAT), scales)
@@ -152,7 +161,7 @@ class Nodes:
 
     def _int8_product(self, x: str, module: str) -> str:
         """A scale for each output and one for each row of x."""
-        stored = quantise_weight(self.weights.parameters[f"{module}.weight"], "int8")
+        stored = self.weights.quantised(f"{module}.weight")
         values = self.weight(f"{module}.values", np.ascontiguousarray(stored.values.numpy().T))
         scales = self.weight(f"{module}.scales", stored.scales.numpy())
         one, middle = self.constant(np.array(1, np.float32)), self.constant(np.array(128, np.uint8))
@@ -167,8 +176,8 @@ class Nodes:
 
     def _int4_product(self, x: str, module: str) -> str:
         """A scale for each output and GROUP inputs, as the decoder's own; x is rounded to 8 bits by the same groups."""
-        weight = self.weights.parameters[f"{module}.weight"]
-        stored, (outputs, inputs) = quantise_weight(weight, "int4"), weight.shape
+        stored = self.weights.quantised(f"{module}.weight")
+        outputs, inputs = stored.outputs, stored.inputs
         values = self.weight(f"{module}.values", stored.values.numpy().reshape(outputs, -1, GROUP // 2))
         scales = self.weight(f"{module}.scales", stored.scales.float().numpy().reshape(-1))
         sizes = {"K": inputs, "N": outputs, "bits": 4, "block_size": GROUP}

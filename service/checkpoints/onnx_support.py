@@ -14,7 +14,7 @@ from service.checkpoints.stored_tensors import find_weight_files
 from service.types.errors import CheckpointError
 from service.types.model_spec import ModelSpec, RopeScaling
 
-FORMAT = "deepseek-onnx-4"
+FORMAT = "deepseek-onnx-5"
 # The files of an exported graph: the decoder, the encoder of one that reads images, one square product in its kind of weights, all weights,
 # and what else a reader must know.
 GRAPH, ENCODER, PRODUCT, WEIGHTS, ABOUT = "model.onnx", "encoder.onnx", "product.onnx", "weights.bin", "export.json"

@@ -27,7 +27,7 @@ from service.checkpoints.stored_tensors import find_weight_files
 from service.kernels.quantised import QuantisedWeight, stored_layout
 from service.types.errors import StartupError
 
-FORMAT = "deepseek-quantised-1"
+FORMAT = "deepseek-quantised-2"
 SUFFIX = ".quantised.safetensors"
 _PIECE_BYTES = 1 << 20
 _NO_DIGEST = b"0" * 64

@@ -1,9 +1,9 @@
 """Quantised weights of linear layers and embeddings: how they are made, and their products in plain torch.
 
 int8: one symmetric scale for each output. int4: one symmetric float16 scale for each output and GROUP inputs, chosen for the least squared
-error. Activations are quantised to int8 on the way, one scale a row. It does not know layers or files. Invariants: a product is exact in
-its integers, so that every implementation gives the same up to float32 rounding, and a row's result does not depend on the rows beside
-it; a row that holds NaN or infinity gives no finite result.
+error of the weights (`calibrated.py` looks at their inputs, too). Activations are quantised to int8 on the way, one scale a row. It does
+not know layers or files. Invariants: a product is exact in its integers, so that every implementation gives the same up to float32
+rounding, and a row's result does not depend on the rows beside it; a row that holds NaN or infinity gives no finite result.
 """
 
 from __future__ import annotations
@@ -72,23 +72,36 @@ def _to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _to_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the scales that DIVISORS give, refined by least squares, the one with the smallest squared error in float16."""
     groups = -(-weight.shape[1] // GROUP)
     padded = torch.nn.functional.pad(weight, (0, groups * GROUP - weight.shape[1])).view(len(weight), groups, GROUP)
-    peak = padded.gather(2, padded.abs().argmax(dim=2, keepdim=True))
+    steps, scales = fit_int4(padded)
+    return pack_int4(steps.view(len(weight), -1)), scales.squeeze(2)
+
+
+def fit_int4(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Steps −8 … 7 [..., GROUP] and scales float16 [..., 1] of weights float32 [..., GROUP].
+
+    Of the scales that DIVISORS give, refined by least squares, the one with the smallest squared error in float16.
+    """
+    peak = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True))
     best = torch.full_like(peak, float("inf"))
-    values, scales = torch.zeros_like(padded), torch.zeros_like(peak)
+    values, scales = torch.zeros_like(groups), torch.zeros_like(peak)
     for divisor in DIVISORS:
         scale = peak / divisor
-        steps = (padded / torch.where(scale == 0, 1.0, scale)).round_().clamp_(-8, 7)
-        fitted = (padded * steps).sum(2, keepdim=True) / steps.square().sum(2, keepdim=True).clamp_(min=1.0)
+        steps = (groups / torch.where(scale == 0, 1.0, scale)).round_().clamp_(-8, 7)
+        fitted = (groups * steps).sum(-1, keepdim=True) / steps.square().sum(-1, keepdim=True).clamp_(min=1.0)
         fitted = fitted.to(torch.float16).float()
-        error = (steps * fitted - padded).square_().sum(2, keepdim=True)
+        error = (steps * fitted - groups).square_().sum(-1, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)
         values, scales = torch.where(better, steps, values), torch.where(better, fitted, scales)
-    codes = (values + 8).to(torch.uint8).view(len(weight), -1, 2)
-    return codes[..., 0] | codes[..., 1] << 4, scales.squeeze(2).to(torch.float16)
+    return values, scales.to(torch.float16)
+
+
+def pack_int4(steps: Tensor) -> Tensor:
+    """Steps −8 … 7 [rows, even] as pairs uint8 [rows, half], the first in the low half."""
+    codes = (steps + 8).to(torch.uint8).view(len(steps), -1, 2)
+    return codes[..., 0] | codes[..., 1] << 4
 
 
 _QUANTISERS = {"int8": _to_int8, "int4": _to_int4}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,16 +37,14 @@ def test_a_deep_model_s_roundings_grow_and_are_no_error(tmp_path: Path) -> None:
 def test_a_wrong_weight_is_seen_and_its_part_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, part: str) -> None:
     """The embedding, then four products a layer, then the head."""
     manifest = read_manifest(build_tiny(tmp_path / "model", num_hidden_layers=2))
-    sound, calls = onnx_nodes.quantise_weight, []
+    sound, calls = onnx_nodes.Weights.quantised, []
 
-    def quantise(weight, kind):
-        stored = sound(weight, kind)
-        calls.append(kind)
-        if len(calls) - 1 == number:
-            stored.scales.mul_(1.1)
-        return stored
+    def quantised(weights, name):
+        stored = sound(weights, name)
+        calls.append(name)
+        return replace(stored, scales=stored.scales * 1.1) if len(calls) - 1 == number else stored
 
-    monkeypatch.setattr(onnx_nodes, "quantise_weight", quantise)
+    monkeypatch.setattr(onnx_nodes.Weights, "quantised", quantised)
     with pytest.raises(CheckpointError, match=f"in its {part}:"):
         export(manifest, tmp_path / "graph", "int8")
     assert not (tmp_path / "graph").exists()

@@ -23,7 +23,6 @@ from service.checkpoints.load import load
 from service.checkpoints.manifest import Manifest, read_manifest
 from service.checkpoints.onnx_export import export, find_or_export, refuse
 from service.checkpoints.onnx_graph import OnnxEncoder, OnnxGraph, Rectangle, Sight, seen_by
-from service.kernels.quantised import quantise_weight
 from service.models.attention import DenseAttend
 from service.types.catalog import V1_0, V2_3, V3_5, V4_8, VersionLine
 from service.types.errors import CheckpointError
@@ -166,11 +165,12 @@ def test_int4_is_checked_against_the_values_that_its_steps_stand_for(tmp_path: P
     """Scales that are a tenth too large are noticed."""
     manifest = read_manifest(build_tiny(tmp_path / "model"))
 
-    def wrong(weight: torch.Tensor, kind: str) -> Any:
-        found = quantise_weight(weight, kind)
-        return replace(found, scales=found.scales * 1.1) if kind == "int4" else found
+    def wrong(weights: onnx_nodes.Weights, name: str) -> Any:
+        found = sound(weights, name)
+        return replace(found, scales=found.scales * 1.1) if found.kind == "int4" else found
 
-    monkeypatch.setattr(onnx_nodes, "quantise_weight", wrong)
+    sound = onnx_nodes.Weights.quantised
+    monkeypatch.setattr(onnx_nodes.Weights, "quantised", wrong)
     with pytest.raises(CheckpointError, match="differs from the model"):
         export(manifest, tmp_path / "graph", "int4")
 
