@@ -1,6 +1,6 @@
 #!/bin/sh
 # The compiled kernels on aarch64 without such a machine: cross-compiled here, their tests run by an arm64 Python under qemu.
-# Needs Debian's gcc-aarch64-linux-gnu and qemu-user-static, apt-get and dpkg; everything else comes into .tools/arm64. Takes some five minutes.
+# Needs Debian's gcc-aarch64-linux-gnu and qemu-user-static, apt-get and dpkg; everything else comes into .tools/arm64. Takes some twenty minutes.
 # Tests of the binding that start programs of their own are left out: an emulated program cannot start another.
 set -eu
 cd "$(dirname "$0")/../.."
