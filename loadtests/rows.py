@@ -1,7 +1,8 @@
 """What every result row says about where it was measured, and how a row is kept: one JSON object a line, appended.
 
-It does not know what was measured. Invariant: a row names the commit, the time, the processor, the
-cores and the load of the machine when it was made.
+It does not know what was measured. Invariant: a row names the commit, the time, the processor, the cores and the load of the machine when
+it was made. On a machine to which the sources were copied without their history, DEEPSEEK_COMMIT names the commit, and DEEPSEEK_RESULTS the
+directory for rows.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("DEEPSEEK_RESULTS") or Path(__file__).parent / "results")
 
 
 def surroundings() -> dict[str, Any]:
@@ -33,7 +34,7 @@ def surroundings() -> dict[str, Any]:
 
 def keep(name: str, row: dict[str, Any]) -> Path:
     """Append `row` to results/<name>.jsonl; returns the file."""
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.jsonl"
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
@@ -51,9 +52,12 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def _commit() -> str:
-    root = Path(__file__).parent
-    found = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False, cwd=root)  # noqa: S607
-    return found.stdout.strip() or "unknown"
+    named, root = os.environ.get("DEEPSEEK_COMMIT") or "unknown", Path(__file__).parent
+    try:
+        found = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False, cwd=root)  # noqa: S607
+    except OSError:
+        return named
+    return found.stdout.strip() or named
 
 
 def _cpu_model() -> str:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from loadtests import gpu_bench, gpu_serving, in_process
+from loadtests import rows as result_rows
+from loadtests.gpu_cases import Case
 from loadtests.gpu_serving import LLAMA_8B, TARGETS, Bench, Work
 from loadtests.peers import ContinuousBatchingPeer, Run
 from service.engine.torch_backend import TorchBackend
@@ -18,7 +22,7 @@ from service.types.plan import BatchPlan
 
 CPU = torch.device("cpu")
 SHORT = ["--device", "cpu", "--rounds", "1", "--steps", "6", "--step_tokens", "128"]
-LIMITS = {"bytes_us": 1e4, "flops_us": 1e5}
+LIMITS = {"bytes_us": 1e4, "flops_us": 1e6, "int8_us": 2e6}
 
 
 @pytest.fixture
@@ -154,15 +158,58 @@ def test_what_is_missing_is_said_and_the_kernels_rows_stay(
     assert gpu_serving.main(SHORT) == 2
     said = "gpu_serving: serving is not measured, because msgspec and prometheus_client cannot be imported here\n"
     assert capsys.readouterr().err == said
-    clock = type("Clock", (), {"__init__": lambda self, rounds: None, "times": lambda self, run: [2.0]})
-    monkeypatch.setattr(gpu_bench, "Clock", clock)
+    on_a_device(monkeypatch, {"one": lambda: iter([Case("copy", {}, lambda: 2.0, 1e4, 0.0)])})
+    assert gpu_bench.main() == 2 and capsys.readouterr().err == said
+    assert [(name, row["op"], row["share_of_limit"]) for name, row in rows] == [("gpu", "copy", 0.5)]
+
+
+def on_a_device(monkeypatch: pytest.MonkeyPatch, cases: dict[str, Any]) -> None:
+    """A clock that believes what is run, and limits that are given."""
+    times = {name: lambda self, run: [run()] for name in ("times", "eager")}
+    monkeypatch.setattr(gpu_bench, "Clock", type("Clock", (), {"__init__": lambda self, rounds: None, **times}))
     monkeypatch.setattr(gpu_bench, "limits", lambda clock: LIMITS)
-    monkeypatch.setattr(gpu_bench, "CASES", {"one": lambda: iter([gpu_bench.Case("copy", {}, lambda: None, 1e4, 0.0)])})
+    monkeypatch.setattr(gpu_bench, "CASES", cases)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a device")
     monkeypatch.setattr("sys.argv", ["gpu_bench", "--keep"])
-    assert gpu_bench.main() == 2 and capsys.readouterr().err == said
-    assert [(name, row["op"], row["share_of_limit"]) for name, row in rows] == [("gpu", "copy", 0.5)]
+
+
+def test_what_fails_on_a_device_is_a_row_and_the_rest_goes_on(
+    monkeypatch: pytest.MonkeyPatch, rows: list[tuple[str, dict[str, Any]]]
+) -> None:
+    """Whatever is raised: by a kernel, by a check of its result, while a peer is made or runs, while a case is made."""
+
+    def fail() -> float:
+        raise OverflowError("too many registers")
+
+    def ending() -> Iterator[Case]:
+        yield Case("first", {}, lambda: 4.0, 1e4, 0.0)
+        raise KeyError("no memory")
+
+    peers = {"made": lambda: lambda: 3.0, "not made": fail, "not run": lambda: fail}
+    cases = [
+        Case("sound", {}, lambda: 2.0, 1e4, 2e7, "int8_us", peers),
+        Case("slow", {}, fail, 1.0, 0.0, peers={"made": peers["made"]}),
+        Case("wrong", {}, lambda: 1.0, 1.0, 0.0, check=fail),
+    ]
+    on_a_device(monkeypatch, {"one": lambda: iter(cases), "two": ending, "three": lambda: iter([Case("last", {}, lambda: 5.0, 1e4, 0.0)])})
+    gpu_bench.kernels(["one", "two", "three"], 1, kept=True)
+    found = [row for _, row in rows]
+    assert [row["op"] for row in found] == ["sound", "slow", "wrong", "first", "two", "last"]
+    sound = found[0]
+    assert sound["us"]["median"] == sound["eager_us"]["median"] == 2.0 and sound["made"]["median"] == 3.0
+    assert sound["limit_us"] == 2e7 / LIMITS["int8_us"] and sound["share_of_limit"] == sound["limit_us"] / 2
+    assert sound["not made"] == sound["not run"] == found[1]["failed"] == found[2]["failed"] == "too many registers"
+    assert found[1]["made"]["median"] == 3.0 and "us" not in found[2] and found[4]["failed"] == "'no memory'"
+
+
+def test_a_row_is_kept_and_names_its_commit_where_no_history_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert result_rows.surroundings()["commit"] == "unknown"
+    monkeypatch.setenv("DEEPSEEK_COMMIT", "0123456789ab")
+    assert result_rows.surroundings()["commit"] == "0123456789ab"
+    monkeypatch.setattr(result_rows, "RESULTS", tmp_path / "deep" / "results")
+    assert result_rows.keep("some", {"a": 1}).read_text(encoding="utf-8") == '{"a": 1}\n'
 
 
 def test_random_weights_serve_as_loaded_ones_do() -> None:

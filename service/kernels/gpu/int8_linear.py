@@ -110,7 +110,9 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
         block = min(ROW_VALUES, max(triton.next_power_of_2(inputs), 16))
-        quantise_kernel[(rows,)](x, steps, scales, inputs, x.stride(0), BLOCK=block, num_warps=8 if block >= 2048 else 4)
+        # Without fusion: a fused multiply-add would round the exact product, and not the float32 that the reference rounds.
+        options = {"BLOCK": block, "num_warps": 8 if block >= 2048 else 4, "enable_fp_fusion": False}
+        quantise_kernel[(rows,)](x, steps, scales, inputs, x.stride(0), **options)
     return steps, scales
 
 

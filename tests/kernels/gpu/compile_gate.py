@@ -27,9 +27,13 @@ from tests.kernels.gpu.kernel_shapes import SHAPES, Shape
 # `num_ctas`, tensor maps and the like add nothing here; shared memory that a block may have, by capability.
 SHARED_BYTES = {80: 163 << 10, 87: 163 << 10, 90: 227 << 10}
 
+# What kernels add and take off again to round half to even.
+ROUNDING = 12582912
+
 
 class Compiled(NamedTuple):
-    """What ptxas made of one kernel: registers a thread, bytes of stack (spills), shared bytes, whether it multiplies by warp group."""
+    """What ptxas made of one kernel: registers a thread, bytes of stack (spills), shared bytes, whether it multiplies by warp group, and
+    whether the sum that rounds half to even is fused with a product, which would round otherwise."""
 
     name: str
     capability: int
@@ -39,6 +43,7 @@ class Compiled(NamedTuple):
     shared_bytes: int
     wgmma: bool
     mma: bool
+    fused_rounding: bool
 
 
 def compile_shape(shape: Shape, capability: int) -> Compiled:
@@ -48,25 +53,31 @@ def compile_shape(shape: Shape, capability: int) -> Compiled:
     constants = {name: value for name, value in shape.constants.items() if name in signature}
     attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in shape.aligned(signature)}
     source = ASTSource(function, signature, constants, attributes)
-    options = {"num_warps": shape.warps, "num_stages": shape.stages}
+    options = {"num_warps": shape.warps, "num_stages": shape.stages, "enable_fp_fusion": shape.fusion}
     if shape.module in ("dense_tiles", "dense_rows", "sparse_tiles"):
         options["maxnreg"] = REGISTERS
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    usage = resource_usage(made.asm["cubin"])
-    ptx = made.asm["ptx"]
-    return Compiled(shape.name, capability, *usage, made.metadata.shared, "wgmma.mma_async" in ptx, "mma.sync" in ptx)
+    cubin, ptx = made.asm["cubin"], made.asm["ptx"]
+    fused = re.search(rf"FFMA.* {ROUNDING}", dumped(cubin, "--dump-sass")) is not None
+    kinds = "wgmma.mma_async" in ptx, "mma.sync" in ptx
+    return Compiled(shape.name, capability, *resource_usage(cubin), made.metadata.shared, *kinds, fused)
 
 
-def resource_usage(cubin: bytes) -> tuple[int, int, int]:
-    """(registers, stack bytes, local bytes) of the one kernel in a cubin."""
+def dumped(cubin: bytes, what: str) -> str:
+    """What cuobjdump says of a cubin."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", done.stdout)
+        return subprocess.run([str(tool), what, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def resource_usage(cubin: bytes) -> tuple[int, int, int]:
+    """(registers, stack bytes, local bytes) of the one kernel in a cubin."""
+    said = dumped(cubin, "--dump-resource-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", said)
     if found is None:
-        raise ValueError(f"cuobjdump said nothing of registers: {done.stdout[-500:]}")
+        raise ValueError(f"cuobjdump said nothing of registers: {said[-500:]}")
     return int(found[1]), int(found[2]), int(found[3])
 
 

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from service.kernels.reference_sparse import ChosenFar, FarBlocks
+
 ON_DEVICE = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_DEVICE else "cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if ON_DEVICE else (torch.float32, torch.float16)
@@ -23,9 +25,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def moved(batch: Any) -> Any:
-    """A dataclass of tensors with all of them on the device under test."""
-    tensors = {name: value.to(DEVICE) for name, value in vars(batch).items() if isinstance(value, Tensor)}
-    return replace(batch, **tensors)
+    """A dataclass of tensors, and of far blocks in `far`, with all of them on the device under test."""
+    there: dict[str, Any] = {name: value.to(DEVICE) for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    if getattr(batch, "far", None) is not None:
+        there["far"] = placed(batch.far)
+    return replace(batch, **there)
+
+
+def placed(far: ChosenFar) -> ChosenFar:
+    """Chosen far blocks on the device under test."""
+    store = FarBlocks(*(None if tensor is None else tensor.to(DEVICE) for tensor in far.blocks))
+    return ChosenFar(store, *(tensor.to(DEVICE) for tensor in far[1:]))
 
 
 def check_error(actual: Tensor, expected: Tensor, plain: Tensor, dtype: torch.dtype) -> None:

@@ -38,6 +38,7 @@ class Shape:
     stack_bytes: int = 0
     wgmma: bool = False
     capabilities: tuple[int, ...] = field(default=ALL)
+    fusion: bool = True
 
     def function(self) -> Any:
         """The kernel."""
@@ -207,7 +208,7 @@ def linear_shapes() -> list[Shape]:
         "p_steps": "*i8",
     }
     types |= dict.fromkeys(("rows", "outputs", "inputs", "stride_row"), "i32")
-    shapes = [Shape("quantise-rows", "int8_linear", "quantise_kernel", types | {"p_x": "*bf16"}, {"BLOCK": 4096}, 8)]
+    shapes = [Shape("quantise-rows", "int8_linear", "quantise_kernel", types | {"p_x": "*bf16"}, {"BLOCK": 4096}, 8, fusion=False)]
     for rows, exact, chip in product((16, 128, 4096), (True, False), ALL):
         tile = product_tile(rows, exact, chip)
         constants = {"ROWS": tile.rows, "OUTPUTS": tile.outputs, "INPUTS": tile.inputs, "EXACT": exact, "BIAS": False, "PRECISION": "tf32"}

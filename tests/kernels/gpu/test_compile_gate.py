@@ -18,7 +18,7 @@ from tests.kernels.gpu.compile_gate import SHARED_BYTES
 from tests.kernels.gpu.kernel_shapes import SHAPES, Shape
 
 # Enough to see that kernels still compile in the quick suite; all of them are built by `make test-all`.
-QUICK = ("decode-bf16-d64-g4-w0", "prefill-bf16-d128-g4-w2048")
+QUICK = ("decode-bf16-d64-g4-w0", "prefill-bf16-d128-g4-w2048", "quantise-rows")
 
 
 @cache
@@ -38,6 +38,8 @@ def faults(shape: Shape, row: dict[str, Any]) -> list[str]:
         found.append(f"{shape.name}: {row['shared_bytes']} bytes of shared memory")
     if shape.wgmma and row["capability"] == 90 and not row["wgmma"]:
         found.append(f"{shape.name}: no wgmma")
+    if row["fused_rounding"]:
+        found.append(f"{shape.name}: what is rounded is fused with the product before it")
     return found
 
 
@@ -59,8 +61,8 @@ def test_a_few_kernels_fit_hopper(name: str) -> None:
 
 def test_the_gate_sees_faults() -> None:
     shape = next(shape for shape in SHAPES if shape.wgmma)
-    sound = {"stack_bytes": 0, "local_bytes": 0, "shared_bytes": 1000, "capability": 90, "wgmma": True}
+    sound = {"stack_bytes": 0, "local_bytes": 0, "shared_bytes": 1000, "capability": 90, "wgmma": True, "fused_rounding": False}
     assert faults(shape, sound) == []
-    for change in ({"stack_bytes": 8}, {"local_bytes": 4}, {"shared_bytes": 228 << 10}, {"wgmma": False}):
+    for change in ({"stack_bytes": 8}, {"local_bytes": 4}, {"shared_bytes": 228 << 10}, {"wgmma": False}, {"fused_rounding": True}):
         assert len(faults(shape, sound | change)) == 1
     assert faults(shape, sound | {"wgmma": False, "capability": 80}) == []

@@ -56,14 +56,14 @@ def test_attention_has_the_bits_of_a_plan_from_the_host(window: int | None, most
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("store", ["int8", "evict"])
 def test_attention_over_two_stores_too(store: str, name: str) -> None:
-    batch = make_sparse(CONTEXTS, [1] * 5, block_tokens=16, window=40, store=store)
+    batch = moved(make_sparse(CONTEXTS, [1] * 5, block_tokens=16, window=40, store=store))
     lengths = batch.context_lengths
 
     def attend(*tensors: Any, **rule: Any) -> Tensor:
         return window_sparse.window_sparse_attention(*tensors, **rule, plan=plan)
 
     rule = {"far": None, "block_tokens": 16, "window": 40, "refresh": 1, "sink_blocks": 1}
-    plan = HOST[name][1](batch.near_tables, batch.query_starts, lengths, **rule)
+    plan = HOST[name][1](batch.near_tables, batch.query_starts.cpu(), lengths.cpu(), **rule)
     expected = batch.run(attend)
     plan = PLANS[name](lengths, most_tokens=150, window=40)
     assert torch.equal(batch.run(attend), expected)

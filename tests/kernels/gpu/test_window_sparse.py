@@ -15,8 +15,7 @@ pytest.importorskip("triton")
 from service.kernels import reference_sparse
 from service.kernels.gpu import paged_attention, window_sparse
 from service.kernels.gpu.paged_attention import FP8
-from service.kernels.reference_sparse import ChosenFar, FarBlocks
-from tests.kernels.gpu.conftest import DEVICE, DTYPES, ON_DEVICE, check_error
+from tests.kernels.gpu.conftest import DEVICE, DTYPES, ON_DEVICE, check_error, moved, placed
 from tests.kernels.sparse_batches import SparseBatch, make_sparse
 
 MIXED = ([150, 1, 70, 17, 40], [1, 1, 6, 17, 1])
@@ -37,17 +36,8 @@ def batch_of(contexts: list[int], counts: list[int], **changes: Any) -> SparseBa
     return make_sparse(contexts, counts, **({"block_tokens": 16, "window": 40} | changes))
 
 
-def placed(far: ChosenFar | None) -> ChosenFar | None:
-    if far is None:
-        return None
-    store = FarBlocks(*(None if tensor is None else tensor.to(DEVICE) for tensor in far.blocks))
-    return ChosenFar(store, *(tensor.to(DEVICE) for tensor in far[1:]))
-
-
 def run(batch: SparseBatch, **changes: Any) -> Tensor:
-    tensors = {name: value.to(DEVICE) for name, value in vars(batch).items() if isinstance(value, Tensor)}
-    there = replace(batch, far=placed(batch.far), **tensors)
-    return there.run(window_sparse.window_sparse_attention, **changes).cpu()
+    return moved(batch).run(window_sparse.window_sparse_attention, **changes).cpu()
 
 
 def check(batch: SparseBatch) -> None:
@@ -140,10 +130,11 @@ def cut(batch: SparseBatch, sequence: int, first: int, last: int) -> SparseBatch
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("refresh", [1, 4])
 @pytest.mark.parametrize("size", [1, 3, 7])
-def test_slices_equal_one_pass_bit_for_bit(size: int, refresh: int) -> None:
-    whole = batch_of([150], [10], refresh=refresh, heads=2, kv_heads=1)
+def test_slices_equal_one_pass_bit_for_bit(size: int, refresh: int, dtype: torch.dtype) -> None:
+    whole = batch_of([150], [10], refresh=refresh, heads=2, kv_heads=1, dtype=dtype)
     parts = [run(cut(whole, 0, start, min(start + size, 10))) for start in range(0, 10, size)]
     assert torch.equal(torch.cat(parts), run(whole))
 
