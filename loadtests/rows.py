@@ -1,7 +1,7 @@
 """What every result row says about where it was measured, and how a row is kept: one JSON object a line, appended.
 
 It does not know what was measured. Invariant: a row names the commit, the time, the processor, the cores and the load of the machine when
-it was made. On a machine to which the sources were copied without their history, DEEPSEEK_COMMIT names the commit, and DEEPSEEK_RESULTS the
+it was made. On a machine to which the sources were copied without their history, ROWS_COMMIT names the commit, and ROWS_DIRECTORY the
 directory for rows.
 """
 
@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(os.environ.get("DEEPSEEK_RESULTS") or Path(__file__).parent / "results")
+RESULTS = Path(os.environ.get("ROWS_DIRECTORY") or Path(__file__).parent / "results")
 
 
 def surroundings() -> dict[str, Any]:
@@ -52,7 +52,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def _commit() -> str:
-    named, root = os.environ.get("DEEPSEEK_COMMIT") or "unknown", Path(__file__).parent
+    named, root = os.environ.get("ROWS_COMMIT") or "unknown", Path(__file__).parent
     try:
         found = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False, cwd=root)  # noqa: S607
     except OSError:

@@ -206,7 +206,7 @@ def test_what_fails_on_a_device_is_a_row_and_the_rest_goes_on(
 def test_a_row_is_kept_and_names_its_commit_where_no_history_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert result_rows.surroundings()["commit"] == "unknown"
-    monkeypatch.setenv("DEEPSEEK_COMMIT", "0123456789ab")
+    monkeypatch.setenv("ROWS_COMMIT", "0123456789ab")
     assert result_rows.surroundings()["commit"] == "0123456789ab"
     monkeypatch.setattr(result_rows, "RESULTS", tmp_path / "deep" / "results")
     assert result_rows.keep("some", {"a": 1}).read_text(encoding="utf-8") == '{"a": 1}\n'
