@@ -58,8 +58,8 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "build_info",
         "gauge",
-        "1; the labels name the program's version, the model's compute type and engine.",
-        ("program", "dtype", "backend"),
+        "1; the labels name the program's version, the model's compute type and engine, its weights and its keys and values.",
+        ("program", "dtype", "backend", "quantize", "kv_cache_dtype"),
     ),
     Metric("tier_info", "gauge", "1; how the tier was chosen (given, detected) and the defaults that its profile set.", ("how", "flags")),
     Metric("startup_seconds", "gauge", "Seconds of each phase of the worker's last start, and of the command's (`command_…`).", ("phase",)),

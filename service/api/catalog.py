@@ -47,5 +47,7 @@ def _entry(served: ServedVersion, name: str) -> dict[str, Any]:
         "tier": info.tier if info is not None else None,
         "device": info.device if info is not None else None,
         "backend": info.backend if info is not None else None,
+        "quantize": info.quantize if info is not None else None,
+        "kv_cache_dtype": (info.kv_cache_dtype or info.dtype) if info is not None else None,
         "ready": served.ready,
     }

@@ -143,7 +143,10 @@ def calibration_tokens(manifest: Manifest) -> Tensor:
             ) from None
         row = codec.encode(text)[:length]
         if len(row) < length or max(row) >= spec.vocab_size:
-            raise CheckpointError(f"{manifest.directory}: the tokenizer does not suit the model, whose ids end at {spec.vocab_size - 1}.")
+            raise CheckpointError(
+                f"{manifest.directory}: the tokenizer makes ids beyond {spec.vocab_size - 1}, the model's last, so int4 weights cannot be "
+                "calibrated: mend the tokenizer, or set --quantize int8."
+            )
         rows.append(row)
     return torch.tensor(rows)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from service.checkpoints.calibration import Calibrated, Nearest, calibration_tokens
 from service.checkpoints.manifest import Manifest
 from service.checkpoints.pieces import Match, Piece, match_hugging_face, match_own, parameter_shapes
-from service.checkpoints.quantised_cache import CacheWriter, Damaged, QuantisedCache, Stored, layout_of, read_parameters
+from service.checkpoints.quantised_cache import CacheWriter, Damaged, QuantisedCache, Stored, layout_of, read_parameters, say_not_kept
 from service.checkpoints.stored_tensors import find_weight_files
 from service.checkpoints.weight_readers import BinReader, SafetensorsReader, WeightReader
 from service.kernels.quantised import QuantisedWeight
@@ -93,7 +93,7 @@ def _load_checkpoint(
         if writer is not None:
             writer.publish()
             if writer.failure is not None:
-                print(f"the quantised weights are not kept: {writer.failure.strerror}", file=sys.stderr, flush=True)
+                say_not_kept(str(writer.failure.strerror))
     return decoder
 
 

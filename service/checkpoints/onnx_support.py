@@ -39,7 +39,9 @@ def unsupported(spec: ModelSpec, quantize: str) -> str:
 def refuse(spec: ModelSpec, quantize: str) -> None:
     """Raise CheckpointError for what the graph does not compute."""
     if reason := unsupported(spec, quantize):
-        raise CheckpointError(f"The ONNX graph does not support {reason}: serve this model through torch (--backend torch).")
+        raise CheckpointError(
+            f"The ONNX graph does not support {reason}: serve this model through torch (--backend torch), or another one (--model v3.5)."
+        )
 
 
 def queries_per_kv_head(spec: ModelSpec, layer: int) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from io import BufferedWriter, FileIO
@@ -48,8 +49,11 @@ class QuantisedCache:
         self._most_bytes = most_bytes
 
     def path(self, manifest: Manifest, quantize: str, dtype: torch.dtype) -> Path:
-        """The file of a checkpoint: named by its digest, the sizes and times of its weight files, and the format."""
-        identity = hashlib.sha256(f"{manifest.digest} {FORMAT}".encode())
+        """The file of a checkpoint: named by its digest, the sizes and times of its weight files, and the format.
+
+        int4 depends on how the model computes, too, since that calibrates it.
+        """
+        identity = hashlib.sha256(f"{manifest.digest} {FORMAT} {manifest.spec if quantize == 'int4' else ''}".encode())
         for file in find_weight_files(manifest.directory).files:
             status = file.stat()
             identity.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
@@ -57,16 +61,23 @@ class QuantisedCache:
         return self._directory / f"{manifest.digest[:12]}-{identity.hexdigest()[:12]}-{quantize}-{kept}{SUFFIX}"
 
     def write(self, path: Path, layout: Layout) -> CacheWriter | None:
-        """A writer of `path`, or None where the file would be larger than the bound or the directory cannot be written."""
+        """A writer of `path`, or None where the file would be larger than the bound or the directory cannot be written, which is said."""
         size = sum(_nbytes(entry) for entry in layout.values())
         if size > self._most_bytes:
+            say_not_kept(f"they take {size} bytes and --quantize_cache_bytes is {self._most_bytes}")
             return None
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             make_room(self._directory, size, self._most_bytes)
             return CacheWriter(path, layout)
-        except OSError:
+        except OSError as error:
+            say_not_kept(f"{self._directory}: {error.strerror}")
             return None
+
+
+def say_not_kept(why: str) -> None:
+    """On standard error: the next start quantises again."""
+    print(f"the quantised weights are not kept, and made again at each start: {why}", file=sys.stderr, flush=True)
 
 
 def layout_of(manifest: Manifest, quantize: str, dtype: torch.dtype) -> Layout:

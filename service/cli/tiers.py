@@ -124,7 +124,10 @@ def _shares(engine: LocalEngine, rows: int, rounds: list[Round], asked: tuple[in
     context = prompt_tokens + output_tokens / 2
     prefill_s = spec.flops(prompt_tokens, prompt_tokens / 2, 1) / limits["flops"]
     weights = dict(engine.info.memory_bytes)["weights"]
-    kept = spec.bytes_read(rows, context, 0, ELEMENT_BYTES[engine.info.dtype]) + weights * spec.matmul_parameters_read / spec.parameters
+    kept = (
+        spec.bytes_read(rows, context, 0, ELEMENT_BYTES[engine.info.kv_cache_dtype or engine.info.dtype])
+        + weights * spec.matmul_parameters_read / spec.parameters
+    )
     decode_s = max(kept / limits["bytes"], rows * spec.flops(1, context) / limits["flops"])
     return {
         "prefill": round(median(entry.prefill for entry in rounds) * prefill_s / prompt_tokens, 3),

@@ -7,6 +7,8 @@ checked against the torch decoder, when it answers `Exported`, and not there aft
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +22,18 @@ def main() -> int:
     """Answer one question; the exit code."""
     channel = ChildChannel.open(Export)
     with contextlib.suppress(ChannelClosed):
-        channel.send(answer(channel.receive()))
+        asked = channel.receive()
+        use_threads(asked.threads)
+        channel.send(answer(asked))
     return 0
+
+
+def use_threads(threads: int) -> None:
+    """Compute with so many threads, 0 for one on each core; without torch `answer` says what is missing."""
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
 
 
 def answer(asked: Export) -> Answer:

@@ -11,12 +11,16 @@ from service.types.settings import AttentionSettings
 
 
 class Export(msgspec.Struct, frozen=True, array_like=True, tag="export"):
-    """Export the checkpoint in `directory`, its attention adapted, into the directory `target`, with weights as `quantize` says."""
+    """Export the checkpoint in `directory`, its attention adapted, into the directory `target`, with weights as `quantize` says.
+
+    It computes with so many `threads`, 0 for one on each core.
+    """
 
     directory: str
     attention: AttentionSettings
     quantize: str
     target: str
+    threads: int = 0
 
 
 class Exported(msgspec.Struct, frozen=True, array_like=True, tag="exported"):

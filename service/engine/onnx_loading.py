@@ -134,7 +134,7 @@ def _export(request: LoadRequest, place: _Place, quantize: str, progress: Progre
     try:
         if place.cache is not None:
             place.cache.mkdir(parents=True, exist_ok=True)
-        answer = asyncio.run(_ask(Export(request.directory, request.attention, quantize, str(place.directory))))
+        answer = asyncio.run(_ask(Export(request.directory, request.attention, quantize, str(place.directory), request.threads)))
     except ChildLost as lost:
         raise CheckpointError(f"exporting the model for ONNX Runtime ended ({lost.reason}): serve it through torch.") from None
     except OSError as error:

@@ -111,7 +111,8 @@ class WorkerBackend:
         except (TimeoutError, asyncio.CancelledError) as error:
             await self._retire("load_deadline")
             if isinstance(error, TimeoutError):
-                raise WorkerLost("load_deadline") from None
+                seconds = self._settings.load_deadline_s
+                raise CapacityError(f"The model did not load within --load_deadline_s {seconds:g}: set more seconds.") from None
             raise
         except ChildLost as error:
             await self._retire(error.reason)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from service.kernels.quantised import GROUP, QuantisedWeight, fit_int4, pack_int4, quantise_weight
+from service.kernels.quantised import GROUP, QuantisedWeight, fit_int4, pack_int4, quantise_weight, require_inputs
 
 # Inputs whose errors are shared out among each other; whole groups.
 BLOCK = 1024
@@ -39,8 +39,9 @@ class InputMoments:
 def calibrated_int4(weight: Tensor, moments: InputMoments) -> QuantisedWeight:
     """Quantise a CPU weight [outputs, inputs] of finite values to int4, so that it multiplies such inputs nearly as it did.
 
-    Where moments are not finite, or have no factor, the weight is rounded to the nearest.
+    Where moments are not finite, or have no factor, the weight is rounded to the nearest. Raises ValueError for too many inputs.
     """
+    require_inputs(weight.shape[1], "int4")
     factors = [factor for factor in map(_factor, moments.blocks) if factor is not None]
     if len(factors) < len(moments.blocks):
         return quantise_weight(weight, "int4")

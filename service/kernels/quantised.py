@@ -55,14 +55,19 @@ def stored_layout(kind: str, outputs: int, inputs: int) -> tuple[tuple[torch.dty
 def quantise_weight(weight: Tensor, kind: str) -> QuantisedWeight:
     """Quantise a CPU weight [outputs, inputs] of finite values to `kind`. Raises ValueError for another kind or too many inputs."""
     outputs, inputs = weight.shape
-    if kind not in _QUANTISERS or inputs > MOST_INPUTS:
-        raise ValueError(f"a weight of {inputs} inputs cannot be quantised to {kind!r}: int8 and int4 up to {MOST_INPUTS} inputs can")
+    require_inputs(inputs, kind)
     (value_type, value_shape), (scale_type, scale_shape) = stored_layout(kind, outputs, inputs)
     values, scales = torch.empty(value_shape, dtype=value_type), torch.empty(scale_shape, dtype=scale_type)
     for start in range(0, outputs, OUTPUTS):
         rows = slice(start, start + OUTPUTS)
         values[rows], scales[rows] = _QUANTISERS[kind](weight[rows].detach().float())
     return QuantisedWeight(kind, inputs, values, scales)
+
+
+def require_inputs(inputs: int, kind: str) -> None:
+    """Raise ValueError where a weight of so many inputs cannot be quantised to `kind`."""
+    if kind not in _QUANTISERS or inputs > MOST_INPUTS:
+        raise ValueError(f"a weight of {inputs} inputs cannot be quantised to {kind!r}: int8 and int4 up to {MOST_INPUTS} inputs can")
 
 
 def _to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:

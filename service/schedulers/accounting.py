@@ -66,7 +66,8 @@ class Accounting:
         """The worker is ready: bind what is read when somebody looks."""
         metrics, memory = self._metrics, dict(info.memory_bytes)
         metrics.value("model_loaded").set(1)
-        metrics.value("build_info", program, info.dtype, info.backend).set(1)
+        kept = info.kv_cache_dtype or info.dtype
+        metrics.value("build_info", program, info.dtype, info.backend, info.quantize, kept).set(1)
         metrics.value("tier_info", *metrics.tier).set(1)
         for phase, seconds in info.phases_s:
             metrics.value("startup_seconds", phase).set(seconds)
@@ -75,7 +76,7 @@ class Accounting:
         metrics.watch("requests_running", lambda: len(planner.running))
         metrics.watch("requests_waiting", lambda: len(planner.waiting))
         metrics.watch("prefix_cache_tokens", lambda: planner.cache.cached_tokens)
-        element_bytes = ELEMENT_BYTES.get(info.kv_cache_dtype or info.dtype, 4)
+        element_bytes = ELEMENT_BYTES.get(kept, 4)
         quantised = info.quantize != "none" and "weights" in memory
         parameter_bytes = memory["weights"] / self._spec.parameters if quantised else ELEMENT_BYTES.get(info.dtype, 4)
         self._cost = StepCost(self._spec, element_bytes, parameter_bytes)

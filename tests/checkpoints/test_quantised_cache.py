@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,15 +138,29 @@ def test_reading_counts_as_use(manifest: Manifest, cache: QuantisedCache) -> Non
     assert path.stat().st_mtime > 1
 
 
-def test_what_is_larger_than_the_bound_is_not_kept(manifest: Manifest, tmp_path: Path) -> None:
+def test_what_is_larger_than_the_bound_is_not_kept_and_that_is_said(
+    manifest: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     quantised(manifest, QuantisedCache(tmp_path / "small", 100))
     assert not (tmp_path / "small").exists()
+    assert "made again at each start: they take" in capsys.readouterr().err
 
 
-def test_a_directory_that_cannot_be_made_ends_nothing(manifest: Manifest, tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_made_ends_nothing_and_is_said(
+    manifest: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("")
     decoder = quantised(manifest, QuantisedCache(tmp_path / "file" / "cache", 1 << 30))
+    assert f"made again at each start: {tmp_path / 'file' / 'cache'}: Not a directory" in capsys.readouterr().err
     assert torch.equal(logits(decoder), logits(quantised(manifest, None)))
+
+
+def test_int4_of_a_model_served_otherwise_has_a_file_of_its_own(manifest: Manifest, cache: QuantisedCache) -> None:
+    """What calibrates it is what the model computes; int8 depends on the weights alone."""
+    spec = manifest.spec
+    other = replace(manifest, spec=replace(spec, rope=replace(spec.rope, theta=2 * spec.rope.theta)))
+    same = {kind: cache.path(manifest, kind, torch.float32) == cache.path(other, kind, torch.float32) for kind in KINDS}
+    assert same == {"int8": True, "int4": False}
 
 
 def test_a_disk_that_fails_while_writing_ends_nothing(
@@ -156,7 +171,7 @@ def test_a_disk_that_fails_while_writing_ends_nothing(
 
     monkeypatch.setattr(os, "pwrite", full)
     quantised(manifest, cache)
-    assert "not kept: No space left on device" in capsys.readouterr().err
+    assert "made again at each start: No space left on device" in capsys.readouterr().err
     assert list(cache.path(manifest, "int8", torch.float32).parent.iterdir()) == []
 
 

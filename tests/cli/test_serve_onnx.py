@@ -93,6 +93,8 @@ def test_the_choice_is_shown_and_the_worker_has_no_torch(pair) -> None:
         entry = httpx.get(url + "/v1/models/v2.3").json()
         metrics = httpx.get(url + "/metrics").text
         assert entry["backend"] == backend and f'backend="{backend}"' in metrics
+        assert (entry["quantize"], entry["kv_cache_dtype"]) == ("none", "float32")
+        assert 'kv_cache_dtype="float32"' in metrics and 'quantize="none"' in metrics
         assert ('op="decoder"' in metrics) == (backend == "onnx")
         assert any(f"through {backend} on cpu" in line for line in command.lines)
         children = subprocess.run(["pgrep", "-P", str(command.process.pid)], capture_output=True, text=True, check=True).stdout.split()

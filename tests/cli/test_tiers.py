@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from service.checkpoints.bundled import bundled_directory
 from service.checkpoints.long_context import adapt
 from service.checkpoints.manifest import read_manifest
+from service.cli import tiers
 from service.cli.tiers import MEASUREMENTS, Measurement, measure_tier, sides
 from service.config.load import load_settings
 from service.config.machine import Machine
@@ -18,6 +20,14 @@ from service.types.settings import AttentionSettings
 from tests.tiny_models import build_tiny
 
 SPEC = read_manifest(bundled_directory(V2_3)).spec
+
+
+@pytest.mark.parametrize(("kept", "element_bytes"), [("", 4), ("bfloat16", 2)])
+def test_the_share_of_the_limit_counts_the_cache_as_it_is_kept(kept: str, element_bytes: int) -> None:
+    info = SimpleNamespace(limits={"bytes": 1e9, "flops": 1e15}, memory_bytes={"weights": 0}, dtype="float32", kv_cache_dtype=kept)
+    engine = SimpleNamespace(info=info, manifest=SimpleNamespace(spec=SPEC))
+    shares = tiers._shares(engine, 8, [SimpleNamespace(prefill=1.0, decode=1e5)], (1000, 48))
+    assert shares["decode"] == round(1e5 * SPEC.bytes_read(8, 1024.0, 0, element_bytes) / 1e9 / 8, 3) > 0
 
 
 @pytest.mark.parametrize("tier", ["cpu", "edge"])

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -145,6 +146,26 @@ def test_the_child_says_why_it_cannot(full_model, tmp_path) -> None:
     (tmp_path / "file").write_text("")
     unwritable = export_child.answer(Export(str(full_model), AttentionSettings(), "none", str(tmp_path / "file" / "graph.onnx")))
     assert isinstance(unwritable, Refused) and "cannot be written" in unwritable.message
+
+
+def test_the_child_computes_with_the_threads_that_were_asked_for(full_model, tmp_path, monkeypatch) -> None:
+    asked = []
+
+    async def ask(question):
+        asked.append(question.threads)
+        return Refused("enough")
+
+    monkeypatch.setattr(onnx_loading, "_ask", ask)
+    with pytest.raises(CheckpointError, match="enough"):
+        load_graph(request_of(full_model, tmp_path, threads=3), 0.0, lambda *_: None)
+    assert asked == [3]
+    before = torch.get_num_threads()
+    try:
+        for threads, expected in ((3, 3), (0, len(os.sched_getaffinity(0)))):
+            export_child.use_threads(threads)
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_child_exports_the_attention_that_was_asked_for(full_model, tmp_path) -> None:

@@ -85,14 +85,22 @@ async def test_an_explicit_tier_is_reported() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings", "reason"),
-    [("dies loading", {}, "exit"), ("never loads", {"load_deadline_s": 0.3}, "load_deadline"), ("answers early", {}, "protocol")],
+    ("kind", "reason"),
+    [("dies loading", "exit"), ("answers early", "protocol")],
 )
-async def test_a_worker_lost_while_loading(kind, settings, reason) -> None:
-    backend = await scripted(kind, **settings)
+async def test_a_worker_lost_while_loading(kind, reason) -> None:
+    backend = await scripted(kind)
     with pytest.raises(WorkerLost) as lost:
         await backend.start()
     assert lost.value.reason == reason
+    assert backend.health().state == "down"
+    await backend.close()
+
+
+async def test_a_load_that_takes_too_long_is_not_tried_again_and_the_flag_is_named() -> None:
+    backend = await scripted("never loads", load_deadline_s=0.3)
+    with pytest.raises(CapacityError, match=r"did not load within --load_deadline_s 0\.3: set more seconds"):
+        await backend.start()
     assert backend.health().state == "down"
     await backend.close()
 

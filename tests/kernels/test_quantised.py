@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from service.kernels import reference
+from service.kernels.calibrated import InputMoments, calibrated_int4
 from service.kernels.dispatch import force, resolve
 from service.kernels.native import binding
 from service.kernels.native.quantised import NativeQuantisedLinear, unsupported
@@ -163,6 +164,8 @@ def test_what_cannot_be_quantised_is_refused() -> None:
     for inputs, kind in ((8, "int3"), (1 << 17, "int8")):
         with pytest.raises(ValueError, match="cannot be quantised"):
             quantise_weight(torch.empty(1, inputs, device="meta"), kind)
+    with pytest.raises(ValueError, match="65568 inputs cannot be quantised to 'int4'"):
+        calibrated_int4(torch.empty(1, 65_568, device="meta"), InputMoments(32))
 
 
 @pytest.mark.skipif(unsupported() is not None, reason="no compiled integer products here")
