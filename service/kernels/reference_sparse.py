@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # Candidates that the first stages of choosing keep for each block that may be chosen: by bounds of blocks, then of their parts.
-FIRST_STAGE, SECOND_STAGE = 4, 2
+FIRST_STAGE, SECOND_STAGE = 4, 3
 
 
 class FarBlocks(NamedTuple):

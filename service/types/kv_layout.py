@@ -14,7 +14,7 @@ from enum import Enum
 BLOCK_TOKENS = 64
 # Candidates whose sub-blocks are looked at, and those whose keys are, for each far block that may be chosen (the kernels' own numbers,
 # which a test compares).
-FIRST_STAGE, SECOND_STAGE = 4, 2
+FIRST_STAGE, SECOND_STAGE = 4, 3
 # Bytes behind a token's keys, and behind its values, of one head in a cache of 8 bits on a CPU: their scale.
 SCALE_BYTES = 4
 # Tokens of the pieces in which a GPU decodes a row (the kernels' own number, which a test compares).

@@ -69,8 +69,8 @@ def test_the_largest_step_takes_all_of_it(dense: bool) -> None:
 
 def test_a_gpu_keeps_a_score_for_each_candidate() -> None:
     spec, step = FarSpec(blocks=2), StepSize(20, 1, CONTEXT)
-    # 20 anchors, 2 heads: 15 table entries, 8 of the first stage, and indices and scores of 4 of the second, of 4 bytes each.
-    extra = 20 * 2 * (15 + 8 + 2 * 4) * 4
+    # 20 anchors, 2 heads: 15 table entries, 8 of the first stage, and indices and scores of 6 of the second, of 4 bytes each.
+    extra = 20 * 2 * (15 + 8 + 2 * 6) * 4
     assert step_bytes(layout_of(spec), step, on_gpu=True) - step_bytes(layout_of(spec), step, on_gpu=False) == extra
     evicting = layout_of(replace(spec, store=FarStore.EVICT))
     assert step_bytes(evicting, step, on_gpu=True) == step_bytes(evicting, step, on_gpu=False) == 0

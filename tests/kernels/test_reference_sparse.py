@@ -143,9 +143,12 @@ class TestChoice:
             keys = torch.tensor(rows)[None, None]
             sparse.demote(keys, keys, far, torch.tensor([0]), torch.tensor([block]))
         assert self.choose(far, torch.tensor([[1.0, 1.0]]), 4, 1) == [1]
-        # Behind two better bounds nobody looks at its keys.
+        # Behind three better bounds nobody looks at its keys.
         keys = torch.tensor([[9.0, 0.0], [0.0, 9.0]] * 2)[None, None]
-        sparse.demote(keys, keys, far, torch.tensor([0]), torch.tensor([3]))
+        for block in (2, 3):
+            sparse.demote(keys, keys, far, torch.tensor([0]), torch.tensor([block]))
+        keys = torch.tensor([[8.0, 8.0]] * 4)[None, None]
+        sparse.demote(keys, keys, far, torch.tensor([0]), torch.tensor([1]))
         assert self.choose(far, torch.tensor([[1.0, 1.0]]), 4, 1) == [0]
 
     def test_heads_of_a_group_choose_together(self) -> None:

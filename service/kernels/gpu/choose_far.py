@@ -254,7 +254,7 @@ def _keep_by_bounds(asked: _Asked) -> Tensor:
     query, far, tables = asked.query, asked.far, asked.tables
     pairs, width = (len(query), far.bounds.shape[1]), max(tables.shape[1] - asked.sink_blocks, 1)
     scores = torch.empty((*pairs, width), dtype=torch.float32, device=query.device)
-    first = triton.next_power_of_2(FIRST_STAGE // SECOND_STAGE * asked.compared)
+    first = triton.next_power_of_2(FIRST_STAGE * asked.compared // SECOND_STAGE)
     indices = torch.empty((*pairs, first), dtype=torch.int32, device=query.device)
     kept = torch.empty((*pairs, asked.compared), dtype=torch.int32, device=query.device)
     strides = (*query.stride()[:2], *far.bounds.stride()[:2], far.bound_scales.stride(0), tables.stride(0))

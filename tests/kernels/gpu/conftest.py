@@ -5,6 +5,7 @@ The interpreter (tests/conftest.py chooses it before triton is imported) compute
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,18 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16) if ON_DEVICE else (torch
 def pytest_configure(config: pytest.Config) -> None:
     """A GPU machine may lack the plugin that knows this mark; there it means nothing."""
     config.addinivalue_line("markers", "timeout(seconds): the longest that a test may take")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """What is allocated without being filled, results and workspaces, begins as NaN or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filling = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filling
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def moved(batch: Any) -> Any:

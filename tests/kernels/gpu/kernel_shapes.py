@@ -17,6 +17,7 @@ from service.kernels.gpu.int8_linear import product_tile
 from service.kernels.gpu.ordered_linear import ordered_tile
 from service.kernels.gpu.paged_attention import decode_tile, tile_of
 from service.kernels.gpu.window_sparse import sparse_tile
+from service.kernels.reference_sparse import FIRST_STAGE, SECOND_STAGE
 
 # Stack that a float32 kernel may use: its products are not those of tensor cores, and it is the path to compare with, not to serve on.
 FLOAT32_STACK = 1024
@@ -173,13 +174,14 @@ def sparse_shapes() -> list[Shape]:
     constants = attention_constants(128, 4, 2048) | rule | {"SPLIT": True}
     shapes.append(Shape("sparse-decode-fp8", "sparse_tiles", "sparse_kernel", types, constants, *tile[1:], capabilities=(90,)))
     types = attention_types("bf16") | sparse_types(*stores["int8"])
-    choose = {"GROUP": 4, "DIM": 128, "BLOCK_DIM": 128, "SINK_BLOCKS": 1, "SUBS": 4, "FIRST": 4, "SECOND": 2, "KEPT": 128, "SCORED": 32}
+    choose = {"GROUP": 4, "DIM": 128, "BLOCK_DIM": 128, "SINK_BLOCKS": 1, "SUBS": 4, "KEPT": 128, "SCORED": 32}
+    choose |= {"FIRST": FIRST_STAGE, "SECOND": SECOND_STAGE}
     shapes.append(Shape("score", "choose_far", "score_kernel", types, choose | {"CANDIDATES": 32}, 4))
     for store, kinds in stores.items():
         types = attention_types("bf16") | sparse_types(*kinds)
         how = {"BLOCK_TOKENS": 64, "QUANTISED": store != "native", "NIBBLES": store == "int4"}
         shapes.append(Shape(f"product-{store}", "choose_far", "product_kernel", types, choose | how, 4))
-    shapes.append(Shape("pick", "choose_far", "pick_kernel", types, choose | {"KEPT": 64, "MOST": 32}, 4))
+    shapes.append(Shape("pick", "choose_far", "pick_kernel", types, choose | {"MOST": 32}, 4))
     for candidates, warps in ((256, 4), (2048, 4), (8192, 16), (16384, 8)):
         shapes.append(Shape(f"select-{candidates}", "choose_far", "select_kernel", types, choose | {"CANDIDATES": candidates}, warps))
     return shapes
