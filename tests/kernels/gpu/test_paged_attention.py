@@ -98,7 +98,7 @@ def test_block_sizes(block_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None
     check(batch_of([block_tokens + 1, block_tokens], [1, 3], block_tokens=block_tokens, window=None))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES if ON_DEVICE else DTYPES[:1])  # the interpreter has one order of sums
 @pytest.mark.parametrize("window", [None, 18])
 @pytest.mark.parametrize("size", [1, 3, 16])
 def test_slices_equal_one_pass_bit_for_bit(size: int, window: int | None, dtype: torch.dtype, rows_apart: None) -> None:
@@ -177,7 +177,9 @@ def test_a_sequence_that_holds_nan_spoils_only_itself() -> None:
     assert spoilt[1:4].isnan().any() and torch.equal(spoilt[[0, 4]], clean[[0, 4]])
 
 
-def test_blocks_far_past_int32_elements() -> None:
+def test_blocks_far_past_int32_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What is never touched takes no memory.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     batch = batch_of([20], [1], heads=2, kv_heads=1, poison=0.0, dtype=torch.float16)
     near = run(replace(batch, value_blocks=batch.key_blocks))
     storage = torch.empty(32772 * 65536, dtype=torch.float16, device=DEVICE)

@@ -130,7 +130,7 @@ def cut(batch: SparseBatch, sequence: int, first: int, last: int) -> SparseBatch
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES if ON_DEVICE else DTYPES[:1])  # the interpreter has one order of sums
 @pytest.mark.parametrize("refresh", [1, 4])
 @pytest.mark.parametrize("size", [1, 3, 7])
 def test_slices_equal_one_pass_bit_for_bit(size: int, refresh: int, dtype: torch.dtype) -> None:
