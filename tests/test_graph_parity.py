@@ -117,7 +117,7 @@ async def serve(
     return [tokens for tokens, *_ in found], backend, telemetry
 
 
-@pytest.mark.parametrize("plans", ["splits", "tiles"])
+@pytest.mark.parametrize("plans", ["splits", pytest.param("tiles", marks=pytest.mark.slow)])
 async def test_a_replay_gives_what_the_step_gives(case: Case, plans: str) -> None:
     """Three sequences of which two go on when one has ended: steps for four rows, of which one is a copy, then two, then one."""
     expected, plain, by_hand = await serve(case, None)
