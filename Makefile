@@ -54,7 +54,7 @@ arm-check: $(VENV)/.test ## run the compiled kernels' tests for aarch64 under em
 
 gpu-check: ## run the kernels' tests on the GPU; GPU_PYTHON needs torch, triton, numpy, pytest and hypothesis, nothing else of ours
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "make: $(GPU_PYTHON) finds no CUDA device; name an interpreter whose torch does with GPU_PYTHON="; exit 2; }
-	@$(GPU_PYTHON) -m pytest -p no:cacheprovider -m "not slow" tests/kernels/gpu $(ARGS)
+	@$(GPU_PYTHON) -m pytest -p no:cacheprovider -m "not slow" tests/kernels/gpu tests/kernels/test_dispatch.py $(ARGS)
 
 gpu-bench: ## speed of the kernels and of serving on the GPU beside limits and peers, rows in loadtests/results (needs torch, triton and numpy in GPU_PYTHON; serving also msgspec and prometheus_client)
 	@$(GPU_PYTHON) -m loadtests.gpu_bench --keep $(ARGS)

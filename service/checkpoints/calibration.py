@@ -74,7 +74,7 @@ class Nearest:
 
 
 class Calibrated:
-    """Layers in int4, calibrated with `tokens` [sequences, length] int64; all else rounded by itself."""
+    """Layers in int4, calibrated with `tokens` [sequences, length] int64 on its device; all else rounded by itself."""
 
     def __init__(self, decoder: Decoder, tokens: Tensor) -> None:
         self._decoder = decoder

@@ -79,7 +79,7 @@ def _load_checkpoint(
         match: Match = (match_own if manifest.is_own_format else match_hugging_face)(manifest.spec, reader.shapes)
         filling = _Filling(decoder, reader, device, dtype, progress)
         kind = "none" if quantisation is None else quantisation.kind
-        rounding = Calibrated(decoder, calibration_tokens(manifest)) if kind == "int4" else Nearest(kind)
+        rounding = Calibrated(decoder, calibration_tokens(manifest).to(device)) if kind == "int4" else Nearest(kind)
         for target, pieces in groupby(match.pieces, key=lambda piece: piece.target):
             value = filling.read(target, pieces)
             for copy, original in match.duplicates if target == "embed.weight" else ():
