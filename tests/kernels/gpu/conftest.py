@@ -18,6 +18,8 @@ from service.kernels.reference_sparse import ChosenFar, FarBlocks
 ON_DEVICE = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_DEVICE else "cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if ON_DEVICE else (torch.float32, torch.float16)
+# The first block whose elements int32 cannot count where blocks stand APART_BYTES from each other, and how many there are of its kind.
+FAR_BLOCK, APART_BYTES, FAR_BLOCKS = 32768, 131072, 64
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -35,6 +37,42 @@ def poisoned_memory() -> Iterator[None]:
     yield
     torch.utils.deterministic.fill_uninitialized_memory = filling
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+class FarApart:
+    """Memory in which blocks FAR_BLOCK and up begin at element 2^31 and beyond in types of 8 and 16 bits."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty((FAR_BLOCK + FAR_BLOCKS) * APART_BYTES, dtype=torch.uint8, device=DEVICE)
+        self._used_bytes = 0
+
+    def place(self, blocks: Tensor) -> Tensor:
+        """A view whose blocks from FAR_BLOCK on are copies of `blocks` [N, …]."""
+        inner = torch.empty(blocks.shape[1:], dtype=blocks.dtype)
+        strides = (APART_BYTES // blocks.itemsize, *inner.stride())
+        shape = (FAR_BLOCK + len(blocks), *blocks.shape[1:])
+        there = torch.as_strided(self._memory.view(blocks.dtype), shape, strides, self._used_bytes // blocks.itemsize)
+        self._used_bytes += -(-inner.nbytes // 16) * 16
+        assert len(blocks) <= FAR_BLOCKS and self._used_bytes <= APART_BYTES and FAR_BLOCK * strides[0] >= 2**31
+        there[FAR_BLOCK:] = blocks.to(DEVICE)
+        return there
+
+    def store(self, far: FarBlocks) -> FarBlocks:
+        """The same of a far store."""
+        return FarBlocks(*(None if tensor is None else self.place(tensor) for tensor in far))
+
+
+@pytest.fixture
+def far_apart(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> FarApart:
+    """What of it is never touched takes no memory, so it is not poisoned; what is allocated later is."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+        return FarApart()
+
+
+def past_int32(tables: Tensor, blocks: int) -> Tensor:
+    """Block tables whose entries 1 … blocks − 1 point FAR_BLOCK further; what points nowhere stays as it is."""
+    return torch.where((tables > 0) & (tables < blocks), tables + FAR_BLOCK, tables)
 
 
 def moved(batch: Any) -> Any:

@@ -16,11 +16,12 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from service.kernels import splits
-from service.kernels.gpu import decode_plan, kv_store, window_sparse
+from service.kernels.gpu import choose_far, decode_plan, kv_store, window_sparse
 from service.kernels.gpu import paged_attention as kernel
+from service.kernels.reference_sparse import ChosenFar, FarBlocks
 from tests.kernels.conftest import PagedBatch, make_batch
 from tests.kernels.gpu.conftest import DEVICE, ON_DEVICE, moved
-from tests.kernels.sparse_batches import make_sparse
+from tests.kernels.sparse_batches import SparseBatch, make_sparse
 from tests.tape import Tape
 
 CONTEXTS = [150, 1, 70, 33, 17]
@@ -129,3 +130,38 @@ def test_a_replay_is_right_for_other_lengths(name: str) -> None:
             work()
             replay = recorder()(work)
         assert torch.equal(replay(), expected), "what is replayed depends on the lengths of the recording"
+
+
+def arrays(step: SparseBatch) -> list[Tensor]:
+    """What a recorded step of rows that choose far blocks finds at fixed places."""
+    far, choosing = step.far, step.choosing
+    assert far is not None and choosing is not None
+    store = [tensor for tensor in far.blocks if tensor is not None]
+    near = (step.query, step.key_blocks, step.value_blocks, step.near_tables, step.context_lengths)
+    return [*near, far.counts, choosing.candidate_ends.to(DEVICE), far.tables, *store]
+
+
+def test_a_replay_keeps_nothing_of_the_sequences_before() -> None:
+    """Choices and attention, recorded and replayed for other sequences: a row has more or fewer far blocks than its place had before."""
+    rule: dict[str, Any] = {"block_tokens": 16, "heads": 2, "kv_heads": 1, "window": 24, "refresh": 1}
+    before, after = (moved(make_sparse(contexts, [1] * 3, **rule, seed=contexts[0])) for contexts in ([150, 70, 38], [38, 150, 70]))
+    assert (before.far.counts.tolist(), after.far.counts.tolist()) == ([2, 1, 0], [0, 2, 1])
+    fixed, order = [tensor.clone() for tensor in arrays(before)], torch.arange(3, device=DEVICE)
+    budgets, starts = torch.full((3,), 2, dtype=torch.int32, device=DEVICE), before.query_starts
+
+    def work() -> Tensor:
+        query, keys, values, near_tables, lengths, counts, ends, tables, *store = fixed
+        blocks = FarBlocks(*store)
+        choices, _ = choose_far.choose_far(query, blocks, tables, order, ends, budgets, sink_blocks=1, most=2)
+        plan, far = decode_plan.plan_decode(lengths, most_tokens=160, window=24), ChosenFar(blocks, tables, choices, counts, order)
+        here: dict[str, Any] = {"far": far, "scale": before.scale, "window": 24, "refresh": 1, "sink_blocks": 1, "plan": plan}
+        return window_sparse.window_sparse_attention(query, keys, values, near_tables, starts, lengths, **here)
+
+    work()
+    replay = recorder()(work)
+    for here, there in zip(fixed, arrays(after), strict=True):
+        here.copy_(there)
+    expected = after.run(window_sparse.window_sparse_attention)
+    assert torch.equal(replay(), expected), "what is replayed depends on the sequences before"
+    stale = after.far._replace(choices=before.far.choices.clamp(min=1))
+    assert not torch.equal(after.run(window_sparse.window_sparse_attention, far=stale), expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ pytest.importorskip("triton")
 from service.kernels import reference_sparse
 from service.kernels.gpu import choose_far, far_store
 from service.kernels.reference_sparse import FarBlocks
-from tests.kernels.gpu.conftest import DEVICE, DTYPES
+from tests.kernels.gpu.conftest import DEVICE, DTYPES, FAR_BLOCK, FarApart, past_int32
 from tests.kernels.sparse_batches import make_sparse, make_store
 
 
@@ -74,6 +75,17 @@ def test_near_blocks_in_eight_bits_are_demoted_as_what_they_widen_to(store: str)
     assert same(found, placed(expected)) and found.keys[ids[1]].any()
 
 
+@pytest.mark.parametrize("store", ["int8", "int4", "native"])
+def test_blocks_far_past_int32_elements_are_demoted(store: str, far_apart: FarApart) -> None:
+    torch.manual_seed(2)
+    keys, values = (torch.randn(4, 2, 16, 16).to(torch.float16) for _ in range(2))
+    expected, ids = make_store(4, 2, 16, (16, 16), store, 4, torch.float16), (torch.tensor([3, 1]), torch.tensor([1, 2]))
+    actual, near = far_apart.store(expected), [far_apart.place(tensor) for tensor in (keys, values)]
+    far_store.demote(*near, actual, *(FAR_BLOCK + tensor.to(DEVICE) for tensor in ids))
+    reference_sparse.demote(keys, values, expected, *ids)
+    assert same(FarBlocks(*(None if tensor is None else tensor[FAR_BLOCK:] for tensor in actual)), expected)
+
+
 def test_nothing_to_demote_and_other_layouts() -> None:
     store = placed(make_store(2, 1, 16, (16, 16), "int8", 2, torch.float32))
     keys, none = torch.zeros(2, 1, 16, 16, device=DEVICE), torch.zeros(0, dtype=torch.int64, device=DEVICE)
@@ -100,6 +112,15 @@ def test_choices_are_those_of_the_reference(store: str, budget: int) -> None:
     chosen = choices_of(batch.choosing)
     assert torch.equal(chosen[0], expected[0]) and torch.equal(chosen[1], expected[1])
     assert expected[1].max() == min(budget, int(batch.choosing.candidate_ends.max()) - 1)
+
+
+@pytest.mark.parametrize("store", ["int8", "int4", "native"])
+def test_blocks_far_past_int32_elements_are_compared(store: str, far_apart: FarApart) -> None:
+    call = make_sparse([150, 130], [1, 1], window=16, store=store, dtype=torch.float16, seed=3).choosing
+    assert call is not None
+    there = replace(call, blocks=far_apart.store(call.blocks), tables=past_int32(call.tables, len(call.blocks.bounds)))
+    found, expected = choices_of(there), call.run()
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
 @settings(max_examples=25, deadline=None)

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from service.kernels import reference
 from service.kernels.gpu import elementwise, kv_store
 from service.kernels.gpu.paged_attention import FP8
-from tests.kernels.gpu.conftest import DEVICE, DTYPES, ON_DEVICE
+from tests.kernels.gpu.conftest import DEVICE, DTYPES, FAR_BLOCK, ON_DEVICE, FarApart
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -86,14 +86,15 @@ def test_eight_bits_hold_the_nearest_value_and_the_largest_for_all_beyond(dtype:
     assert torch.equal(widened(turned[0])[finite], widened(keys)[finite]) and torch.equal(widened(turned[1]), widened(values))
 
 
-def test_blocks_far_past_int32_elements(monkeypatch: pytest.MonkeyPatch) -> None:
-    # What is never touched takes no memory.
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    storage = torch.empty(32770 * 65536, dtype=torch.float16, device=DEVICE)
-    far = torch.as_strided(storage, (32770, 1, 4, 16), (65536, 64, 16, 1))
-    key = torch.randn(1, 1, 16, device=DEVICE)
-    kv_store.write_kv(key, key, far, far, torch.tensor([32769], device=DEVICE), torch.tensor([2], device=DEVICE))
-    assert torch.equal(far[32769, 0, 2], key[0, 0].half())
+def test_blocks_far_past_int32_elements(far_apart: FarApart) -> None:
+    keys, values, turned, copied = (far_apart.place(torch.zeros(2, 1, 4, 16, dtype=torch.float16)) for _ in range(4))
+    key, value = (torch.randn(1, 1, 16, device=DEVICE) for _ in range(2))
+    where = torch.tensor([FAR_BLOCK + 1], device=DEVICE), torch.tensor([2], device=DEVICE)
+    kv_store.write_kv(key, value, keys, values, *where)
+    angles = torch.ones(1, 8, device=DEVICE), torch.zeros(1, 8, device=DEVICE)
+    kv_store.rotate_write(torch.cat((key, key), dim=1), value, *angles, turned, copied, *where)
+    for found, expected in ((keys, key), (values, value), (turned, key), (copied, value)):
+        assert torch.equal(found[where[0], 0, 2], expected[0].half())
 
 
 def test_other_strides_are_refused() -> None:

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from service.kernels import reference
 from service.kernels.gpu import paged_attention as kernel
 from tests.kernels.conftest import PagedBatch, make_batch
-from tests.kernels.gpu.conftest import DEVICE, DTYPES, ON_DEVICE, check_error, moved
+from tests.kernels.gpu.conftest import DEVICE, DTYPES, ON_DEVICE, FarApart, check_error, moved, past_int32
 
 MIXED = ([33, 1, 16, 47, 0, 17, 40, 15], [1, 1, 1, 7, 1, 0, 40, 15])
 
@@ -177,17 +177,11 @@ def test_a_sequence_that_holds_nan_spoils_only_itself() -> None:
     assert spoilt[1:4].isnan().any() and torch.equal(spoilt[[0, 4]], clean[[0, 4]])
 
 
-def test_blocks_far_past_int32_elements(monkeypatch: pytest.MonkeyPatch) -> None:
-    # What is never touched takes no memory.
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    batch = batch_of([20], [1], heads=2, kv_heads=1, poison=0.0, dtype=torch.float16)
-    near = run(replace(batch, value_blocks=batch.key_blocks))
-    storage = torch.empty(32772 * 65536, dtype=torch.float16, device=DEVICE)
-    far = torch.as_strided(storage, (32772, 1, 16, 16), (65536, 256, 16, 1))
-    table, target = batch.block_tables.clone(), torch.tensor([32768, 32770])
-    far[target.to(DEVICE)] = batch.key_blocks[table[0, :2].long()].to(DEVICE)
-    table[0, :2] = target.to(torch.int32)
-    assert torch.equal(run(replace(batch, key_blocks=far, value_blocks=far, block_tables=table)), near)
+def test_blocks_far_past_int32_elements(far_apart: FarApart) -> None:
+    batch = batch_of([20, 35], [1, 3], heads=2, kv_heads=1, dtype=torch.float16)
+    keys, values = far_apart.place(batch.key_blocks), far_apart.place(batch.value_blocks)
+    there = replace(batch, key_blocks=keys, value_blocks=values, block_tables=past_int32(batch.block_tables, len(batch.key_blocks)))
+    assert torch.equal(run(there), run(batch))
 
 
 def test_a_plan_made_ahead_gives_the_same_and_counts_the_work() -> None:

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from service.kernels import reference_sparse
 from service.kernels.gpu import paged_attention, window_sparse
 from service.kernels.gpu.paged_attention import FP8
-from tests.kernels.gpu.conftest import DEVICE, DTYPES, ON_DEVICE, check_error, moved, placed
+from tests.kernels.gpu.conftest import DEVICE, DTYPES, ON_DEVICE, FarApart, check_error, moved, past_int32, placed
 from tests.kernels.sparse_batches import SparseBatch, make_sparse
 
 MIXED = ([150, 1, 70, 17, 40], [1, 1, 6, 17, 1])
@@ -72,7 +72,7 @@ def test_eight_bits_have_the_bits_of_what_they_widen_to(store: str) -> None:
 
 
 @pytest.mark.parametrize("store", STORES[:3])
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(3, 1, 80), (7, 1, 96), (2, 2, 128)])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(3, 1, 80), (7, 1, 96), (2, 2, 128), (8, 2, 64), (8, 1, 256)])
 def test_head_shapes(heads: int, kv_heads: int, size: int, store: str) -> None:
     check(batch_of([100, 66], [1, 3], heads=heads, kv_heads=kv_heads, size=size, store=store))
 
@@ -86,6 +86,30 @@ def test_score_cap_sinks_and_wider_values(scoring: dict[str, Any]) -> None:
 @pytest.mark.parametrize("context", [39, 40, 41, 55, 56, 57, 72, 73, 88, 89, 105])
 def test_around_the_window_and_the_sinks(context: int, sink_blocks: int) -> None:
     check(batch_of([context, context], [1, 3], sink_blocks=sink_blocks))
+
+
+@pytest.mark.parametrize("store", STORES[:3])
+def test_blocks_far_past_int32_elements(store: str, far_apart: FarApart) -> None:
+    """Near and far ones, read by a decoding row and by a tile."""
+    batch = batch_of([102, 102], [1, 3], heads=2, kv_heads=1, store=store, dtype=torch.float16)
+    assert batch.far is not None and (batch.far.counts == 2).all()
+    blocks = len(batch.key_blocks)
+    far = batch.far._replace(blocks=far_apart.store(batch.far.blocks), tables=past_int32(batch.far.tables, blocks))
+    near = {"key_blocks": far_apart.place(batch.key_blocks), "value_blocks": far_apart.place(batch.value_blocks)}
+    assert torch.equal(run(replace(batch, far=far, near_tables=past_int32(batch.near_tables, blocks), **near)), run(batch))
+
+
+def test_what_an_earlier_sequence_left_is_not_read() -> None:
+    """Behind each row's count its choices are found, behind the end of each table its blocks."""
+    batch = batch_of([150, 1, 96], [1, 1, 3], heads=2, kv_heads=1, budget=3)
+    far = batch.far
+    assert far is not None and far.counts.tolist() == [3, 0, 2]
+    left = torch.where(far.choices < 0, torch.arange(1, 4, dtype=torch.int32), far.choices)
+    blocks = torch.arange(far.tables.shape[1], dtype=torch.int32) % (len(batch.key_blocks) - 1) + 1
+    tables = [torch.where((table > 0) & (table < len(batch.key_blocks)), table, blocks) for table in (far.tables, batch.near_tables)]
+    stale = far._replace(choices=left, tables=tables[0])
+    assert torch.equal(run(replace(batch, far=stale, near_tables=tables[1])), run(batch))
+    assert not torch.equal(run(replace(batch, far=stale._replace(counts=(far.counts + 1).clamp(max=3)))), run(batch))
 
 
 def test_inside_the_window_it_equals_plain_dense_attention_bit_for_bit() -> None:
