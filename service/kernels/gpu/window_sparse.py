@@ -32,7 +32,7 @@ def sparse_tile(dtype: torch.dtype, head_dim: int, group: int, refresh: int, blo
     tokens = min(refresh, block_tokens, 1 << max(most // group, 1).bit_length() - 1)
     rows = max(16, triton.next_power_of_2(tokens * group))
     narrow = rows == 16 and head_dim <= 64 and dtype != torch.float32
-    return Tile(rows, 4, 3) if narrow else Tile(rows, 8, 2), tokens
+    return Tile(rows, 4, 3) if narrow else Tile(rows, 8, 1 if head_dim > 128 else 2), tokens
 
 
 def plan_sparse(

@@ -21,7 +21,11 @@ from service.kernels.reference_sparse import FIRST_STAGE, SECOND_STAGE
 
 # Stack that a float32 kernel may use: its products are not those of tensor cores, and it is the path to compare with, not to serve on.
 FLOAT32_STACK = 1024
+# And far blocks of 8 and 4 bits at head_dim 256: in demotion, which comes once a block, and in prefill on sm_80.
+WIDE_STACK = 128
 TORCH_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Types of a far store's blocks and of its scales.
+STORES = {"int8": ("*i8", "fp16"), "int4": ("*u8", "fp16"), "native": ("*bf16", "bf16")}
 ALL = (80, 87, 90)
 
 
@@ -151,39 +155,51 @@ def elementwise_shapes() -> list[Shape]:
 
 
 def sparse_shapes() -> list[Shape]:
-    """Attention over two stores, decode and prefill, over formats of the far store; demotion, scoring and selection."""
+    """Attention over two stores, decode and prefill, over formats of the far store and head sizes; one of each over 8-bit near blocks."""
+    runs = ((1, True), (1, False), (64, False))
+    cases = [("bf16", dim, store, *run, chip) for dim, store, run, chip in product((64, 128), STORES, runs, ALL)]
+    cases += [("fp16", 128, "int8", *run, chip) for run, chip in product(runs, ALL)]
+    # Rows of 80 and 96 values are padded to 128: half a row of nibbles is a mask of its own.
+    others = ((80, "int4"), (96, "int8"), (256, "int8"), (256, "int4"), (256, "native"))
+    cases += [("bf16", dim, store, *run, chip) for (dim, store), run, chip in product(others, runs[:2], ALL)]
     shapes = []
-    stores = {"int8": ("*i8", "fp16"), "int4": ("*u8", "fp16"), "native": ("*bf16", "bf16")}
-    cases = product(("bf16", "fp16"), (64, 128), stores, ((1, True), (1, False), (64, False)), ALL)
-    for kind, dim, store, (refresh, split), chip in cases:
-        if kind == "fp16" and (dim, store) != (128, "int8"):
-            continue
+    for kind, dim, store, refresh, split, chip in cases:
         tile, tokens = sparse_tile(TORCH_TYPES[kind], dim, 4, refresh, 64, chip)
         constants = attention_constants(dim, 4, 2048) | {"ROWS": tile.rows, "TOKENS": tokens, "REFRESH": refresh, "SINK_BLOCKS": 1}
         constants |= {"HAS_FAR": True, "QUANTISED": store != "native", "NIBBLES": store == "int4", "SPLIT": split}
-        types = attention_types(kind) | sparse_types(*stores[store])
+        types = attention_types(kind) | sparse_types(*STORES[store])
         name = f"sparse-{'decode' if split else 'prefill'}-{kind}-d{dim}-{store}-r{refresh}"
-        shapes.append(Shape(name, "sparse_tiles", "sparse_kernel", types, constants, *tile[1:], 0, tile.rows >= 64, (chip,)))
-    sizes = {"KEY_DIM": 128, "VALUE_DIM": 128, "BLOCK_KEY": 128, "BLOCK_VALUE": 128, "BLOCK_TOKENS": 64, "SUBS": 4}
-    for store, levels in (("int8", 127), ("int4", 7), ("native", 0)):
-        types = attention_types("bf16") | sparse_types(*stores[store])
-        shapes.append(Shape(f"demote-{store}", "far_store", "demote_kernel", types, sizes | {"LEVELS": levels}, 8))
+        stack = WIDE_STACK if dim > 128 and store != "native" and not split and chip == 80 else 0
+        shapes.append(Shape(name, "sparse_tiles", "sparse_kernel", types, constants, *tile[1:], stack, tile.rows >= 64, (chip,)))
     tile, tokens = sparse_tile(torch.bfloat16, 128, 4, 1, 64, 90)
     rule = {"ROWS": tile.rows, "TOKENS": tokens, "REFRESH": 1, "SINK_BLOCKS": 1, "HAS_FAR": True, "QUANTISED": True, "NIBBLES": False}
-    types = attention_types("bf16") | sparse_types(*stores["int8"]) | dict.fromkeys(("p_keys", "p_values"), "*fp8e4nv")
+    types = attention_types("bf16") | sparse_types(*STORES["int8"]) | dict.fromkeys(("p_keys", "p_values"), "*fp8e4nv")
     constants = attention_constants(128, 4, 2048) | rule | {"SPLIT": True}
     shapes.append(Shape("sparse-decode-fp8", "sparse_tiles", "sparse_kernel", types, constants, *tile[1:], capabilities=(90,)))
-    types = attention_types("bf16") | sparse_types(*stores["int8"])
-    choose = {"GROUP": 4, "DIM": 128, "BLOCK_DIM": 128, "SINK_BLOCKS": 1, "SUBS": 4, "KEPT": 128, "SCORED": 32}
-    choose |= {"FIRST": FIRST_STAGE, "SECOND": SECOND_STAGE}
-    shapes.append(Shape("score", "choose_far", "score_kernel", types, choose | {"CANDIDATES": 32}, 4))
-    for store, kinds in stores.items():
-        types = attention_types("bf16") | sparse_types(*kinds)
-        how = {"BLOCK_TOKENS": 64, "QUANTISED": store != "native", "NIBBLES": store == "int4"}
-        shapes.append(Shape(f"product-{store}", "choose_far", "product_kernel", types, choose | how, 4))
-    shapes.append(Shape("pick", "choose_far", "pick_kernel", types, choose | {"MOST": 32}, 4))
-    for candidates, warps in ((256, 4), (2048, 4), (8192, 16), (16384, 8)):
-        shapes.append(Shape(f"select-{candidates}", "choose_far", "select_kernel", types, choose | {"CANDIDATES": candidates}, warps))
+    return shapes
+
+
+def far_shapes() -> list[Shape]:
+    """Demotion, scoring and selection over formats of the far store and head sizes; names say what is not 128 wide."""
+    shapes = []
+    for dim in (128, 80, 256):
+        block, wide = 1 << (dim - 1).bit_length(), "" if dim == 128 else f"-d{dim}"
+        sizes = {"KEY_DIM": dim, "VALUE_DIM": dim, "BLOCK_KEY": block, "BLOCK_VALUE": block, "BLOCK_TOKENS": 64, "SUBS": 4}
+        choose = {"GROUP": 4, "DIM": dim, "BLOCK_DIM": block, "SINK_BLOCKS": 1, "SUBS": 4, "KEPT": 128, "SCORED": 32}
+        choose |= {"FIRST": FIRST_STAGE, "SECOND": SECOND_STAGE}
+        types = attention_types("bf16") | sparse_types(*STORES["int8"])
+        shapes.append(Shape(f"score{wide}", "choose_far", "score_kernel", types, choose | {"CANDIDATES": 32}, 4))
+        for candidates, warps in ((256, 4), (2048, 4), (8192, 16), (16384, 8)) if dim == 128 else ((2048, 4),):
+            constants = choose | {"CANDIDATES": candidates}
+            shapes.append(Shape(f"select-{candidates}{wide}", "choose_far", "select_kernel", types, constants, warps))
+        if dim == 128:
+            shapes.append(Shape("pick", "choose_far", "pick_kernel", types, choose | {"MOST": 32}, 4))
+        for store, levels in (("int8", 127), ("int4", 7), ("native", 0)):
+            types = attention_types("bf16") | sparse_types(*STORES[store])
+            stack = WIDE_STACK if dim > 128 and store == "int8" else 0
+            shapes.append(Shape(f"demote-{store}{wide}", "far_store", "demote_kernel", types, sizes | {"LEVELS": levels}, 8, 3, stack))
+            how = {"BLOCK_TOKENS": 64, "QUANTISED": levels > 0, "NIBBLES": store == "int4"}
+            shapes.append(Shape(f"product-{store}{wide}", "choose_far", "product_kernel", types, choose | how, 4))
     return shapes
 
 
@@ -239,4 +255,4 @@ def sampling_shapes() -> list[Shape]:
     ]
 
 
-SHAPES: list[Shape] = [*dense_shapes(), *elementwise_shapes(), *sparse_shapes(), *linear_shapes(), *sampling_shapes()]
+SHAPES: list[Shape] = [*dense_shapes(), *elementwise_shapes(), *sparse_shapes(), *far_shapes(), *linear_shapes(), *sampling_shapes()]

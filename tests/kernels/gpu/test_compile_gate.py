@@ -17,6 +17,8 @@ from tests.house.source import ROOT
 from tests.kernels.gpu.compile_gate import SHARED_BYTES
 from tests.kernels.gpu.kernel_shapes import SHAPES, Shape
 
+# Registers of one multiprocessor.
+REGISTER_FILE = 65536
 # Enough to see that kernels still compile in the quick suite; all of them are built by `make test-all`.
 QUICK = ("decode-bf16-d64-g4-w0", "prefill-bf16-d128-g4-w2048", "quantise-rows")
 
@@ -36,6 +38,9 @@ def faults(shape: Shape, row: dict[str, Any]) -> list[str]:
         found.append(f"{shape.name}: {row['stack_bytes']} bytes of stack, {row['local_bytes']} local")
     if row["shared_bytes"] > SHARED_BYTES[row["capability"]]:
         found.append(f"{shape.name}: {row['shared_bytes']} bytes of shared memory")
+    # Handed out to warps in eights for each thread.
+    if -(-row["registers"] // 8) * 8 * 32 * shape.warps > REGISTER_FILE:
+        found.append(f"{shape.name}: {row['registers']} registers in each of {shape.warps} warps")
     if shape.wgmma and row["capability"] == 90 and not row["wgmma"]:
         found.append(f"{shape.name}: no wgmma")
     if row["fused_rounding"]:
@@ -61,8 +66,11 @@ def test_a_few_kernels_fit_hopper(name: str) -> None:
 
 def test_the_gate_sees_faults() -> None:
     shape = next(shape for shape in SHAPES if shape.wgmma)
-    sound = {"stack_bytes": 0, "local_bytes": 0, "shared_bytes": 1000, "capability": 90, "wgmma": True, "fused_rounding": False}
+    assert shape.warps == 8
+    nothing = dict.fromkeys(("stack_bytes", "local_bytes", "fused_rounding"), 0)
+    sound = nothing | {"registers": 255, "shared_bytes": 1000, "capability": 90, "wgmma": True}
     assert faults(shape, sound) == []
-    for change in ({"stack_bytes": 8}, {"local_bytes": 4}, {"shared_bytes": 228 << 10}, {"wgmma": False}, {"fused_rounding": True}):
-        assert len(faults(shape, sound | change)) == 1
+    changes: dict[str, Any] = {"stack_bytes": 8, "local_bytes": 4, "shared_bytes": 228 << 10, "registers": 257, "wgmma": False}
+    for name, value in (changes | {"fused_rounding": True}).items():
+        assert len(faults(shape, sound | {name: value})) == 1
     assert faults(shape, sound | {"wgmma": False, "capability": 80}) == []
