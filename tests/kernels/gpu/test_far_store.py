@@ -26,7 +26,7 @@ def placed(store: FarBlocks) -> FarBlocks:
 
 def same(one: FarBlocks, other: FarBlocks) -> bool:
     pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
-    return all(torch.equal(a.cpu().nan_to_num(), b.nan_to_num()) for a, b in pairs)
+    return all(torch.equal(a.cpu().nan_to_num(nan=9.0), b.nan_to_num(nan=9.0)) for a, b in pairs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -48,6 +48,39 @@ def test_demoted_blocks_are_those_of_the_reference_byte_for_byte(size: int, stor
     assert same(one, other)
     if actual.key_scales is not None:
         assert torch.equal(actual.key_scales[4].cpu(), expected.key_scales[4]) and actual.key_scales[4, 0, 5] == torch.inf
+
+
+@pytest.mark.parametrize(("store", "size"), [("int8", 64), ("int4", 80), ("native", 96), ("int8", 256)])
+def test_head_sizes_of_models(store: str, size: int) -> None:
+    torch.manual_seed(3)
+    keys, values = (torch.randn(3, 1, 64, size).to(torch.float16) for _ in range(2))
+    expected, ids = make_store(3, 1, 64, (size, size), store, 4, torch.float16), (torch.tensor([2]), torch.tensor([1]))
+    actual = FarBlocks(*(None if tensor is None else tensor.clone().to(DEVICE) for tensor in expected))
+    far_store.demote(keys.to(DEVICE), values.to(DEVICE), actual, *(tensor.to(DEVICE) for tensor in ids))
+    reference_sparse.demote(keys, values, expected, *ids)
+    assert same(actual, expected)
+
+
+@pytest.mark.parametrize("part", FarBlocks._fields)
+def test_one_value_off_is_seen(part: str) -> None:
+    """A bit of a stored number, a scale by 2 %; and a scale that nobody owns."""
+    torch.manual_seed(4)
+    keys, values = (torch.randn(2, 1, 16, 16, device=DEVICE) for _ in range(2))
+    ids = torch.tensor([1], device=DEVICE), torch.tensor([1], device=DEVICE)
+    found, expected = (placed(make_store(3, 1, 16, (16, 16), "int8", 4, torch.float32)) for _ in range(2))
+    for store in (found, expected):
+        far_store.demote(keys, values, store, *ids)
+    expected = FarBlocks(*(None if tensor is None else tensor.cpu() for tensor in expected))
+    assert same(found, expected)
+    tensor = getattr(found, part)
+    scaled = tensor.is_floating_point()
+    for block in (1, 2) if scaled else (1,):
+        first = tensor[block].view(-1)[:1]
+        before = first.clone()
+        first.copy_((first * 1.02).nan_to_num(nan=0.0) if scaled else first ^ 1)
+        assert not same(found, expected)
+        first.copy_(before)
+    assert same(found, expected)
 
 
 @settings(max_examples=20, deadline=None)
@@ -112,6 +145,16 @@ def test_choices_are_those_of_the_reference(store: str, budget: int) -> None:
     chosen = choices_of(batch.choosing)
     assert torch.equal(chosen[0], expected[0]) and torch.equal(chosen[1], expected[1])
     assert expected[1].max() == min(budget, int(batch.choosing.candidate_ends.max()) - 1)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "store"), [(8, 2, 64, "int8"), (3, 1, 80, "int4"), (7, 1, 96, "native"), (8, 1, 256, "int8")]
+)
+def test_choices_of_head_shapes(heads: int, kv_heads: int, size: int, store: str) -> None:
+    call = make_sparse([150, 90], [1, 1], heads=heads, kv_heads=kv_heads, size=size, window=16, store=store).choosing
+    assert call is not None
+    found, expected = choices_of(call), call.run()
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
 @pytest.mark.parametrize("store", ["int8", "int4", "native"])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 
 from service.kernels import reference
 from service.kernels.gpu import elementwise, kv_store
 from service.kernels.gpu.paged_attention import FP8
-from tests.kernels.gpu.conftest import DEVICE, DTYPES, FAR_BLOCK, ON_DEVICE, FarApart
+from tests.kernels.gpu.conftest import DEVICE, DTYPES, FAR_BLOCK, ON_DEVICE, FarApart, check_error
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -43,7 +44,7 @@ def test_rotating_on_the_way_gives_the_bits_of_two_calls(tokens: int, size: int,
     places = torch.randperm(5 * 4, device=DEVICE)[:tokens]
     where = places // 4, places % 4
     shapes = (5, 2, 4, size), (5, 2, 4, value_size)
-    found, apart, plain = ([torch.full(shape, float("nan"), dtype=dtype, device=DEVICE) for shape in shapes] for _ in range(3))
+    found, apart = ([torch.full(shape, float("nan"), dtype=dtype, device=DEVICE) for shape in shapes] for _ in range(2))
     query = kv_store.rotate_write(heads, value, cos, sin, *found, *where)
     turned = elementwise.rotate(heads, cos, sin)
     kv_store.write_kv(turned[:, 4:], value, *apart, *where)
@@ -51,10 +52,43 @@ def test_rotating_on_the_way_gives_the_bits_of_two_calls(tokens: int, size: int,
     for one, other in zip(found, apart, strict=True):
         assert torch.equal(one.nan_to_num(9.0), other.nan_to_num(9.0))
         assert int((~one.isnan()).any(dim=-1).sum()) == tokens * 2
-    expected = reference.rotate_write(heads.double(), value.double(), cos.double(), sin.double(), *plain, *where)
-    tolerance = 1e-5 if dtype == torch.float32 else 2.0**-7
-    assert torch.allclose(query.double(), expected, atol=tolerance, rtol=tolerance)
-    assert torch.allclose(found[0].nan_to_num(9.0).double(), plain[0].nan_to_num(9.0).double(), atol=tolerance, rtol=tolerance)
+    check_turned((query, *found), (heads, value, cos, sin), where)
+
+
+def check_turned(found: tuple[Tensor, ...], arguments: tuple[Tensor, ...], where: tuple[Tensor, Tensor]) -> None:
+    """Query heads, and keys and values at their places, by the error rule."""
+    (query, keys, values), (heads, value, cos, sin) = (tuple(tensor.cpu() for tensor in part) for part in (found, arguments))
+    (ids, offsets), count, dtype = (tensor.cpu() for tensor in where), query.shape[1], heads.dtype
+    exact = reference.rotate(heads.double(), cos.double(), sin.double())
+    plain = reference.rotate(heads, cos.to(dtype), sin.to(dtype))
+    check_error(query, exact[:, :count], plain[:, :count], dtype)
+    check_error(keys[ids, :, offsets], exact[:, count:], plain[:, count:], dtype)
+    assert torch.equal(values[ids, :, offsets], value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fault", ["query", "key", "value", "angle", "place"])
+def test_planted_faults_are_seen(fault: str, dtype: torch.dtype) -> None:
+    """One element of another sign, the cosine of one pair 2 % off, two tokens at each other's places."""
+    torch.manual_seed(5)
+    heads, value = torch.randn(5, 4, 16).to(dtype).to(DEVICE), torch.randn(5, 2, 16).to(dtype).to(DEVICE)
+    phase, ids = torch.rand(5, 8, device=DEVICE), torch.arange(5, device=DEVICE)
+    phase[3, 2] = 0
+    heads[3, 0, 2] = 2.0
+    sound = heads, value, phase.cos(), phase.sin()
+    broken = [tensor.clone() for tensor in sound]
+    if fault == "angle":
+        broken[2][3, 2] *= 1.02
+    elif fault != "place":
+        at = {"query": (0, 3, 0, 2), "key": (0, 3, 3, 2), "value": (1, 3, 1, 2)}[fault]
+        broken[at[0]][at[1:]] *= -1
+    for arguments, places in ((sound, ids), (broken, ids.flip(0) if fault == "place" else ids)):
+        blocks = [torch.zeros(5, 2, 1, 16, dtype=dtype, device=DEVICE) for _ in range(2)]
+        found = kv_store.rotate_write(*arguments, *blocks, places, torch.zeros_like(ids)), *blocks
+        if arguments is sound:
+            check_turned(found, sound, (ids, torch.zeros_like(ids)))
+    with pytest.raises(AssertionError):
+        check_turned(found, sound, (ids, torch.zeros_like(ids)))
 
 
 def widened(blocks: torch.Tensor) -> torch.Tensor:

@@ -39,6 +39,23 @@ def test_a_row_has_the_same_bits_in_every_batch(dtype: torch.dtype) -> None:
         assert torch.equal(ordered_linear(x[first : first + rows], weight), together[first : first + rows])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fault", ["element", "scale", "bias"])
+def test_planted_faults_are_seen(fault: str, dtype: torch.dtype) -> None:
+    """One weight of another sign, the weights of one output 2 % off, one output without its bias."""
+    weight, bias, x = drawn(33, 70, dtype=dtype), drawn(33, seed=1, dtype=dtype), drawn(5, 70, seed=2, dtype=dtype)
+    bad = {"element": (weight.clone(), bias), "scale": (weight.clone(), bias), "bias": (weight, bias.clone())}[fault]
+    if fault == "bias":
+        bad[1][20] = 0
+    else:
+        at = (20, 30) if fault == "element" else 20
+        bad[0][at] *= -1 if fault == "element" else 1.02
+    expected, plain = reference.linear(x.double(), weight.double(), bias.double()), reference.linear(x, weight, bias)
+    check_error(ordered_linear(*(tensor.to(DEVICE) for tensor in (x, weight, bias))).cpu(), expected, plain, dtype)
+    with pytest.raises(AssertionError):
+        check_error(ordered_linear(*(tensor.to(DEVICE) for tensor in (x, *bad))).cpu(), expected, plain, dtype)
+
+
 def test_the_tile_is_one_whatever_the_rows() -> None:
     assert len({ordered_tile(dtype) for dtype in (torch.bfloat16, torch.float16)}) == 1
 
