@@ -2,7 +2,7 @@
 
     python -m loadtests.engine_speed --shape llama-385m --cache DIR [--quantize int8|int4] [--dtype float32] [--rounds 3] [--batches 1 8 32]
         [--kv_cache_dtype bfloat16] [--attention_window 2048 [--far_blocks 16] [--far_refresh 16]]
-        [--peer transformers|none] [--peer openvino|llamacpp|vllm --peer_python PYTHON --peer_model EXPORTED] [--keep]
+        [--peer transformers|served|none] [--peer openvino|llamacpp|vllm --peer_python PYTHON --peer_model EXPORTED] [--keep]
 
 Each round asks for B sequences of `--prompt` random tokens and `--generate` greedy ones (ends ignored). Prefill is prompt tokens over the
 time to the last first token of a run that generates one token; decode is the tokens after the first over the time from the last first
@@ -25,6 +25,7 @@ import torch
 
 from loadtests.peers import ChildPeer, Peer, Speed, TransformersPeer
 from loadtests.rows import keep, spread, surroundings
+from loadtests.served_peer import ServedPeer
 from loadtests.shapes import write_shape
 from service.checkpoints.long_context import adapt
 from service.checkpoints.manifest import read_manifest
@@ -169,11 +170,21 @@ def start_peer(options: argparse.Namespace, directory: Path) -> Peer | None:
     """The engine to run beside ours, or None."""
     if options.peer == "transformers":
         return TransformersPeer(directory)
+    if options.peer == "served":
+        return ServedPeer(directory, options.cache, served_flags(options))
     if options.peer in ("openvino", "llamacpp", "vllm"):
         threads = options.threads or len(os.sched_getaffinity(0))
         script = Path(__file__).with_name(f"{options.peer}_peer.py")
         return ChildPeer(script, options.peer_python, options.peer_model, threads, options.step_tokens)
     return None
+
+
+def served_flags(options: argparse.Namespace) -> list[str]:
+    """What makes the service do what the bare engine here does."""
+    same = ("dtype", "threads", "quantize", "kv_cache_dtype", "step_tokens", "run_ahead", "attention_window", "far_blocks", "far_refresh")
+    flags = {name: getattr(options, name) for name in same} | {"context_tokens": options.context, "batch_size": max(options.batches)}
+    fixed = {"backend": "torch", "prefix_cache": "false", "registry": "none", "access_log": "false"}
+    return [word for name, value in (flags | fixed).items() for word in (f"--{name}", str(value))]
 
 
 def limits_of(spec: ModelSpec, options: argparse.Namespace, machine: dict[str, float], kept_bytes: int) -> dict[str, float]:
@@ -225,7 +236,7 @@ def main() -> None:
     parser.add_argument("--attention_window", type=int, default=0, help="as of deepseek-serve, like the next two")
     parser.add_argument("--far_blocks", type=int, default=0)
     parser.add_argument("--far_refresh", type=int, default=0)
-    parser.add_argument("--peer", choices=("transformers", "openvino", "llamacpp", "vllm", "none"), default="transformers")
+    parser.add_argument("--peer", choices=("transformers", "served", "openvino", "llamacpp", "vllm", "none"), default="transformers")
     parser.add_argument("--peer_python", default="", help="the Python of the environment that the peer is installed in")
     parser.add_argument("--peer_model", default="", help="the model exported for it: a directory, or for llamacpp a GGUF file")
     parser.add_argument("--keep", action="store_true", help="append the row to results/engine_speed.jsonl")

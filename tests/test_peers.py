@@ -1,5 +1,5 @@
 """The other engines of `engine_speed`, without those engines: the pipe to one in an environment of its own, llama.cpp's order of rows, and
-the int8 weights that vLLM reads.
+the int8 weights that vLLM reads; and our own service as a peer.
 
 Whether llama.cpp answers as we do was checked with it, see `loadtests/llamacpp_peer.py`; it is not among what the tests install.
 """
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from loadtests.llamacpp_peer import LAYER_NAMES, gguf_name, in_pairs
 from loadtests.peers import ChildPeer
+from loadtests.served_peer import ServedPeer
 from loadtests.vllm_peer import convert
 from tests.tiny_models import build_tiny
 
@@ -40,6 +41,18 @@ def test_a_peer_over_a_pipe_says_what_it_is_and_runs_rounds(tmp_path: Path) -> N
     assert peer.run([(1, 2, 3), (4, 5, 6)], generate=6) == (6 / 0.5, 10 / 0.25)
     with pytest.raises(RuntimeError, match="ended with code 3"):
         peer.run([(1,)], generate=0)
+    peer.close()
+
+
+def test_our_own_service_is_a_peer(tmp_path: Path) -> None:
+    peer = ServedPeer(build_tiny(tmp_path / "model", "llama"), tmp_path / "cache", ["--threads", "1", "--registry", "none"])
+    speed = peer.run([(5, 6, 7), (8, 9, 10)], generate=6)
+    assert speed.prefill > 0
+    assert speed.decode > 0
+    for memory in (peer.about["ready"], peer.about["after_requests"]):
+        assert memory["worker"] > memory["front_end"] > 1 << 20
+    with pytest.raises(RuntimeError, match="context"):
+        peer.run([(5, 6, 7), (8, 9, 10)], generate=1 << 20)
     peer.close()
 
 
