@@ -1,6 +1,7 @@
 """Speed of the GPU's kernels and of whole serving on this machine's GPU, each beside its limit and its peers; --keep appends rows.
 
-    python -m loadtests.gpu_bench [--cases attention sparse linear elementwise write serving] [--rounds 30] [--keep] [--serving FLAGS]
+    python -m loadtests.gpu_bench [--cases attention sparse far linear elementwise write sample serving] [--rounds 30] [--keep]
+        [--serving FLAGS]
 
 It needs torch, triton and numpy; the last case, whole serving (see `gpu_serving`), also msgspec and prometheus_client. Limits are
 measured first: bytes of a device-to-device copy, operations of a large bfloat16 product. A time is the median of many rounds between CUDA
@@ -20,11 +21,13 @@ from typing import Any
 
 import torch
 
-from loadtests.gpu_cases import CASES, Case
+from loadtests import gpu_attention_cases, gpu_cases
+from loadtests.gpu_cases import Case
 from loadtests.rows import keep, spread, surroundings
 
 FLUSH_BYTES = 256 << 20
 SERVING = "serving"
+CASES = gpu_attention_cases.CASES | gpu_cases.CASES
 
 
 class Clock:
