@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--step_tokens", type=int, default=512)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--run_ahead", type=int, default=0)
+    parser.add_argument("--run_ahead", default="auto", choices=("auto", "always", "never"))
     parser.add_argument("--context", type=int, default=0, help="longest sequence, 0 for the shape's own")
     parser.add_argument("--quantize", choices=("none", "int8", "int4"), default="none")
     parser.add_argument("--kv_cache_dtype", default="auto", help="as of deepseek-serve")

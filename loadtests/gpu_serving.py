@@ -310,7 +310,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=64, help="steps in which all sequences decode")
     parser.add_argument("--step_tokens", type=int, default=2048)
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
-    parser.add_argument("--run_ahead", type=int, default=0, choices=(0, 1))
+    parser.add_argument("--run_ahead", default="auto", choices=("auto", "always", "never"))
     parser.add_argument("--cuda_graphs", default="auto", choices=("auto", "off"))
     parser.add_argument("--peer", default="transformers", choices=("transformers", "none"))
     parser.add_argument("--keep", action="store_true", help="append a row for each shape to results/gpu_serving.jsonl")

@@ -176,7 +176,7 @@ class InProcess:
 
 
 async def serve_rounds(
-    decoder: Decoder, plan: tuple[LoadRequest, MemoryPlan], rounds: Sequence[list[tuple[int, ...]]], generate: int, run_ahead: int = 0
+    decoder: Decoder, plan: tuple[LoadRequest, MemoryPlan], rounds: Sequence[list[tuple[int, ...]]], generate: int, run_ahead: str = "auto"
 ) -> Served:
     """Each round's prompts at once, `generate` greedy tokens each, through one loop; the first round warms up and is left out."""
     request, memory = plan

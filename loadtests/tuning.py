@@ -42,7 +42,7 @@ EXPERIMENTS = (
     Experiment("batch_size", ("32", "8", "2"), MANY),
     Experiment("step_tokens", ("512", "128", "2048"), READING),
     Experiment("prefix_cache", ("true", "false"), SHARED),
-    Experiment("run_ahead", ("0", "1"), MANY),
+    Experiment("run_ahead", ("auto", "never"), MANY),
     Experiment("threads", ("2", "1"), MANY),
     Experiment("dtype", ("float32", "bfloat16"), MANY),
     Experiment("access_log", ("true", "false"), MANY),

@@ -16,6 +16,8 @@ from triton.runtime.interpreter import GridExecutor
 
 # Operations that read a value back, or take one from the host: a graph cannot have them.
 REFUSED = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "lift_fresh", "masked_select", "_unique2"}
+# Memory without a value: a replay finds in it what the one before left there.
+EMPTY = {"empty", "empty_like", "empty_strided", "new_empty"}
 
 
 class Tape(TorchDispatchMode):
@@ -65,6 +67,7 @@ class Tape(TorchDispatchMode):
                 if own:
                     old.copy_(new)
 
-        if written or any(fresh):  # else it is a view, which follows what it looks at
+        # Else it is a view, which follows what it looks at.
+        if (written or any(fresh)) and func.overloadpacket.__name__ not in EMPTY:
             self._entries.append(again)
         return outputs

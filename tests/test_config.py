@@ -73,6 +73,7 @@ OTHER_NAMES = {
     "quantize": "int4",
     "quantize_cache": "none",
     "backend_table": "none",
+    "run_ahead": "never",
     "backend": "onnx",
 }
 
@@ -83,8 +84,6 @@ def _other_value(name: str) -> tuple[str, object]:
         return OTHER_NAMES[name], OTHER_NAMES[name]
     if field.annotation is bool:
         return ("false", False) if field.default else ("true", True)
-    if name == "run_ahead":
-        return "1", 1
     if field.annotation is float:
         return "7.5", 7.5
     return str(field.default + 1), field.default + 1

@@ -144,7 +144,7 @@ async def every_schedule(served: Served, telemetry: Telemetry) -> set[tuple[int,
         {"step_tokens": 512},
         {"step_tokens": 1},
         {"step_tokens": 23},
-        {"step_tokens": 64, "run_ahead": 1},
+        {"step_tokens": 64, "run_ahead": "always"},
     ]
     for number, options in enumerate(settings):
         for others in ([], OTHERS[: number + 1]) if number != 2 else ([],):

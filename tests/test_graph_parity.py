@@ -191,3 +191,17 @@ def test_a_tape_reads_the_same_tensors_again() -> None:
     x += 10
     rows[1] = 1
     assert replay().tolist() == [23.0, 25.0, 29.0, 31.0]
+
+
+def test_a_tape_leaves_in_a_workspace_what_was_there() -> None:
+    x, rooms = torch.ones(3), []
+
+    def work() -> torch.Tensor:
+        rooms.append(torch.empty(3))
+        rooms[0][:1].copy_(x[:1])
+        return rooms[0] * 2
+
+    replay = Tape().record(work)
+    rooms[0].fill_(5.0)
+    x += 1
+    assert replay().tolist() == [4.0, 10.0, 10.0]

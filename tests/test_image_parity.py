@@ -203,8 +203,8 @@ async def test_the_picture_matters(inline: Make, directory: Path) -> None:
     await router.close()
 
 
-@pytest.mark.parametrize("run_ahead", [0, 1])
-async def test_prefixes_are_shared_with_equal_images_only(inline: Make, directory: Path, decoder: Decoder, run_ahead: int) -> None:
+@pytest.mark.parametrize("run_ahead", ["never", "always"])
+async def test_prefixes_are_shared_with_equal_images_only(inline: Make, directory: Path, decoder: Decoder, run_ahead: str) -> None:
     prompt, images = CASES["beside each other, over a block"]
     other = (replace(image_at(0, 3, 3, 50), start=images[0].start), images[1])
     later = (images[0], replace(image_at(0, 2, 2, 51), start=images[1].start))

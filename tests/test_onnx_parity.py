@@ -49,11 +49,11 @@ async def test_among_sixteen_others(case: Reference, inline) -> None:
 
 
 async def test_prefix_hits_one_step_ahead(case: Reference, inline) -> None:
-    await prefix_hits(case, inline(), run_ahead=1)
+    await prefix_hits(case, inline(), run_ahead="always")
 
 
 async def test_after_a_forced_preemption(case: Reference, inline) -> None:
-    await forced_preemption(case, inline(blocks=5), run_ahead=0)
+    await forced_preemption(case, inline(blocks=5), run_ahead="never")
 
 
 async def test_after_a_lost_worker(case: Reference, inline) -> None:

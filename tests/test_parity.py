@@ -201,12 +201,12 @@ async def test_every_chunk_size(case: Reference) -> None:
         await router.close()
 
 
-@pytest.mark.parametrize("run_ahead", [0, 1])
-async def test_prefix_hits(case: Reference, run_ahead: int) -> None:
+@pytest.mark.parametrize("run_ahead", ["never", "always"])
+async def test_prefix_hits(case: Reference, run_ahead: str) -> None:
     await prefix_hits(case, InlineBackend(case.directory), run_ahead)
 
 
-async def prefix_hits(case: Reference, backend: Inline, run_ahead: int) -> None:
+async def prefix_hits(case: Reference, backend: Inline, run_ahead: str) -> None:
     router = await start(backend, case.directory, run_ahead=run_ahead)
     hits = []
     for _ in range(3):
@@ -219,12 +219,12 @@ async def prefix_hits(case: Reference, backend: Inline, run_ahead: int) -> None:
     await router.close()
 
 
-@pytest.mark.parametrize("run_ahead", [0, 1])
-async def test_after_a_forced_preemption(case: Reference, run_ahead: int) -> None:
+@pytest.mark.parametrize("run_ahead", ["never", "always"])
+async def test_after_a_forced_preemption(case: Reference, run_ahead: str) -> None:
     await forced_preemption(case, InlineBackend(case.directory, blocks=5), run_ahead)
 
 
-async def forced_preemption(case: Reference, backend: Inline, run_ahead: int) -> None:
+async def forced_preemption(case: Reference, backend: Inline, run_ahead: str) -> None:
     """Five blocks: an older sequence needs its third while ours, the younger, holds three. Ours is preempted and computed again."""
     telemetry = Telemetry()
     router = await start(backend, case.directory, telemetry, prefix_cache=False, run_ahead=run_ahead, step_tokens=64)
@@ -260,7 +260,7 @@ async def test_after_the_worker_was_killed(name: str, tmp_path: Path) -> None:
     """A real worker process, killed after the third generated token: the stream goes on with the same tokens."""
     case = make_case(name, tmp_path)
     load = LoadRequest(str(tmp_path), dtype="float32", threads=1, max_rows=8, max_step_tokens=128)
-    router = await start(WorkerBackend(load, EngineSettings(threads=1)), tmp_path, run_ahead=1)
+    router = await start(WorkerBackend(load, EngineSettings(threads=1)), tmp_path, run_ahead="always")
     [stream] = router.submit([request_for(case.prompt)])
     tokens: list[int] = []
     finish = None

@@ -131,8 +131,8 @@ async def test_slices(case: Case, chunk: int) -> None:
     await router.close()
 
 
-@pytest.mark.parametrize("run_ahead", [0, 1])
-async def test_among_others(case: Case, run_ahead: int) -> None:
+@pytest.mark.parametrize("run_ahead", ["never", "always"])
+async def test_among_others(case: Case, run_ahead: str) -> None:
     router = await start(case, step_tokens=96, run_ahead=run_ahead)
     draw = np.random.default_rng(5)
     others = [tuple(int(token) for token in draw.integers(0, 256, length)) for length in (5, 200, 64, 300, 129)]
@@ -157,8 +157,8 @@ async def test_prefix_hits_and_the_next_turn(case: Case) -> None:
     await router.close()
 
 
-@pytest.mark.parametrize("run_ahead", [0, 1])
-async def test_after_preemption(case: Case, run_ahead: int) -> None:
+@pytest.mark.parametrize("run_ahead", ["never", "always"])
+async def test_after_preemption(case: Case, run_ahead: str) -> None:
     """Two sequences that fit at first and not when they have grown: the younger is preempted and computed again."""
     telemetry = Telemetry()
     layout = case.manifest.spec.kv_layout()
@@ -193,7 +193,7 @@ async def test_after_the_worker_was_killed(name: str, tmp_path: Path) -> None:
     case = make_case(name, tmp_path)
     load = LoadRequest(str(case.directory), dtype="float32", threads=1, max_rows=8, max_step_tokens=128, attention=case.attention)
     telemetry = Telemetry()
-    router = await start(case, WorkerBackend(load, EngineSettings(threads=1)), telemetry, run_ahead=1)
+    router = await start(case, WorkerBackend(load, EngineSettings(threads=1)), telemetry, run_ahead="always")
     [stream] = router.submit([ask(case.prompt)])
     tokens: list[int] = []
     killed = False

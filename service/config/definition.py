@@ -75,6 +75,7 @@ Load = Literal["auto", "start", "demand"]
 Cost = Literal["any", "low"]
 Tier = Literal["auto", "gpu", "edge", "cpu"]
 Compat = Literal["none", "vllm"]
+RunAhead = Literal["auto", "always", "never"]
 CudaGraphs = Literal["auto", "off"]
 KvFar = Literal["auto", "int8", "int4", "bf16", "evict"]
 Prefill = Literal["sparse", "dense"]
@@ -186,8 +187,9 @@ class SchedulerSection(BaseModel):
     stream_events: Count = Field(
         _SCHEDULER.stream_events, description="most undelivered events of a stream before its client counts as too slow"
     )
-    run_ahead: Annotated[Whole, Field(le=1)] = Field(
-        _SCHEDULER.run_ahead, description="steps sent to the worker ahead of the one that it executes"
+    run_ahead: RunAhead = Field(
+        cast(RunAhead, _SCHEDULER.run_ahead),
+        description="send the worker its next step while it executes one; auto does where steps are short and nobody waits",
     )
     prefix_cache: bool = Field(_SCHEDULER.prefix_cache, description="reuse the KV cache of equal prompt beginnings")
     slo_ttft_ms: Milliseconds = Field(

@@ -1,7 +1,7 @@
 """The tick of one version: take in, plan, execute, apply, publish; and going on after the worker was lost.
 
-All truth (sequences, block tables, streams) lives here in one asyncio thread; the worker holds nothing that cannot be sent again. With
-`run_ahead` 1 the next plan is sent while a step executes, and a token that was run ahead of an ending is dropped. It does not know HTTP,
+All truth (sequences, block tables, streams) lives here in one asyncio thread; the worker holds nothing that cannot be sent again. Where it
+runs ahead the next plan is sent while a step executes, and a token that was run ahead of an ending is dropped. It does not know HTTP,
 processes or tensors. Invariants: every accepted sequence gets exactly one terminal event; a sequence that ended holds no block; a broken
 invariant stops the loop loudly and ends every sequence.
 """
@@ -24,6 +24,7 @@ from service.schedulers.deadlines import Deadlines
 from service.schedulers.planner import Planner, Step
 from service.schedulers.prefix_cache import PrefixCache
 from service.schedulers.recovery import blame, outgrown, start_again
+from service.schedulers.run_ahead import RunAhead
 from service.schedulers.sequence import InvariantBroken, Sequence, State
 from service.schedulers.streams import Codec, Stream
 from service.telemetry import Telemetry, log_event
@@ -82,10 +83,10 @@ class Loop:
         self._accounting = Accounting(self._metrics, identity.spec, "auto", settings)
         self._application = Application(self._planner, self._accounting, self._end)
         self._flying: deque[tuple[Step, asyncio.Future[StepResult]]] = deque()
-        self._wake = asyncio.Event()
-        self.empty = asyncio.Event()
+        self._wake, self.empty = asyncio.Event(), asyncio.Event()
         self.empty.set()
         self._arrivals = self._deaths_in_a_row = self._preemptions_counted = 0
+        self._ahead = RunAhead(settings.run_ahead)
         self._deadlines = Deadlines(clock, self._expire)
         self._task: asyncio.Task[None] | None = None
 
@@ -206,7 +207,7 @@ class Loop:
             raise
 
     async def _tick(self) -> None:
-        while len(self._flying) <= self._settings.run_ahead and self._launch():
+        while self._ahead.may_send([step for step, _ in self._flying], bool(self._planner.waiting)) and self._launch():
             pass
         if not self._flying:
             await self._idle()
@@ -215,10 +216,10 @@ class Loop:
         result = await asyncio.shield(future)
         self._flying.popleft()
         self._deaths_in_a_row = 0
+        self._ahead.note(step, result)
         self._application.apply(step, result, self._clock())
-        preemptions = self._planner.preemptions
-        self._accounting.stepped(step, result, preemptions - self._preemptions_counted)
-        self._preemptions_counted = preemptions
+        before, self._preemptions_counted = self._preemptions_counted, self._planner.preemptions
+        self._accounting.stepped(step, result, self._preemptions_counted - before)
 
     def _launch(self) -> bool:
         step = self._planner.plan()

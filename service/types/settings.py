@@ -62,7 +62,7 @@ class HttpSettings:
 @dataclass(frozen=True, slots=True)
 class SchedulerSettings:
     """Bounds and policy of one version's loop. `queue_tokens` bounds the prompt tokens waiting, `queue_pixel_bytes` the pixels of their
-    images; `run_ahead` is 0 or 1 steps.
+    images; `run_ahead` is auto, always or never.
 
     A request meets its service levels when its first token came within `slo_ttft_ms` and its others within `slo_tpot_ms` each on average;
     0 is no target. `stream_events` is how many undelivered events a stream may hold before its client counts as too slow. `step_tokens` is
@@ -76,7 +76,7 @@ class SchedulerSettings:
     queue_pixel_bytes: int = 256 * MIB
     request_deadline_s: float = 600.0
     stream_events: int = 1024
-    run_ahead: int = 0
+    run_ahead: str = "auto"
     prefix_cache: bool = True
     slo_ttft_ms: float = 2000.0
     slo_tpot_ms: float = 200.0

@@ -23,7 +23,7 @@ from service.types.errors import (
     WorkerKilled,
 )
 from service.types.request import FinishReason, PromptEvent
-from tests.fakes import END_ID, FakeBackend
+from tests.fakes import END_ID, FakeBackend, FakeBehaviour
 from tests.schedulers.support import ask, generate, log_lines, metric, read, read_all, small_backend, with_router
 
 PROMPTS = ["a", "hello", "hello world, a longer prompt", "x" * 37, "hello world, a longer prompt indeed", "q" * 16]
@@ -42,7 +42,7 @@ def alone(windows=(None,), **behaviour):
 
 
 @pytest.mark.parametrize("windows", [(None,), (None, 6), (5,), (1, 9, None)])
-@pytest.mark.parametrize("run_ahead", [0, 1])
+@pytest.mark.parametrize("run_ahead", ["never", "always"])
 @pytest.mark.parametrize("step_tokens", [8, 11, 64])
 def test_output_does_not_depend_on_batch_chunks_or_run_ahead(windows, run_ahead, step_tokens):
     backend = small_backend(windows=windows, end_every=30, max_step_tokens=64)
@@ -50,7 +50,37 @@ def test_output_does_not_depend_on_batch_chunks_or_run_ahead(windows, run_ahead,
     assert [outcome.content for outcome in together] == alone(windows, end_every=30)
 
 
-@pytest.mark.parametrize("run_ahead", [0, 1])
+class NotedBackend(FakeBackend):
+    """Notes of every plan its longest slice and how many others are outstanding when it comes."""
+
+    def execute(self, plan):
+        outstanding = sum(not future.done() for future, _ in self._outstanding)
+        self.noted = [*getattr(self, "noted", ()), (max(piece.length for piece in plan.slices), outstanding)]
+        return super().execute(plan)
+
+
+def ahead(requests, run_ahead, step_s=0.001, **sizes):
+    """For each step, whether it reads a prompt and whether it was sent beside another one."""
+    backend = NotedBackend(behaviour=FakeBehaviour(step_s=step_s), max_step_tokens=8, **sizes)
+    generate(requests, backend, step_tokens=8, run_ahead=run_ahead)
+    return [(longest > 1, outstanding > 0) for longest, outstanding in backend.noted]
+
+
+def test_run_ahead_auto_is_for_short_steps_while_nobody_waits():
+    one = [ask("x" * 20, 12, ignore_eos=True)]
+    reading, read = [(True, False)] * 3, [(False, False)] + [(False, True)] * 10
+    assert ahead(one, "auto") == reading + read
+    assert ahead(one, "never") == reading + [(False, False)] * 11
+    assert ahead(one, "always") == [(True, False)] + [(True, True)] * 2 + [(False, True)] * 11
+    long = ahead(one, "auto", step_s=0.1)
+    assert long[:5] == [*reading, (False, False), (False, True)]
+    assert long[5:] == [(False, False)] * 9
+    queued = ahead([*one, ask("y", 4, ignore_eos=True)], "auto", max_rows=1)
+    assert not any(beside for _, beside in queued[:14])
+    assert [beside for _, beside in queued[14:]] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("run_ahead", ["never", "always"])
 @pytest.mark.parametrize("windows", [(None,), (None, 6)])
 def test_preemption_changes_nothing_but_time(run_ahead, windows):
     telemetry = Telemetry()
@@ -60,7 +90,7 @@ def test_preemption_changes_nothing_but_time(run_ahead, windows):
     assert [outcome.content for outcome in outcomes] == alone(windows)
 
 
-@pytest.mark.parametrize("run_ahead", [0, 1])
+@pytest.mark.parametrize("run_ahead", ["never", "always"])
 @pytest.mark.parametrize("death", [1, 2, 5, 9, 14])
 def test_a_dead_worker_costs_a_prefill_and_not_a_request(death, run_ahead):
     telemetry = Telemetry()
@@ -221,7 +251,7 @@ def test_nan_ends_one_sequence_and_its_kv_is_never_found():
     assert again.content == generate([ask(prompt)])[0].content
 
 
-@pytest.mark.parametrize("run_ahead", [0, 1])
+@pytest.mark.parametrize("run_ahead", ["never", "always"])
 def test_cancelled_sequences_end_at_once_and_their_blocks_are_free(run_ahead):
     backend = small_backend(blocks=40)
 
@@ -285,7 +315,7 @@ def test_stop_strings_and_end_tokens_are_billed_to_the_token_that_completes_them
     script = [*b"one two three four", END_ID, 120, 120]
     backend = small_backend(script=lambda opening: script)
     by_string, by_end, by_length, ignoring = generate(
-        [ask("a", 50, strings=("two t",)), ask("b", 50), ask("c", 5), ask("d", 21, ignore_eos=True)], backend, run_ahead=1
+        [ask("a", 50, strings=("two t",)), ask("b", 50), ask("c", 5), ask("d", 21, ignore_eos=True)], backend, run_ahead="always"
     )
     assert (by_string.text, by_string.reason, by_string.ending.matched_stop) == ("one ", FinishReason.STOP, "two t")
     assert bytes(by_string.tokens) == b"one two t"

@@ -85,7 +85,7 @@ arrivals = st.lists(
     windows=st.sampled_from(WINDOWS),
     blocks=st.sampled_from((19, 24, 64)),
     step_tokens=st.sampled_from((8, 13, 16)),
-    run_ahead=st.integers(0, 1),
+    run_ahead=st.sampled_from(["never", "always", "auto"]),
     prefix_cache=st.booleans(),
     deaths=st.frozensets(st.integers(1, 40), max_size=4),
 )
