@@ -61,13 +61,14 @@ class InlineBackend(Inline):
         attention: AttentionSettings | None = None,
         dtype: str = "float32",
         quantize: str = "none",
+        kept: str = "auto",
         recorder: Recorder | None = None,
     ) -> None:
         super().__init__(lose_at)
         torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
         read = read_manifest(directory)
         self.manifest = replace(read, spec=adapt(read.spec, attention or AttentionSettings()))
-        self._dtype = getattr(torch, dtype)
+        self._dtype, self._kept = getattr(torch, dtype), getattr(torch, dtype if kept == "auto" else kept)
         self._decoder = load(self.manifest, torch.device("cpu"), self._dtype, lambda done, total: None, quantisation=Quantisation(quantize))
         self.blocks = blocks
         self.max_rows = max_rows
@@ -76,9 +77,9 @@ class InlineBackend(Inline):
 
     async def start(self) -> BackendInfo:
         spec = self.manifest.spec
-        layout = spec.kv_layout()
+        layout = spec.kv_layout().in_eight_bits() if self._kept == torch.int8 else spec.kv_layout()
         group_blocks = (self.blocks,) * len(layout.groups) if isinstance(self.blocks, int) else self.blocks
-        pool = KvPool(layout, group_blocks, self._dtype, torch.device("cpu"))
+        pool = KvPool(layout, group_blocks, self._kept, torch.device("cpu"), self._dtype)
         for layer in range(len(spec.layers)):
             far = pool.far_of(layer) if pool.far_group_of(layer) is not None else ()
             for tensor in (*pool.blocks_of(layer), *far):

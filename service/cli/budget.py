@@ -64,12 +64,12 @@ def plan_demand(
 
 
 def _sequence_bytes(spec: ModelSpec, context: int, engine: EngineSettings) -> int:
-    """Bytes of keys and values of one sequence of `context` tokens. (A model that cannot keep them in 8 bits is refused later.)
+    """Bytes of keys and values of one sequence of `context` tokens. Raises CapacityError for a model that cannot keep them in 8 bits.
 
     What `auto` keeps them in only the worker knows, so it counts as float32.
     """
     layout, kept = spec.kv_layout(), engine.dtype if engine.kv_cache_dtype == "auto" else engine.kv_cache_dtype
-    if kept == "int8" and not any(group.far for group in layout.groups):
+    if kept == "int8":
         layout = layout.in_eight_bits()
     return layout.sequence_bytes(context, ELEMENT_BYTES.get(kept, 4))
 

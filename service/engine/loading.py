@@ -131,11 +131,7 @@ def _check_kv_cache(name: str, device: torch.device) -> None:
 def _kept_layout(spec: ModelSpec, name: str) -> KvLayout:
     """How the cache is kept in a type. Raises CapacityError where the model's layers cannot keep it so."""
     layout = spec.kv_layout()
-    if name != "int8":
-        return layout
-    if any(group.far is not None for group in layout.groups):
-        raise CapacityError("--kv_cache_dtype int8 is for models without far blocks: set bfloat16, and --kv_far for what lies far back.")
-    return layout.in_eight_bits()
+    return layout.in_eight_bits() if name == "int8" else layout
 
 
 def _assemble(decoder: Decoder, layout: KvLayout, memory: MemoryPlan, request: LoadRequest, kept: torch.dtype) -> TorchBackend:

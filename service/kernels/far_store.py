@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from service.kernels.reference_sparse import FIRST_STAGE, SECOND_STAGE, FarBlocks, dequantise, key_bounds, pack_nibbles, quantise
+from service.kernels.reference_sparse import FIRST_STAGE, SECOND_STAGE, FarBlocks, dequantise, key_bounds, near_rows, pack_nibbles, quantise
 
 # Bounds and keys widened to float32 at once: bounds the temporaries of a step.
 GATHER_BYTES = 16 << 20
@@ -21,8 +21,8 @@ GATHER_BYTES = 16 << 20
 
 def demote(key_blocks: Tensor, value_blocks: Tensor, far: FarBlocks, near_ids: Tensor, far_ids: Tensor) -> None:
     """All blocks at once; see `reference_sparse.demote`."""
-    keys = _store(key_blocks[near_ids], far.keys, far.key_scales, far_ids)
-    _store(value_blocks[near_ids], far.values, far.value_scales, far_ids)
+    keys = _store(near_rows(key_blocks, near_ids), far.keys, far.key_scales, far_ids)
+    _store(near_rows(value_blocks, near_ids), far.values, far.value_scales, far_ids)
     count, heads, tokens, size = keys.shape
     bounds, scales = key_bounds(keys.view(count * heads, tokens, size), far.bounds.shape[2] - 1)
     far.bounds[far_ids] = bounds.view(count, heads, *bounds.shape[1:])

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from service.kernels.kv_store import row_size, widen_rows
+
 # Candidates that the first stages of choosing keep for each block that may be chosen: by bounds of blocks, then of their parts.
 FIRST_STAGE, SECOND_STAGE = 4, 3
 
@@ -118,19 +120,26 @@ def _upward(x: Tensor, unit: Tensor) -> Tensor:
 def demote(key_blocks: Tensor, value_blocks: Tensor, far: FarBlocks, near_ids: Tensor, far_ids: Tensor) -> None:
     """Write full near blocks near_ids [n] into the far blocks far_ids [n]: keys, values, scales and bounds.
 
-    key_blocks [N, Hkv, B, D], value_blocks [N, Hkv, B, Dv]; the ids are integers, those of far_ids differ from each other. The bounds
-    are those of the keys as they will be read back. Quantised per token and head: see `quantise`.
+    key_blocks [N, Hkv, B, D], value_blocks [N, Hkv, B, Dv], or both in 8 bits as `kv_store` has them; the ids are integers, those of
+    far_ids differ from each other. The bounds are those of the keys as they will be read back. Quantised per token and head: see
+    `quantise`.
     """
     for near, target in zip(near_ids.tolist(), far_ids.tolist(), strict=True):
         for blocks, stored, scales in ((key_blocks, far.keys, far.key_scales), (value_blocks, far.values, far.value_scales)):
+            rows = near_rows(blocks, near)
             if scales is None:
-                stored[target] = blocks[near]
+                stored[target] = rows
                 continue
             packed = stored.dtype == torch.uint8
-            units, scales[target] = quantise(blocks[near], 7 if packed else 127)
+            units, scales[target] = quantise(rows, 7 if packed else 127)
             stored[target] = pack_nibbles(units) if packed else units
         keys = dequantise(far.keys[target], None if far.key_scales is None else far.key_scales[target])
         far.bounds[target], far.bound_scales[target] = key_bounds(keys, far.bounds.shape[2] - 1)
+
+
+def near_rows(blocks: Tensor, ids: Tensor | int) -> Tensor:
+    """Keys or values of near blocks as they are, or in float32 where they are kept in 8 bits."""
+    return widen_rows(blocks[ids]) if blocks.dtype == torch.int8 else blocks[ids]
 
 
 def bound_scores(query: Tensor, far: FarBlocks, block: int, head: int) -> Tensor:
@@ -210,7 +219,7 @@ def window_sparse_attention(
     """
     del plan
     block_tokens, heads, kv_heads = key_blocks.shape[2], query.shape[1], key_blocks.shape[1]
-    out = query.new_zeros(query.shape[0], heads, value_blocks.shape[3])
+    out = query.new_zeros(query.shape[0], heads, row_size(value_blocks))
     for sequence in range(context_lengths.shape[0]):
         first, last, context = int(query_starts[sequence]), int(query_starts[sequence + 1]), int(context_lengths[sequence])
         for row in range(first, last):
@@ -224,8 +233,8 @@ def window_sparse_attention(
                 keys, values = [], []
                 for block in near:
                     seen, at = min(block_tokens, position + 1 - block * block_tokens), int(near_tables[sequence, block])
-                    keys.append(key_blocks[at, shared, :seen].to(query.dtype))
-                    values.append(value_blocks[at, shared, :seen].to(query.dtype))
+                    keys.append(near_rows(key_blocks, at)[shared, :seen].to(query.dtype))
+                    values.append(near_rows(value_blocks, at)[shared, :seen].to(query.dtype))
                 for far_keys, far_values in [] if far is None else chosen_blocks(far, sequence, row, shared):
                     keys.append(far_keys.to(query.dtype))
                     values.append(far_values.to(query.dtype))

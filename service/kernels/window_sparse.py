@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from service.kernels import paged_attention as paged
+from service.kernels.kv_store import row_size, widened
 from service.kernels.paged_attention import AttentionPlan, Partial, Scoring
 from service.kernels.reference_sparse import ChosenFar, unpack_nibbles
 
@@ -162,7 +163,7 @@ def window_sparse_attention(
     scoring = Scoring(scale, None, softcap, None if sink_logits is None else sink_logits.float().view(kv_heads, group))
     packed = (query.float() * scale).view(count, kv_heads, group, size)
     shape = (count, kv_heads, group)
-    near = Partial(packed.new_zeros(*shape, value_blocks.shape[3]), packed.new_ones(shape), packed.new_zeros(shape))
+    near = Partial(packed.new_zeros(*shape, row_size(value_blocks)), packed.new_ones(shape), packed.new_zeros(shape))
     if len(plan.decode.rows):
         _put(near, plan.decode.rows, paged.attend_pairs(packed[plan.decode.rows], key_blocks, value_blocks, plan.decode, scoring))
     for tile in plan.tiles:
@@ -172,7 +173,7 @@ def window_sparse_attention(
     if far is not None:
         for sharing in plan.far:
             _join(near, sharing, _far_part(packed, far, sharing, scoring))
-    return (near.total / near.sums.unsqueeze(-1)).view(count, heads, value_blocks.shape[3]).to(query.dtype)
+    return (near.total / near.sums.unsqueeze(-1)).view(count, heads, row_size(value_blocks)).to(query.dtype)
 
 
 def _put(parts: Partial, rows: Tensor | slice, found: Partial) -> None:
@@ -208,7 +209,7 @@ def _near_part(query: Tensor, key_blocks: Tensor, value_blocks: Tensor, tile: Ne
 def _in_order(blocks: Tensor, tile: NearTile) -> Tensor:
     """The tile's keys or values [Hkv, tokens, D] float32."""
     picked = blocks.index_select(0, tile.ids).transpose(0, 1).flatten(1, 2)
-    return picked[:, : tile.tokens].float()
+    return widened(picked[:, : tile.tokens])
 
 
 def _capped(scores: Tensor, scoring: Scoring) -> Tensor:

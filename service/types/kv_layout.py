@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from service.types.errors import CapacityError
+
 # Tokens of a block, in every group.
 BLOCK_TOKENS = 64
 # Candidates whose sub-blocks are looked at, and those whose keys are, for each far block that may be chosen (the kernels' own numbers,
@@ -129,14 +131,16 @@ class KvLayout:
         return -(-((start + 1) * self.block_tokens + (group.window or 0) - 1) // step) * step
 
     def in_eight_bits(self) -> KvLayout:
-        """The same cache with keys and values in 8 bits on a CPU, where dims count the bytes of the scales too.
+        """The same cache with keys and values in 8 bits on a CPU, where dims count the bytes of the scales too; far groups keep their form.
 
-        Raises ValueError for layers that keep far blocks: their near ones stay as they are computed.
+        Raises CapacityError for far groups in the model's own type: of another type than the blocks that they come from.
         """
-        if any(group.far is not None for group in self.groups):
-            raise ValueError("layers with far blocks keep their window as it was computed")
-        scaled = (replace(g, key_dim=g.key_dim + SCALE_BYTES, value_dim=g.value_dim + SCALE_BYTES) for g in self.groups)
-        return replace(self, groups=tuple(scaled))
+        if any(group.far is not None and group.far.store is FarStore.NATIVE for group in self.groups):
+            raise CapacityError(
+                "--kv_cache_dtype int8 does not go with --kv_far bf16: set int8 or int4 for far blocks, or keep all in bfloat16."
+            )
+        near = (replace(g, key_dim=g.key_dim + SCALE_BYTES, value_dim=g.value_dim + SCALE_BYTES) for g in self.groups)
+        return replace(self, groups=tuple(g if g.source is not None else scaled for g, scaled in zip(self.groups, near, strict=True)))
 
     def blocks_for(self, group: KvGroup, context_tokens: int) -> int:
         """Most blocks of `group` that one sequence of `context_tokens` holds at a step boundary."""

@@ -116,9 +116,9 @@ def test_keys_and_values_in_16_bits_are_for_a_cpu(full_model: str, monkeypatch: 
         load_backend(LoadRequest(str(full_model), kv_cache_dtype="bfloat16"), 0.0, lambda *_: None)
 
 
-def test_int8_keys_and_values_are_for_a_cpu_and_models_without_far_blocks(full_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    far = AttentionSettings(attention_window=64)
-    with pytest.raises(CapacityError, match="int8 is for models without far blocks: set bfloat16"):
+def test_int8_keys_and_values_are_for_a_cpu_and_beside_quantised_far_blocks(full_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    far = AttentionSettings(attention_window=64, kv_far="bf16")
+    with pytest.raises(CapacityError, match="int8 does not go with --kv_far bf16"):
         load_backend(LoadRequest(str(full_model), device="cpu", kv_cache_dtype="int8", attention=far), 0.0, lambda *_: None)
     monkeypatch.setattr(loading, "choose_device", lambda name: CUDA)
     with pytest.raises(CapacityError, match="int8 is for a CPU: set fp8"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import mmap
 import platform
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from service.engine.kv_pool import KvPool
 from service.engine.memory import Usage, _group_room, available_bytes, plan_memory, resident_bytes, settled_bytes, workspace_bytes
 from service.types.catalog import V2_3, V5_2
 from service.types.errors import CapacityError
+from service.types.kv_layout import FarSpec, FarStore
 from service.types.model_spec import ModelSpec
 from service.types.plan import LoadRequest
 
@@ -64,8 +66,21 @@ def test_eight_bits_with_scales_are_counted_to_the_byte() -> None:
     assert lines["kv:full"] == pool.reserved_bytes
     head_dim = spec.layers[0].attention.head_dim
     assert pool.reserved_bytes * 4 * head_dim == dict(planned(spec, max_rows=8).lines)["kv:full"] * (head_dim + 4)
-    with pytest.raises(ValueError, match="far blocks"):
-        V5_2.spec(dict(V5_2.shapes)["nano"]).kv_layout().in_eight_bits()
+
+
+@pytest.mark.parametrize("store", [FarStore.INT8, FarStore.INT4, FarStore.EVICT])
+def test_near_blocks_in_eight_bits_beside_far_ones_are_counted_to_the_byte(store: FarStore) -> None:
+    shape = replace(dict(V5_2.shapes)["nano"], far=FarSpec(store=store))
+    spec, request = V5_2.spec(shape), LoadRequest("model", max_rows=2, kv_cache_dtype="int8")
+    layout, whole = spec.kv_layout().in_eight_bits(), spec.kv_layout()
+    plan = plan_memory(spec, layout, 4, request, PLENTY)
+    pool = KvPool(layout, plan.group_blocks, torch.int8, torch.device("cpu"), torch.float32)
+    assert sum(size for name, size in plan.lines if name.startswith("kv:")) == pool.reserved_bytes
+    for group, before in zip(layout.groups, whole.groups, strict=True):
+        assert group.key_dim - before.key_dim == (0 if group.source is not None else 4)
+    assert layout.sequence_bytes(8192, 1) < whole.sequence_bytes(8192, 2)
+    with pytest.raises(CapacityError, match="int8 does not go with --kv_far bf16"):
+        V5_2.spec(replace(shape, far=FarSpec(store=FarStore.NATIVE))).kv_layout().in_eight_bits()
     bounded = [planned(full_spec(), kv_bytes=20 * MIB, kv_cache_dtype=kept).group_blocks[0] for kept in ("auto", "float16")]
     assert bounded[1] == 2 * bounded[0] + 1
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from service.kernels import dispatch, far_store, reference_sparse
+from service.kernels.kv_store import quantise_rows, row_size, widen_rows
 from service.kernels.native import far_store as kernel
 from service.kernels.reference_sparse import FarBlocks, quantise
 from tests.kernels.conftest import needs_native
@@ -42,7 +43,7 @@ def rows_of(size: int, tokens: int, dtype: torch.dtype, seed: int = 0) -> Tensor
 
 def both(keys: Tensor, values: Tensor, store: str, parts: int, demote: Demote = kernel.demote) -> tuple[FarBlocks, FarBlocks]:
     """What `demote` and the reference make of the blocks NEAR."""
-    shape = (6, keys.shape[1], keys.shape[2], (keys.shape[3], values.shape[3]), store, parts, keys.dtype)
+    shape = (6, *keys.shape[1:3], (row_size(keys), row_size(values)), store, parts, keys.dtype)
     found, expected = make_store(*shape), make_store(*shape)
     demote(keys, values, found, NEAR, FAR)
     reference_sparse.demote(keys, values, expected, NEAR, FAR)
@@ -63,6 +64,24 @@ def test_the_bytes_of_the_reference(
 def test_odd_sizes_where_bytes_are_whole(size: int, store: str, instructions: str) -> None:
     for dtype in DTYPES:
         assert same(*both(rows_of(size, 8, dtype), rows_of(size + 2, 8, dtype, seed=1), store, 2))
+
+
+@pytest.mark.parametrize("store", ["int8", "int4"])
+@pytest.mark.parametrize(("sizes", "tokens", "parts"), SHAPES)
+def test_near_blocks_in_8_bits_give_the_bytes_of_what_they_stand_for(
+    sizes: tuple[int, int], tokens: int, parts: int, store: str, instructions: str
+) -> None:
+    keys, values = (quantise_rows(rows_of(size, tokens, torch.float32, seed)) for seed, size in enumerate(sizes))
+    keys[4, 1, 0, -4:] = torch.tensor([torch.nan]).view(torch.int8)
+    found, expected = both(keys, values, store, parts)
+    assert same(found, expected) and same(found, both(keys, values, store, parts, far_store.demote)[0])
+    assert same(found, both(widen_rows(keys), widen_rows(values), store, parts)[1])
+    layers = torch.stack([torch.zeros_like(keys), keys], dim=1)[:, 1]
+    assert same(found, both(layers, values, store, parts)[0])
+    if store == "int8":
+        scales = keys[NEAR, ..., -4:].contiguous().view(torch.float32).squeeze(-1)
+        held = (scales > 1e-4) & (scales < 6e4)  # by float16, to eleven bits
+        assert held.any() and torch.equal(found.keys[FAR][held], keys[NEAR, ..., :-4][held])
 
 
 @pytest.mark.parametrize("store", STORES)
@@ -144,10 +163,9 @@ def test_the_same_bytes_with_any_number_of_threads() -> None:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int8])
 @pytest.mark.parametrize("store", ["int8", "int4"])
-def test_other_near_types_go_to_torch(store: str, dtype: torch.dtype) -> None:
-    keys, values = (torch.randn(6, 2, 8, size).mul(20).to(dtype) for size in (16, 8))
+def test_other_near_types_go_to_torch(store: str) -> None:
+    keys, values = (torch.randn(6, 2, 8, size, dtype=torch.float64).mul(20) for size in (16, 8))
     assert same(*both(keys, values, store, 2))
 
 

@@ -137,7 +137,7 @@ static void attend_block(const struct attention *a, struct scratch *s, const str
         keys_ahead = seen_lines(a, next_tile, next.start, next.keys, next.key_stride * bytes);
         values_ahead = seen_lines(a, next_tile, next.start, next.values, next.value_stride * bytes);
     }
-    const int scaled = here.type == STORED_INT8 || here.type == STORED_INT4, in_steps = HAS_STEPS && scaled && !here.key_scales;
+    const int scaled = here.type == STORED_INT8 || here.type == STORED_INT4, in_steps = HAS_STEPS && a->kv_type == STORED_INT8 && here.type == STORED_INT8;
     if (scaled) load_scales(a, s, tile, &here, tokens);
     enum element type = here.type;
     const void *mixed_from = here.values;
@@ -161,7 +161,7 @@ static void attend_block(const struct attention *a, struct scratch *s, const str
             type = FLOAT32, mixed_from = s->values, stride = value_columns;
         }
     }
-    /* Sums of bytes are exact, so few rows may do without tiles; far blocks beside a cache of int8 are not of its form. */
+    /* Sums of bytes are exact, so few rows may do without tiles. */
     if (a->tiles && (a->pairs || (in_steps && rows > ROWS)))
         attend_by_tiles(a, s, first_row, rows, tile->first_position, here.start, scaled, &values_ahead);
     else

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 # What `NATIVE_ABI` in native.h has to be.
-ABI = 13
+ABI = 14
 # Instruction sets by level, as `native_choose` takes them.
 LEVELS = ("baseline", "avx2", "avx512", "amx")
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -64,7 +64,7 @@ SIGNATURES: dict[str, tuple[object, ...]] = {
         *(_size,) * 12,
         *(_pointer, _int),
     ),
-    "native_demote_scratch": (_size, _size, _size),
+    "native_demote_scratch": (_int, _size, _size, _size, _size),
     "native_demote": (
         *(_int, _int),
         *(_pointer, _size, _size, _size),

@@ -26,8 +26,8 @@ static int all_below(const int64_t *ids, int64_t count, int64_t limit) {
 }
 
 /* Floats of workspace that each thread needs. */
-EXPORTED int64_t native_demote_scratch(int64_t block_tokens, int64_t parts, int64_t key_size) {
-    return demoting_floats(block_tokens, parts, key_size);
+EXPORTED int64_t native_demote_scratch(int near_type, int64_t block_tokens, int64_t parts, int64_t key_size, int64_t value_size) {
+    return demoting_floats(block_tokens, parts, key_size, near_type == STORED_INT8 ? block_tokens * (key_size + value_size) : 0);
 }
 
 /* See `demote` in reference_sparse.py. Gives 0, and writes nothing, where an id is not one of the near_blocks or far_blocks. */
@@ -45,7 +45,7 @@ EXPORTED int native_demote(int near_type, int far_type, const void *keys, int64_
         .kv_heads = kv_heads, .block_tokens = block_tokens, .parts = parts,
     };
     if (!all_below(near_ids, count, near_blocks) || !all_below(far_ids, count, far_blocks)) return 0;
-    struct demoting_batch batch = {&demoting, workspace, demoting_floats(block_tokens, parts, key_size)};
+    struct demoting_batch batch = {&demoting, workspace, native_demote_scratch(near_type, block_tokens, parts, key_size, value_size)};
     int64_t elements = count * kv_heads * block_tokens * (key_size + value_size);
     native_parallel(demote_task, &batch, count * kv_heads, elements < GRAIN_ELEMENTS ? 1 : threads);
     return 1;

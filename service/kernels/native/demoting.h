@@ -186,7 +186,32 @@ INLINE void demote_from(enum element type, const struct demoting *d, int64_t blo
         demote_rows(type, type, d, block, head, memory);
 }
 
+/* A near block in 8 bits, the scale of each row behind it, as float32 [tokens, size]. */
+static void widen_near(const struct demoting *d, const struct demoted *s, int64_t block, int64_t head, float *out) {
+    const char *row = (const char *)s->near + d->near_ids[block] * s->strides[0] + head * s->strides[1];
+    for (int64_t token = 0; token < d->block_tokens; token++, row += s->strides[2], out += s->size) {
+        float unit;
+        memcpy(&unit, row + s->size, sizeof unit);
+        int64_t i = 0;
+        for (; i + WIDTH <= s->size; i += WIDTH) store_float(out + i, widen_bytes((const int8_t *)row + i) * splat(unit));
+        for (; i < s->size; i++) out[i] = (float)(int8_t)row[i] * unit;
+    }
+}
+
+static void demote_wide(const struct demoting *d, int64_t block, int64_t head, float *memory) {
+    struct demoting wide = *d;
+    float *rows = memory + demoting_floats(d->block_tokens, d->parts, d->keys.size, 0);
+    struct demoted *both[] = {&wide.keys, &wide.values};
+    for (int i = 0; i < 2; i++) {
+        widen_near(d, both[i], block, head, rows);
+        both[i]->near = rows, both[i]->strides[0] = both[i]->strides[1] = 0, both[i]->strides[2] = both[i]->size;
+        rows += d->block_tokens * both[i]->size;
+    }
+    demote_from(FLOAT32, &wide, block, head, memory);
+}
+
 static void demote(const struct demoting *d, int64_t block, int64_t head, float *memory) {
+    if (d->near_type == STORED_INT8) demote_wide(d, block, head, memory);
     if (d->near_type == FLOAT32) demote_from(FLOAT32, d, block, head, memory);
     if (d->near_type == BFLOAT16) demote_from(BFLOAT16, d, block, head, memory);
     if (d->near_type == FLOAT16) demote_from(FLOAT16, d, block, head, memory);
