@@ -74,9 +74,10 @@ struct step {
     int64_t *done;
 };
 
-/* Memory of a step: float rows for the widest layer, quantised rows, and attention's own. */
+/* Memory of a step: float rows for the widest layer, quantised rows, and attention's own. Normed rows are kept for gates alone; else a
+ * thread has one of its `own`, which stays in its cache. */
 struct memory {
-    float *normed, *qkv, *turned, *seen, *gate_up, *gates, *linear;
+    float *normed, *own, *qkv, *seen, *gate_up, *gates, *linear;
     char *quantised, *choosing, *attention;
     int64_t choosing_bytes, attention_bytes;
 };
@@ -101,8 +102,8 @@ static int32_t *choices_of(const struct step *s, const struct layer *l) {
 
 static struct attention attention_of(const struct step *s, const struct layer *l, const struct memory *m) {
     struct attention a = {
-        .query_type = FLOAT32, .kv_type = (enum element)s->kv_type, .query = m->turned, .keys = l->keys, .values = l->values,
-        .out = m->seen, .query_strides = {(l->heads + l->kv_heads) * l->head_dim, l->head_dim}, .kv_heads = l->kv_heads,
+        .query_type = FLOAT32, .kv_type = (enum element)s->kv_type, .query = m->qkv, .keys = l->keys, .values = l->values,
+        .out = m->seen, .query_strides = {(l->heads + 2 * l->kv_heads) * l->head_dim, l->head_dim}, .kv_heads = l->kv_heads,
         .group = l->heads / l->kv_heads, .key_size = l->head_dim, .value_size = l->head_dim, .block_tokens = s->block_tokens,
         .window = l->window, .scale = l->scale, .softcap = l->softcap,
     };
@@ -136,11 +137,10 @@ static int64_t lay_out_layer(struct run *run, const struct layer *l, int threads
 /* The bytes that a step needs; `run` gets its places in `workspace`. */
 static int64_t place_memory(struct run *run, char *workspace, int64_t bytes, int threads) {
     const struct step *s = run->step;
-    int64_t heads = 0, turned = 0, seen = 0, hidden = 0, gates = 0, quantised = 0, choosing = 0, attention = 0;
+    int64_t heads = 0, seen = 0, hidden = 0, gates = 0, quantised = 0, choosing = 0, attention = 0;
     for (int64_t i = 0; i < s->layer_count; i++) {
         const struct layer *l = s->layers + i;
         heads = largest(heads, (l->heads + 2 * l->kv_heads) * l->head_dim);
-        turned = largest(turned, (l->heads + l->kv_heads) * l->head_dim);
         seen = largest(seen, l->heads * l->head_dim);
         hidden = largest(hidden, l->hidden);
         gates = l->gate ? largest(gates, l->heads) : gates;
@@ -151,13 +151,14 @@ static int64_t place_memory(struct run *run, char *workspace, int64_t bytes, int
         attention = largest(attention, lay_out_layer(run, l, threads));
     }
     char *at = (char *)(((uintptr_t)workspace + 63) / 64 * 64), *begin = at;
-    run->memory.normed = (float *)at, at += whole_lines(s->rows * s->dim * 4);
+    run->memory.normed = (float *)at, at += gates ? whole_lines(s->rows * s->dim * 4) : 0;
+    run->memory.own = (float *)at, at += whole_lines(threads * s->dim * 4);
     /* What attention leaves is read before the feed-forward writes, and the other way round: both have the same place. */
     run->memory.gate_up = (float *)at;
     char *end = at + whole_lines(s->rows * 2 * hidden * 4);
-    float **rows[] = {&run->memory.qkv, &run->memory.turned, &run->memory.seen, &run->memory.gates};
-    int64_t sizes[] = {heads, turned, seen, gates};
-    for (int i = 0; i < 4; i++) *rows[i] = (float *)at, at += whole_lines(s->rows * sizes[i] * 4);
+    float **rows[] = {&run->memory.qkv, &run->memory.seen, &run->memory.gates};
+    int64_t sizes[] = {heads, seen, gates};
+    for (int i = 0; i < 3; i++) *rows[i] = (float *)at, at += whole_lines(s->rows * sizes[i] * 4);
     at = at > end ? at : end;
     run->memory.linear = (float *)at, at += gates ? whole_lines(threads * native_kernels->linear_scratch() * 4) : 0;
     run->memory.quantised = at, at += whole_lines(quantised);
@@ -167,30 +168,31 @@ static int64_t place_memory(struct run *run, char *workspace, int64_t bytes, int
     return at - begin + 64;
 }
 
-/* Rotate queries and keys of one row and write its keys and values into their blocks. */
+/* Rotate queries and keys of one row where they lie and write its keys and values into their blocks. */
 static void turn_row(const struct run *run, const struct layer *l, int64_t row) {
     const struct step *s = run->step;
     int64_t size = l->head_dim, turning = l->heads + l->kv_heads, bytes = s->kv_type == FLOAT32 ? 4 : s->kv_type == STORED_INT8 ? 1 : 2;
-    float *heads = run->memory.qkv + row * (turning + l->kv_heads) * size, *turned = run->memory.turned + row * turning * size;
+    float *heads = run->memory.qkv + row * (turning + l->kv_heads) * size;
     if (l->query_norm) {
         native_kernels->add_rms_norm(FLOAT32, heads, NULL, l->query_norm, s->eps, heads, NULL, 0, l->heads, size);
         float *keys = heads + l->heads * size;
         native_kernels->add_rms_norm(FLOAT32, keys, NULL, l->key_norm, s->eps, keys, NULL, 0, l->kv_heads, size);
     }
-    native_kernels->rotate(FLOAT32, heads, 0, size, s->cos + row * s->half, s->sin + row * s->half, turned, 0, 1, turning, size, s->half);
+    native_kernels->rotate(FLOAT32, heads, 0, size, s->cos + row * s->half, s->sin + row * s->half, heads, 0, 1, turning, size, s->half);
     int64_t block = s->groups[l->group].block_ids[row], token = s->offsets[row];
     for (int64_t head = 0; head < l->kv_heads; head++) {
         int64_t key = block * l->key_strides[0] + head * l->key_strides[1] + token * l->key_strides[2];
         int64_t value = block * l->value_strides[0] + head * l->value_strides[1] + token * l->value_strides[2];
-        native_kernels->narrow((enum element)s->kv_type, turned + (l->heads + head) * size, (char *)l->keys + key * bytes, size);
+        native_kernels->narrow((enum element)s->kv_type, heads + (l->heads + head) * size, (char *)l->keys + key * bytes, size);
         native_kernels->narrow((enum element)s->kv_type, heads + (turning + head) * size, (char *)l->values + value * bytes, size);
     }
 }
 
-/* residual += update; the norm of the sum of one row becomes a row of the product. */
-static void norm_row(const struct run *run, const float *norm, const struct product *product, const struct weights *weights, int64_t row) {
+/* residual += update; the norm of the sum of one row becomes a row of the product, and is left in `normed`. */
+static void norm_row(const struct run *run, const float *norm, const struct product *product, const struct weights *weights, int64_t row,
+                     float *normed) {
     const struct step *s = run->step;
-    float *update = s->update + row * s->dim, *residual = s->residual + row * s->dim, *normed = run->memory.normed + row * s->dim;
+    float *update = s->update + row * s->dim, *residual = s->residual + row * s->dim;
     native_kernels->add_rms_norm(FLOAT32, update, residual, norm, s->eps, normed, residual, 0, 1, s->dim);
     quantise_into(product, weights, normed, row);
 }
@@ -246,10 +248,10 @@ static void choose_blocks(const struct run *run, struct team *team, const struct
     const struct far_group *far = run->step->far_groups + l->far_group;
     const struct far_store *store = l->store;
     struct choosing choosing = {
-        .query_type = FLOAT32, .query = run->memory.turned, .far_type = store->type, .keys = store->keys, .key_scales = store->key_scales,
+        .query_type = FLOAT32, .query = run->memory.qkv, .far_type = store->type, .keys = store->keys, .key_scales = store->key_scales,
         .key_size = store->key_size, .block_tokens = run->step->block_tokens, .bounds = store->bounds, .bound_scales = store->bound_scales,
         .tables = far->table, .ends = far->ends, .budgets = far->budgets, .sequences = far->sequences, .choices = choices_of(run->step, l),
-        .query_strides = {(l->heads + l->kv_heads) * l->head_dim, l->head_dim}, .table_stride = far->stride, .kv_heads = l->kv_heads,
+        .query_strides = {(l->heads + 2 * l->kv_heads) * l->head_dim, l->head_dim}, .table_stride = far->stride, .kv_heads = l->kv_heads,
         .group = l->heads / l->kv_heads, .size = l->head_dim, .parts = store->parts, .sink_blocks = l->sink_blocks, .most = far->most,
         .first_stage = run->step->first_stage, .second_stage = run->step->second_stage, .query_rows = far->query_rows, .places = far->places,
     };
@@ -264,6 +266,7 @@ static void run_step(void *context, struct team *team, int thread, int threads) 
     struct run *run = context;
     const struct step *s = run->step;
     struct memory *m = &run->memory;
+    float *own = m->own + thread * s->dim;
     for (int64_t i = 0; i < s->layer_count; i++) {
         const struct layer *l = s->layers + i;
         struct product qkv = start_product(l->qkv, s->rows, m->quantised, m->qkv);
@@ -273,7 +276,7 @@ static void run_step(void *context, struct team *team, int thread, int threads) 
         struct product next = i + 1 < s->layer_count ? start_product(l[1].qkv, s->rows, m->quantised, m->qkv) : qkv;
 
         if (i == 0) announce(&qkv, thread, threads);
-        SHARE_STAGE(row, s->rows) norm_row(run, l->attention_norm, &qkv, l->qkv, row);
+        SHARE_STAGE(row, s->rows) norm_row(run, l->attention_norm, &qkv, l->qkv, row, l->gate ? m->normed + row * s->dim : own);
         if (thread == threads - 1) lay_out_layer(run, l, threads);
         end_stage(team, threads);
         project(run, team, l, &qkv, thread, threads);
@@ -286,7 +289,7 @@ static void run_step(void *context, struct team *team, int thread, int threads) 
         SHARE_STAGE(row, s->rows) gate_row(run, l, &out, row);
         end_stage(team, threads);
         multiply(team, &out, &gate_up, thread, threads);
-        SHARE_STAGE(row, s->rows) norm_row(run, l->mlp_norm, &gate_up, l->gate_up, row);
+        SHARE_STAGE(row, s->rows) norm_row(run, l->mlp_norm, &gate_up, l->gate_up, row, own);
         end_stage(team, threads);
         multiply(team, &gate_up, &down, thread, threads);
         SHARE_STAGE(row, s->rows) {

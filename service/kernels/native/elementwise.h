@@ -76,8 +76,10 @@ INLINE void rotate_rows(enum element type, const void *x, int64_t row_stride, in
                 store_some(type, out, to + i, first * c - second * s, count);
                 store_some(type, out, to + half + i, second * c + first * s, count);
             }
-            size_t bytes = type == FLOAT32 ? 4 : 2;
-            memcpy((char *)out + (to + 2 * half) * bytes, (const char *)x + (from + 2 * half) * bytes, (size - 2 * half) * bytes);
+            const size_t bytes = type == FLOAT32 ? 4 : 2;
+            const char *rest = (const char *)x + (from + 2 * half) * bytes;
+            char *to_rest = (char *)out + (to + 2 * half) * bytes;
+            if (rest != to_rest) memcpy(to_rest, rest, (size - 2 * half) * bytes);
         }
 }
 

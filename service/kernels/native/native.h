@@ -106,7 +106,7 @@ struct kernels {
     const char *name;
     void (*add_rms_norm)(enum element type, const void *x, const void *residual, const void *weight, float eps, void *out, void *total,
                          int64_t begin, int64_t end, int64_t size);
-    /* x [rows, heads, size] by its strides, cos and sin [rows, half] -> out, contiguous; dimensions from 2 * half on are copied. */
+    /* x [rows, heads, size] by its strides, cos and sin [rows, half] -> out, contiguous, which may be x; dimensions from 2 * half on are copied. */
     void (*rotate)(enum element type, const void *x, int64_t row_stride, int64_t head_stride, const float *cos, const float *sin, void *out,
                    int64_t begin, int64_t end, int64_t heads, int64_t size, int64_t half);
     /* gate_up [rows, 2 * size], gate first -> out [rows, size] = silu(gate) * up. */
