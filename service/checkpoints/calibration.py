@@ -25,6 +25,7 @@ from service.kernels.quantised import quantise_weight
 from service.models.attention import DenseAttend
 from service.models.decoder import Decoder
 from service.types.errors import CheckpointError
+from service.types.model_spec import ModelSpec
 
 # Files of the standard library of which the beginnings are the text, the tokens of each, and how many are computed at once.
 MODULES = (
@@ -64,22 +65,23 @@ class Rounding(Protocol):
 class Nearest:
     """Every weight is rounded by itself."""
 
-    def __init__(self, quantize: str) -> None:
+    def __init__(self, quantize: str, spec: ModelSpec) -> None:
         self._quantize = quantize
+        self._spec = spec
 
     def offer(self, name: str, value: Tensor) -> Iterator[tuple[str, Stored]]:
         """This parameter, quantised if it is one that is."""
-        kind = kind_of(name, tuple(value.shape), self._quantize)
+        kind = kind_of(name, tuple(value.shape), self._quantize, self._spec)
         yield name, value if kind is None else quantise_weight(value.cpu(), kind)
 
 
 class Calibrated:
-    """Layers in int4, calibrated with `tokens` [sequences, length] int64 on its device; all else rounded by itself."""
+    """Layers in int4, calibrated with `tokens` [sequences, length] int64 on its device; all else rounded by itself, or left."""
 
     def __init__(self, decoder: Decoder, tokens: Tensor) -> None:
         self._decoder = decoder
         self._tokens = tokens
-        self._nearest = Nearest("int4")
+        self._nearest = Nearest("int4", decoder.spec)
         self._held: dict[str, Tensor] = {}
         self._streams: list[tuple[Tensor, Tensor]] = []
 
@@ -101,14 +103,17 @@ class Calibrated:
         moments = self._moments()
         for name in list(self._held):
             value = self._held.pop(name)
-            yield name, calibrated_int4(value.cpu(), moments.pop(name)) if name in moments else value
+            if name in moments:
+                yield name, calibrated_int4(value.cpu(), moments.pop(name))
+            else:
+                yield from self._nearest.offer(name, value)
 
     @torch.inference_mode()
     def _moments(self) -> dict[str, InputMoments]:
         """Those of the inputs to each weight that becomes int4; the layers that are held are passed once."""
         moments, hooks = {}, []
         for name, value in self._held.items():
-            if kind_of(name, tuple(value.shape), "int4") == "int4":
+            if kind_of(name, tuple(value.shape), "int4", self._decoder.spec) == "int4":
                 moments[name] = InputMoments(value.shape[1])
                 module = self._decoder.get_submodule(name.removesuffix(".weight"))
                 hooks.append(module.register_forward_pre_hook(partial(_count, moments[name])))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from service.checkpoints.calibration import Calibrated, Nearest, calibration_tokens
 from service.checkpoints.manifest import Manifest
-from service.checkpoints.pieces import Match, Piece, match_hugging_face, match_own, parameter_shapes
+from service.checkpoints.pieces import Match, Piece, match_hugging_face, match_own
 from service.checkpoints.quantised_cache import CacheWriter, Damaged, QuantisedCache, Stored, layout_of, read_parameters, say_not_kept
 from service.checkpoints.stored_tensors import find_weight_files
 from service.checkpoints.weight_readers import BinReader, SafetensorsReader, WeightReader
@@ -79,7 +79,7 @@ def _load_checkpoint(
         match: Match = (match_own if manifest.is_own_format else match_hugging_face)(manifest.spec, reader.shapes)
         filling = _Filling(decoder, reader, device, dtype, progress)
         kind = "none" if quantisation is None else quantisation.kind
-        rounding = Calibrated(decoder, calibration_tokens(manifest).to(device)) if kind == "int4" else Nearest(kind)
+        rounding = Calibrated(decoder, calibration_tokens(manifest).to(device)) if kind == "int4" else Nearest(kind, manifest.spec)
         for target, pieces in groupby(match.pieces, key=lambda piece: piece.target):
             value = filling.read(target, pieces)
             for copy, original in match.duplicates if target == "embed.weight" else ():
@@ -112,7 +112,7 @@ def _load_cached(manifest: Manifest, device: torch.device, dtype: torch.dtype, q
     layout = layout_of(manifest, quantisation.kind, dtype)
     decoder = build(manifest.spec, "meta", dtype)
     try:
-        for target, stored in read_parameters(path, parameter_shapes(manifest.spec), layout, quantisation.kind):
+        for target, stored in read_parameters(path, manifest.spec, layout, quantisation.kind):
             _settle(decoder, target, stored, device, dtype, pack=True)
     except Damaged as damage:
         print(f"quantised weights are made again: {damage}", file=sys.stderr, flush=True)

@@ -44,7 +44,7 @@ class Weights:
 
     def kind(self, name: str) -> str | None:
         """What a parameter is quantised to, or None."""
-        return kind_of(name, tuple(self.parameters[name].shape), self.quantize)
+        return kind_of(name, tuple(self.parameters[name].shape), self.quantize, self.spec)
 
     def quantised(self, name: str) -> QuantisedWeight:
         """A parameter as the torch decoder has it; one that no model has is rounded to the nearest."""

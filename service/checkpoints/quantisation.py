@@ -1,7 +1,8 @@
 """Which parameters of a model are quantised when it is served quantised, and what its weights then take. No tensors.
 
-Matrices of the layers take the kind asked for; embedding and head int8 always, since an error there reaches every logit; head gates, norms,
-biases, vision and fusion stay as they are. Invariant: `weight_bytes` is what the compiled kernels hold, and never less than any form.
+Matrices of the layers take the kind asked for; embedding and head int8 always, since an error there reaches every logit. Where layers
+share weights each of them makes the same error again: there attention is int8 too, and int4 what is most of the weights, the
+feed-forward. Head gates, norms, biases, vision and fusion stay as they are. Invariant: `weight_bytes` is what the compiled kernels hold, and never less than any form.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from service.types.model_spec import ModelSpec
 _STRIP, _FOUR, _GROUP = 16, 4, 32
 
 
-def kind_of(parameter: str, shape: tuple[int, ...], quantize: str) -> str | None:
+def kind_of(parameter: str, shape: tuple[int, ...], quantize: str, spec: ModelSpec) -> str | None:
     """`int8`, `int4` or None (not quantised) for a parameter of a model served with `quantize` none, int8 or int4."""
     if quantize == "none" or len(shape) != 2 or not parameter.endswith(".weight"):
         return None
     if parameter in ("embed.weight", "head.weight"):
         return "int8"
-    return quantize if parameter.startswith("layers.") and not parameter.endswith(".gate.weight") else None
+    if not parameter.startswith("layers.") or parameter.endswith(".gate.weight"):
+        return None
+    return "int8" if spec.sharing is not None and ".attention." in parameter else quantize
 
 
 def packed_bytes(kind: str, outputs: int, inputs: int) -> int:
@@ -36,7 +39,7 @@ def weight_bytes(spec: ModelSpec, element_bytes: int, quantize: str) -> int:
         return spec.parameters * element_bytes
     total = 0
     for name, shape in parameter_shapes(spec).items():
-        kind = kind_of(name, shape, quantize)
+        kind = kind_of(name, shape, quantize, spec)
         count = 1
         for size in shape:
             count *= size

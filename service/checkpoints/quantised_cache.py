@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from io import BufferedWriter, FileIO
 from pathlib import Path
 from typing import Self
@@ -27,6 +27,7 @@ from service.checkpoints.quantisation import kind_of
 from service.checkpoints.stored_tensors import find_weight_files
 from service.kernels.quantised import QuantisedWeight, stored_layout
 from service.types.errors import StartupError
+from service.types.model_spec import ModelSpec
 
 FORMAT = "deepseek-quantised-2"
 SUFFIX = ".quantised.safetensors"
@@ -84,7 +85,7 @@ def layout_of(manifest: Manifest, quantize: str, dtype: torch.dtype) -> Layout:
     """(dtype, shape) of every stored tensor by name, in order: `name.values` and `name.scales` of what is quantised."""
     layout: Layout = {}
     for name, shape in parameter_shapes(manifest.spec).items():
-        kind = kind_of(name, shape, quantize)
+        kind = kind_of(name, shape, quantize, manifest.spec)
         if kind is None:
             layout[name] = (dtype, shape)
         else:
@@ -172,7 +173,7 @@ class CacheWriter:
             self.failure = error
 
 
-def read_parameters(path: Path, shapes: Mapping[str, tuple[int, ...]], layout: Layout, quantize: str) -> Iterator[tuple[str, Stored]]:
+def read_parameters(path: Path, spec: ModelSpec, layout: Layout, quantize: str) -> Iterator[tuple[str, Stored]]:
     """(name, parameter) of a file of the cache, in order. Raises Damaged at the latest after the last, FileNotFoundError at once."""
     with path.open("rb", buffering=0) as stream:
         touch(path)
@@ -182,8 +183,8 @@ def read_parameters(path: Path, shapes: Mapping[str, tuple[int, ...]], layout: L
         if found[:digest_at] + _NO_DIGEST + found[digest_at + 64 :] != head:
             raise Damaged(f"{path.name} is not laid out as this model needs")
         running = hashlib.sha256()
-        for name, shape in shapes.items():
-            kind = kind_of(name, shape, quantize)
+        for name, shape in parameter_shapes(spec).items():
+            kind = kind_of(name, shape, quantize, spec)
             if kind is None:
                 yield name, _read(stream, layout[name], running)
             else:

@@ -56,7 +56,7 @@ def test_parameters_come_in_order_and_only_layers_are_calibrated(line, tmp_path:
 def load_nearest(manifest: Manifest) -> dict[str, object]:
     """The parameters of a load that rounds each by itself."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("service.checkpoints.load.Calibrated", lambda decoder, tokens: Nearest("int4"))
+        patch.setattr("service.checkpoints.load.Calibrated", lambda decoder, tokens: Nearest("int4", decoder.spec))
         return stored_parameters(manifest)
 
 
@@ -103,7 +103,7 @@ def test_a_bundled_model_in_int4_is_nearer_to_itself_than_rounded_to_the_nearest
         return float((target.exp() * (target - found)).sum(-1).mean())
 
     ours = divergence()
-    monkeypatch.setattr("service.checkpoints.load.Calibrated", lambda decoder, tokens: Nearest("int4"))
+    monkeypatch.setattr("service.checkpoints.load.Calibrated", lambda decoder, tokens: Nearest("int4", decoder.spec))
     assert ours < 0.9 * divergence()
 
 
