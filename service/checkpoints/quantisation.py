@@ -1,9 +1,9 @@
 """Which parameters of a model are quantised when it is served quantised, and what its weights then take. No tensors.
 
-Matrices of the layers take the kind asked for; embedding and head int8 always, since an error there reaches every logit. Where layers
-share weights each of them makes the same error again: there attention is int8 too, and int4 what is most of the weights, the
-feed-forward. Head gates, norms, biases, vision and fusion stay as they are. Invariant: `weight_bytes` is what the compiled kernels hold, and
-never less than any form.
+Matrices of the layers take the kind asked for; embedding and head int8 always, since an error there reaches every logit. Where
+layers share weights each of them makes the same error again: there attention is int8 too, and int4 what is most of the weights, the
+feed-forward. Head gates, norms, biases, vision and fusion stay as they are. Invariant: `weight_bytes` is what the compiled kernels
+hold, and never less than any form.
 """
 
 from __future__ import annotations
