@@ -24,17 +24,21 @@ from service.types.settings import AttentionSettings
 
 
 class Inline:
-    """A backend without a process: `execute` gives what `engine` computes, a little later, or loses it at a step of `lose_at`."""
+    """A backend without a process: `execute` gives what `engine` computes, a little later, or loses it at a step of `lose_at`, and then every
+    step until the next start."""
 
     def __init__(self, lose_at: frozenset[int]) -> None:
         self.lose_at = lose_at
         self.steps = self.starts = 0
+        self._lost_start = -1
 
     def execute(self, plan: BatchPlan) -> asyncio.Future[StepResult]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[StepResult] = loop.create_future()
         self.steps += 1
         if self.steps in self.lose_at:
+            self._lost_start = self.starts
+        if self._lost_start == self.starts:
             loop.call_soon(_give, future, WorkerLost("planted"))
         else:
             loop.call_soon(_give, future, self.engine.execute(plan))  # later, so that readers run between steps
