@@ -24,8 +24,8 @@ from service.types.settings import AttentionSettings
 
 
 class Inline:
-    """A backend without a process: `execute` gives what `engine` computes, a little later, or loses it at a step of `lose_at`, and then every
-    step until the next start."""
+    """A backend without a process: `execute` gives what `engine` computes, a little later, or loses it at a step of `lose_at`, and then
+    every step until the next start."""
 
     def __init__(self, lose_at: frozenset[int]) -> None:
         self.lose_at = lose_at
