@@ -179,14 +179,17 @@ async def test_a_client_that_stops_reading_is_cut_off_and_costs_no_memory() -> N
         await until(lambda: service.rows() == 8)
         [connection] = [one for one in service.server.server_state.connections if one.exchange is not None]
         buffered: list[int] = []
+        paused: list[bool] = []
 
         def gone() -> bool:
             buffered.append(connection.transport.get_write_buffer_size())
+            paused.append(connection.flow.write_paused)
             return connection not in service.server.server_state.connections
 
         await until(gone)
         await service.quiet()
-        assert 64 * 1024 < max(buffered) < 80 * 1024
+        # Writing pauses above 64 KiB; the kernel may take a little more before anyone looks.
+        assert any(paused) and max(buffered) < 80 * 1024
         assert service.metric("requests_total", outcome="cancelled") == 8
         received = b""
         with contextlib.suppress(ConnectionError):
