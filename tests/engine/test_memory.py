@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import mmap
 import platform
-from dataclasses import replace
 
 import pytest
 import torch
@@ -68,9 +67,14 @@ def test_eight_bits_with_scales_are_counted_to_the_byte() -> None:
     assert pool.reserved_bytes * 4 * head_dim == dict(planned(spec, max_rows=8).lines)["kv:full"] * (head_dim + 4)
 
 
+def test_bounded_memory_holds_twice_the_blocks_of_half_the_size() -> None:
+    bounded = [planned(full_spec(), kv_bytes=20 * MIB, kv_cache_dtype=kept).group_blocks[0] for kept in ("auto", "float16")]
+    assert bounded[1] == 2 * bounded[0] + 1
+
+
 @pytest.mark.parametrize("store", [FarStore.INT8, FarStore.INT4, FarStore.EVICT])
 def test_near_blocks_in_eight_bits_beside_far_ones_are_counted_to_the_byte(store: FarStore) -> None:
-    shape = replace(dict(V5_2.shapes)["nano"], far=FarSpec(store=store))
+    shape = dataclasses.replace(dict(V5_2.shapes)["nano"], far=FarSpec(store=store))
     spec, request = V5_2.spec(shape), LoadRequest("model", max_rows=2, kv_cache_dtype="int8")
     layout, whole = spec.kv_layout().in_eight_bits(), spec.kv_layout()
     plan = plan_memory(spec, layout, 4, request, PLENTY)
@@ -80,9 +84,7 @@ def test_near_blocks_in_eight_bits_beside_far_ones_are_counted_to_the_byte(store
         assert group.key_dim - before.key_dim == (0 if group.source is not None else 4)
     assert layout.sequence_bytes(8192, 1) < whole.sequence_bytes(8192, 2)
     with pytest.raises(CapacityError, match="int8 does not go with --kv_far bf16"):
-        V5_2.spec(replace(shape, far=FarSpec(store=FarStore.NATIVE))).kv_layout().in_eight_bits()
-    bounded = [planned(full_spec(), kv_bytes=20 * MIB, kv_cache_dtype=kept).group_blocks[0] for kept in ("auto", "float16")]
-    assert bounded[1] == 2 * bounded[0] + 1
+        V5_2.spec(dataclasses.replace(shape, far=FarSpec(store=FarStore.NATIVE))).kv_layout().in_eight_bits()
 
 
 def test_a_window_costs_its_window() -> None:

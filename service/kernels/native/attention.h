@@ -137,7 +137,8 @@ static void attend_block(const struct attention *a, struct scratch *s, const str
         keys_ahead = seen_lines(a, next_tile, next.start, next.keys, next.key_stride * bytes);
         values_ahead = seen_lines(a, next_tile, next.start, next.values, next.value_stride * bytes);
     }
-    const int scaled = here.type == STORED_INT8 || here.type == STORED_INT4, in_steps = HAS_STEPS && a->kv_type == STORED_INT8 && here.type == STORED_INT8;
+    const int scaled = here.type == STORED_INT8 || here.type == STORED_INT4;
+    const int in_steps = HAS_STEPS && here.type == STORED_INT8 && a->kv_type == STORED_INT8;
     if (scaled) load_scales(a, s, tile, &here, tokens);
     enum element type = here.type;
     const void *mixed_from = here.values;
