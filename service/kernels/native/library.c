@@ -8,6 +8,12 @@
 
 #include "team.h"
 
+#if defined(HAS_DOT_KERNELS) && defined(__linux__)
+#include <sys/auxv.h>
+#ifndef HWCAP_ASIMDDP
+#define HWCAP_ASIMDDP (1 << 20)
+#endif
+#endif
 #if defined(HAS_AMX_KERNELS)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -47,7 +53,20 @@ static int may_use_tiles(void) {
 }
 #endif
 
-/* 0 baseline, 1 AVX2, 2 AVX-512, 3 AMX: the best that this machine can run. */
+#if defined(HAS_DOT_KERNELS)
+/* Whether the processor has dot products of bytes: of Linux it is asked, elsewhere it is what the compiler was told. */
+static int has_dots(void) {
+#if defined(__linux__)
+    return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#elif defined(__ARM_FEATURE_DOTPROD)
+    return 1;
+#else
+    return 0;
+#endif
+}
+#endif
+
+/* 0 baseline, 1 AVX2, 2 AVX-512, 3 AMX, 4 aarch64's dot products: the best that this machine can run. */
 static int best_level(void) {
 #if defined(HAS_X86_KERNELS)
     __builtin_cpu_init();
@@ -59,12 +78,14 @@ static int best_level(void) {
     if (may_use_tiles()) return 3;
 #endif
     return 2;
+#elif defined(HAS_DOT_KERNELS)
+    return has_dots() ? 4 : 0;
 #else
     return 0;
 #endif
 }
 
-/* Use the best kernels up to `level` (see best_level; 3 for the best there are) and give their name. */
+/* Use the best kernels up to `level` (see best_level; 4 for the best there are) and give their name. */
 EXPORTED const char *native_choose(int level) {
     int best = best_level();
     level = level < best ? level : best;
@@ -75,6 +96,8 @@ EXPORTED const char *native_choose(int level) {
 #if defined(HAS_AMX_KERNELS)
     if (level == 3) native_kernels = &kernels_amx;
 #endif
+#elif defined(HAS_DOT_KERNELS)
+    if (level == 4) native_kernels = &kernels_dotprod;
 #endif
     return native_kernels->name;
 }
