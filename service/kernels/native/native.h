@@ -151,6 +151,10 @@ extern const struct kernels kernels_baseline;
 #define HAS_X86_KERNELS 1
 extern const struct kernels kernels_avx2;
 extern const struct kernels kernels_avx512;
+#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
+#define HAS_AVX_VNNI_KERNELS 1
+extern const struct kernels kernels_avxvnni;
+#endif
 #if defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #define HAS_AMX_KERNELS 1
 extern const struct kernels kernels_amx;

@@ -1,4 +1,5 @@
-/* Products of int8 activations with int8 and int4 weights where a vector is shorter than a strip: AVX2 and aarch64's dot products.
+/* Products of int8 activations with int8 and int4 weights where a vector is shorter than a strip: AVX2, with and without VNNI, and
+ * aarch64's dot products.
  *
  * A strip of quantised_strips.h is PARTS vectors wide. Layout and invariants are those of that file: the integer sums are exact, also by AVX2, whose
  * products of bytes are added in pairs of 16 bits that saturate.
@@ -20,11 +21,21 @@ INLINE vint load_words(const void *p) {
     return x;
 }
 
-/* `nearest` rounds to nearest even, multiply_add once. add_fours: sum + weights times x, by fours of bytes, weights as 128 was taken off them. add_nibbles: the same of
- * weights 0 .. 15 for the GROUP inputs of a group, after which whole_sums are their sums. */
+/* `nearest` rounds to nearest even, multiply_add once. add_fours: sum + weights times x, by fours of bytes, of weights that are ADDED more than they
+ * stand for; `flip` makes those of what is stored. add_nibbles: the same of weights 0 .. 15 for the GROUP inputs of a group, after which whole_sums are
+ * their sums. */
 #if defined(ISA_AVX2)
 INLINE vint nearest(vfloat x) { return (vint)_mm256_cvtps_epi32((__m256)x); }
 INLINE vfloat multiply_add(vfloat a, vfloat b, vfloat c) { return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#if defined(ISA_AVX_VNNI)
+#define ADDED 128
+INLINE vint flip(vint stored) { return stored; }
+INLINE vint add_fours(vint sum, vint weights, vint x) { return (vint)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)weights, (__m256i)x); }
+INLINE vint add_nibbles(vint sum, vint nibbles, vint x) { return add_fours(sum, nibbles, x); }
+INLINE vint whole_sums(vint sum) { return sum; }
+#else
+#define ADDED 0
+INLINE vint flip(vint stored) { return stored ^ (int32_t)0x80808080u; }
 /* The sign of x goes to the weight: pairs are then 2 * 127 * 127 at most, which 16 bits hold. */
 INLINE vint add_fours(vint sum, vint weights, vint x) {
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)x), _mm256_sign_epi8((__m256i)weights, (__m256i)x));
@@ -35,7 +46,10 @@ INLINE vint add_nibbles(vint sum, vint nibbles, vint x) {
     return (vint)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)nibbles, (__m256i)x));
 }
 INLINE vint whole_sums(vint sum) { return (vint)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1)); }
+#endif
 #else
+#define ADDED 0
+INLINE vint flip(vint stored) { return stored ^ (int32_t)0x80808080u; }
 INLINE vint nearest(vfloat x) { return (vint)vcvtnq_s32_f32((float32x4_t)x); }
 INLINE vfloat multiply_add(vfloat a, vfloat b, vfloat c) { return (vfloat)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
 INLINE vint add_fours(vint sum, vint weights, vint x) { return (vint)vdotq_s32((int32x4_t)sum, (int8x16_t)weights, (int8x16_t)x); }
@@ -114,9 +128,9 @@ INLINE void put_int8(vint sums, vfloat row_scale, const struct product *p, int64
 #define ZERO(r, c) vint a##r##_##c = {0};
 #define ZERO_ROW(r, S) S(ZERO, r)
 
-#define LOAD_8(r, c) const vint w##c = load_words(BYTES_OF(c) + 64 * i) ^ flip;
+#define LOAD_8(r, c) const vint w##c = flip(load_words(BYTES_OF(c) + 64 * i));
 #define DOT_8(r, c) a##r##_##c = add_fours(a##r##_##c, w##c, value);
-#define PUT_8(r, c) put_int8(a##r##_##c, row_scale, p, row + r, output + WIDTH * c);
+#define PUT_8(r, c) put_int8(a##r##_##c - offset, row_scale, p, row + r, output + WIDTH * c);
 #define DOT_ROW_8(r, S)                                             \
     {                                                               \
         const vint value = four_inputs(x + (r) * padded + 4 * i);   \
@@ -124,6 +138,7 @@ INLINE void put_int8(vint sums, vfloat row_scale, const struct product *p, int64
     }
 #define PUT_ROW_8(r, S)                                       \
     {                                                         \
+        const vint offset = splat_int(ADDED * p->x_sums[row + r]); \
         const vfloat row_scale = splat(p->x_scales[row + r]); \
         S(PUT_8, r)                                           \
     }
@@ -132,7 +147,6 @@ INLINE void put_int8(vint sums, vfloat row_scale, const struct product *p, int64
         const int64_t padded = p->padded;                                                                       \
         const uint8_t *first = p->weight + output * padded, *second = output + 16 < p->outputs ? first + 16 * padded : first; \
         const int8_t *x = p->x + row * padded;                                                                  \
-        const vint flip = splat_int((int32_t)0x80808080u);                                                      \
         ROWS_##R(ZERO_ROW, S)                                                                                   \
         for (int64_t i = 0; i < padded / 4; i++) {                                                              \
             ahead = fetch(ahead);                                                                               \
