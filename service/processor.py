@@ -5,11 +5,14 @@ It does not know what is computed. Invariant: where the system tells nothing, no
 
 from __future__ import annotations
 
+import os
 import platform
 from functools import cache
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
+# Multiplications of a row, that is parameters, for which another thread is worth waiting for.
+_THREAD_PRODUCTS = 8e6
 # Instructions that sum four products of bytes in 32 bits.
 _DOTS_OF_BYTES = {"avx512_vnni", "avx_vnni", "amx_int8"}
 
@@ -24,6 +27,16 @@ def cpu_flags() -> frozenset[str]:
 def cpu_name() -> str:
     """The processor's name, or that of its architecture."""
     return next(iter(_values("model name")), platform.processor() or platform.machine())
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def worthwhile_threads(products: float) -> int:
+    """Threads for rows of so many multiplications: threads of a small model wait for each other longer than they compute."""
+    return max(1, min(usable_cores(), int(products / _THREAD_PRODUCTS)))
 
 
 def computes_bfloat16() -> bool:

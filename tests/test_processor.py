@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,12 @@ def test_instruction_sets(flags: str, saturates: bool, bfloat16: bool, tmp_path:
     tell(monkeypatch, tmp_path / "cpuinfo", ZEN2.replace("avx2 fma", flags), "x86_64")
     assert (processor.saturates_bytes(), processor.computes_bfloat16()) == (saturates, bfloat16)
     assert processor.cpu_name() == "AMD EPYC 7002"
+
+
+def test_threads_follow_the_size_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 1 <= processor.usable_cores() <= (os.cpu_count() or 1)
+    monkeypatch.setattr(processor, "usable_cores", lambda: 6)
+    assert [processor.worthwhile_threads(products) for products in (0.0, 4e6, 15.9e6, 16e6, 39e6, 385e6)] == [1, 1, 1, 2, 4, 6]
 
 
 def test_other_architectures_and_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from service.kernels.dispatch import chosen, require_steady
 from service.kernels.native.binding import describe
 from service.kernels.native.linear import multiplies_bfloat16
 from service.models.decoder import Decoder
-from service.processor import computes_bfloat16
+from service.processor import computes_bfloat16, worthwhile_threads
 from service.types.errors import CapacityError
 from service.types.kv_layout import KvLayout
 from service.types.model_spec import ELEMENT_BYTES, ModelSpec
@@ -45,9 +45,10 @@ KEPT_TYPES = {
 def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallback) -> Loaded:
     """Load it all. Raises CheckpointError or CapacityError."""
     phases = Phases(import_s)
-    torch.set_num_threads(request.threads or len(os.sched_getaffinity(0)))
     manifest = read_as_served(request)
     spec = manifest.spec
+    threads = request.threads or worthwhile_threads(spec.flops(1, 1) / 2)
+    torch.set_num_threads(threads)
     device, quantize, dtype, kept = _choose_place(request, manifest)
     request = replace(request, kv_cache_dtype=kept)
     element_bytes = ELEMENT_BYTES[dtype]
@@ -88,7 +89,7 @@ def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallba
         image_tokens=memory.image_tokens,
         limits=limits,
         quantize=quantize,
-        kernels=describe() if device.type == "cpu" else "",
+        kernels=f"{describe()}; threads: {threads}" if device.type == "cpu" else "",
         kv_cache_dtype=kept,
     )
     return Loaded(backend, info, spec.flops(1, 0.0), spec.flops(1, 1.0) - spec.flops(1, 0.0))
