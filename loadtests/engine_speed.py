@@ -5,8 +5,10 @@
         [--peer transformers|served|none] [--peer openvino|llamacpp|vllm --peer_python PYTHON --peer_model EXPORTED] [--keep]
 
 Each round asks for B sequences of `--prompt` random tokens and `--generate` greedy ones (ends ignored). Prefill is prompt tokens over the
-time to the last first token, in which sequences that were read before decode too; decode is the tokens that came after that over the time from there
-to the end. Rows of before 2026-11-29 17:00 counted all tokens but the first of each sequence over that time: 3 % too many at 8 sequences, 10 % at 32. The machine's limits (memory read, float32 and int8 product rate) are measured before the first and after the last round.
+time to the last first token, in which sequences that were read before decode too; decode is the tokens that came after that over the
+time from there to the end. Rows of before 2026-11-29 17:00 counted all tokens but the first of each sequence over that time: 3 % too
+many at 8 sequences, 10 % at 32. The machine's limits (memory read, float32 and int8 product rate) are measured before the first and
+after the last round.
 """
 
 from __future__ import annotations

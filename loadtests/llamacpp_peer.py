@@ -141,8 +141,8 @@ class Engine:
         return logits.argmax(axis=1).tolist()
 
     def run(self, prompts: list[list[int]], generate: int) -> tuple[float, float, int, list[list[int]]]:
-        """(seconds to the last first token, seconds from there to the end, how many tokens in these, all tokens) of one round, greedy and past
-        every end token.
+        """(seconds to the last first token, seconds from there to the end, tokens in these, all tokens) of one round, greedy and past every
+        end token.
         """
         self.room(len(prompts), max(map(len, prompts)) + generate)
         waiting = [
@@ -170,7 +170,9 @@ class Engine:
 
 
 def serve(path: str, threads: int, step_tokens: int) -> None:
-    """Serve rounds: {"prompts": …, "generate": …} in, {"prefill_s": …, "decode_s": …, "decoded": …, "tokens": …} out; the first line says what it is."""
+    """Serve rounds: {"prompts": …, "generate": …} in, {"prefill_s": …, "decode_s": …, "decoded": …, "tokens": …} out; the first line says
+    what it is.
+    """
     began = time.perf_counter()
     engine = Engine(path, threads, step_tokens)
     import llama_cpp

@@ -99,7 +99,9 @@ def run(engine: Any, prompts: list[list[int]], generate: int, names: Any) -> tup
 
 
 def main() -> None:
-    """Convert, or serve rounds: {"prompts": …, "generate": …} in, {"prefill_s": …, "decode_s": …, "decoded": …} out; the first line is about the peer."""
+    """Convert, or serve rounds: {"prompts": …, "generate": …} in, {"prefill_s": …, "decode_s": …, "decoded": …} out; the first line is
+    about the peer.
+    """
     if sys.argv[1] == "convert":
         convert(Path(sys.argv[2]), Path(sys.argv[3]))
         return

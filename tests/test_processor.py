@@ -11,7 +11,7 @@ import pytest
 
 from service import processor
 
-ZEN2 = "processor\t: 0\nmodel name\t: AMD EPYC 7002\nflags\t\t: fpu avx2 fma\n\nprocessor\t: 1\nmodel name\t: AMD EPYC 7002\nflags\t\t: fpu avx2 fma\n"
+ZEN2 = "processor\t: 0\nmodel name\t: AMD EPYC 7002\nflags\t\t: fpu avx2 fma\n\n" * 2
 ARM = "processor\t: 0\nFeatures\t: fp asimd asimddp\n"
 
 

@@ -163,8 +163,8 @@ class Nodes:
     def _int8_product(self, x: str, module: str) -> str:
         """A scale for each output and one for each row of x.
 
-        The runtime adds pairs of products in 16 bits where the processor has nothing better and one side is signed; of two unsigned sides it
-        widens both, which is exact.
+        The runtime adds pairs of products in 16 bits where the processor has nothing better and one side is signed; two unsigned sides are
+        widened, which is exact.
         """
         stored = self.weights.quantised(f"{module}.weight")
         codes_of_weight = np.ascontiguousarray(stored.values.numpy().T)

@@ -1,8 +1,8 @@
 """What an exported graph can compute, and where exported graphs lie on disk. No torch, no ONNX: the front end asks here first.
 
 It does not know how a graph is written or run. Invariants: what is refused is refused by name in one sentence; a graph's name follows from
-the checkpoint, its weight files, the spec served, the format and the kind of weights, so a graph that is found is the one that was meant: where
-bytes need another form of weights for exact products, that is part of the kind.
+the checkpoint, its weight files, the spec served, the format and the kind of weights, so a graph that is found is the one that was
+meant: where exact products need another form of weights, that is part of the kind.
 """
 
 from __future__ import annotations

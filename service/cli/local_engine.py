@@ -134,8 +134,8 @@ async def arrivals(stream: Stream) -> list[tuple[float, int]]:
 def round_of(began: float, read: int, streams: Sequence[Sequence[tuple[float, int]]]) -> Round:
     """The speeds of one round that began at this time and read so many prompt tokens.
 
-    Sequences whose prompts were read first decode while others are read: of these tokens neither the number nor the time counts as decoding.
-    What one step gives is told stream by stream, so what came before half of the time to the next step belongs to the last first token's.
+    Sequences whose prompts were read first decode while others are read: of these tokens neither number nor time counts as decoding. What
+    one step gives is told stream by stream, so what came before half of the time to the next step belongs to the last first token's.
     """
     last, end = max(streams, key=lambda stream: stream[0][0]), max(stream[-1][0] for stream in streams)
     first, following = last[0][0], last[min(1, len(last) - 1)][0]

@@ -47,8 +47,7 @@ def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallba
     phases = Phases(import_s)
     manifest = read_as_served(request)
     spec = manifest.spec
-    threads = request.threads or worthwhile_threads(spec.flops(1, 1) / 2)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(request.threads or worthwhile_threads(spec.flops(1, 1) / 2))
     device, quantize, dtype, kept = _choose_place(request, manifest)
     request = replace(request, kv_cache_dtype=kept)
     element_bytes = ELEMENT_BYTES[dtype]
@@ -89,7 +88,7 @@ def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallba
         image_tokens=memory.image_tokens,
         limits=limits,
         quantize=quantize,
-        kernels=f"{describe()}; threads: {threads}" if device.type == "cpu" else "",
+        kernels=f"{describe()}; threads: {torch.get_num_threads()}" if device.type == "cpu" else "",
         kv_cache_dtype=kept,
     )
     return Loaded(backend, info, spec.flops(1, 0.0), spec.flops(1, 1.0) - spec.flops(1, 0.0))

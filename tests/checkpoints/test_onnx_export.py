@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
+
+from onnx import TensorProto
+from onnx import load as load_graph
 
 from service.checkpoints import onnx_export, onnx_nodes
 from service.checkpoints.bundled import bundled_directory
@@ -151,12 +154,12 @@ def test_unsigned_weights_give_the_same(quantize: str, tmp_path: Path, monkeypat
         monkeypatch.setattr(onnx_nodes, "saturates_bytes", lambda unsigned=unsigned: unsigned)
         directory = tmp_path / f"graph{unsigned}"
         export(manifest, directory, quantize)
-        written = onnx.load(directory / "model.onnx", load_external_data=False).graph.initializer
+        written = load_graph(directory / "model.onnx", load_external_data=False).graph.initializer
         types |= {tensor.data_type for tensor in written if tensor.name.endswith(".values") and len(tensor.dims) == 2}
         graph = opened(directory, manifest, 1)
         found.append(graph.logits(Rectangle(np.array([[9, 250, 77]]), np.array([0]), (np.array([[1]]),), np.array([2]))))
     np.testing.assert_array_equal(*found)
-    assert types == {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
+    assert types == {TensorProto.INT8, TensorProto.UINT8}
 
 
 def test_a_graph_that_disagrees_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from service.checkpoints import onnx_support
 from service.checkpoints.manifest import read_manifest
 from service.checkpoints.onnx_support import graph_directory, queries_per_kv_head, unsupported
@@ -29,7 +31,7 @@ def test_a_name_follows_from_everything_that_matters(tmp_path: Path) -> None:
     assert len(other) == 4 and name not in other
 
 
-def test_graphs_for_processors_without_dot_products_of_bytes_have_a_name_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_for_processors_that_saturate_have_a_name_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = read_manifest(build_tiny(tmp_path / "model"))
     names = set()
     for saturates in (False, True):
