@@ -5,8 +5,10 @@
         [--peer transformers|served|none] [--peer openvino|llamacpp|vllm --peer_python PYTHON --peer_model EXPORTED] [--keep]
 
 Each round asks for B sequences of `--prompt` random tokens and `--generate` greedy ones (ends ignored). Prefill is prompt tokens over the
-time to the last first token of a run that generates one token; decode is the tokens after the first over the time from the last first
-token to the end. The machine's limits (memory read, float32 and int8 product rate) are measured before the first and after the last round.
+time to the last first token, in which sequences that were read before decode too; decode is the tokens that came after that over the
+time from there to the end. Rows of before 2026-11-29 17:00 counted all tokens but the first of each sequence over that time: 3 % too
+many at 8 sequences, 10 % at 32. The machine's limits (memory read, float32 and int8 product rate) are measured before the first and
+after the last round.
 """
 
 from __future__ import annotations
@@ -30,16 +32,16 @@ from loadtests.shapes import write_shape
 from service.checkpoints.long_context import adapt
 from service.checkpoints.manifest import read_manifest
 from service.checkpoints.quantisation import weight_bytes
+from service.cli.local_engine import arrivals, round_of
 from service.engine.supervisor import WorkerBackend
 from service.inputs.tokens import TokenCodec
 from service.kernels.dispatch import resolve
 from service.kernels.quantised import quantise_weight
 from service.schedulers.router import Model, Router
-from service.schedulers.streams import Stream
 from service.telemetry import Telemetry
 from service.types.model_spec import ELEMENT_BYTES, ModelSpec
 from service.types.plan import LoadRequest
-from service.types.request import FinishEvent, GenerationRequest, Sampling, Stop, TokenEvent
+from service.types.request import GenerationRequest, Sampling, Stop
 from service.types.settings import AttentionSettings, EngineSettings, SchedulerSettings
 
 # Between the sides of a round: threads of some runtimes go on looking for work for 0.2 s, and would take the other side's first step.
@@ -52,29 +54,15 @@ def prompts(count: int, length: int, vocabulary: int, seed: int) -> list[tuple[i
     return [tuple(int(token) for token in draw.integers(2, vocabulary, length)) for _ in range(count)]
 
 
-async def times_of(stream: Stream) -> tuple[float, float, int]:
-    """Time of the first token, time of the end, and tokens generated."""
-    first = 0.0
-    async for event in stream:
-        if isinstance(event, TokenEvent) and not first:
-            first = time.perf_counter()
-        elif isinstance(event, FinishEvent):
-            return first, time.perf_counter(), event.usage.generated_tokens
-    raise RuntimeError("a stream ended without its terminal event")
-
-
 async def run_ours(router: Router, texts: list[tuple[int, ...]], generate: int) -> Speed:
     """One round through the router, after a rest."""
     await asyncio.sleep(REST_S)
     began = time.perf_counter()
     sampling = Sampling(temperature=0.0)
     requests = [GenerationRequest("bench", "bench", text, Stop(generate, ignore_eos=True), sampling) for text in texts]
-    found = await asyncio.gather(*(times_of(stream) for stream in router.submit(requests)))
-    last_first = max(first for first, _, _ in found)
-    end = max(end for _, end, _ in found)
-    tokens = sum(len(text) for text in texts)
-    generated = sum(count - 1 for _, _, count in found)
-    return Speed(tokens / (last_first - began), generated / (end - last_first) if generated else 0.0)
+    found = await asyncio.gather(*(arrivals(stream) for stream in router.submit(requests)))
+    spent = round_of(began, sum(len(text) for text in texts), found)
+    return Speed(spent.prefill, spent.decode)
 
 
 def machine_limits() -> dict[str, float]:

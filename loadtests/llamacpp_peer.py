@@ -140,8 +140,10 @@ class Engine:
         logits = np.ctypeslib.as_array(self._library.llama_get_logits(self._context), (wanted, self._vocabulary))
         return logits.argmax(axis=1).tolist()
 
-    def run(self, prompts: list[list[int]], generate: int) -> tuple[float, float, list[list[int]]]:
-        """(seconds to the last first token, seconds from there to the end, tokens) of one round, greedy and past every end token."""
+    def run(self, prompts: list[list[int]], generate: int) -> tuple[float, float, int, list[list[int]]]:
+        """(seconds to the last first token, seconds from there to the end, tokens in these, all tokens) of one round, greedy and past every
+        end token.
+        """
         self.room(len(prompts), max(map(len, prompts)) + generate)
         waiting = [
             (token, position, sequence, position == len(prompt) - 1)
@@ -150,7 +152,7 @@ class Engine:
         ]
         found: list[list[int]] = [[] for _ in prompts]
         began = time.perf_counter()
-        first = 0.0
+        first, before = 0.0, 0
         while not all(len(tokens) == generate for tokens in found):
             rows = [
                 (tokens[-1], len(prompts[sequence]) + len(tokens) - 1, sequence, True)
@@ -163,12 +165,14 @@ class Engine:
             for token, sequence in zip(self.step(rows), [row[2] for row in rows if row[3]], strict=True):
                 found[sequence].append(token)
             if not first and all(found):
-                first = time.perf_counter()
-        return first - began, time.perf_counter() - first, found
+                first, before = time.perf_counter(), sum(map(len, found))
+        return first - began, time.perf_counter() - first, sum(map(len, found)) - before, found
 
 
 def serve(path: str, threads: int, step_tokens: int) -> None:
-    """Serve rounds: {"prompts": …, "generate": …} in, {"prefill_s": …, "decode_s": …, "tokens": …} out; the first line says what it is."""
+    """Serve rounds: {"prompts": …, "generate": …} in, {"prefill_s": …, "decode_s": …, "decoded": …, "tokens": …} out; the first line says
+    what it is.
+    """
     began = time.perf_counter()
     engine = Engine(path, threads, step_tokens)
     import llama_cpp
@@ -177,8 +181,8 @@ def serve(path: str, threads: int, step_tokens: int) -> None:
     print(json.dumps({"loaded_s": time.perf_counter() - began, **about}), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
-        prefill_s, decode_s, tokens = engine.run(asked["prompts"], asked["generate"])
-        print(json.dumps({"prefill_s": prefill_s, "decode_s": decode_s, "tokens": tokens}), flush=True)
+        prefill_s, decode_s, decoded, tokens = engine.run(asked["prompts"], asked["generate"])
+        print(json.dumps({"prefill_s": prefill_s, "decode_s": decode_s, "decoded": decoded, "tokens": tokens}), flush=True)
 
 
 def main() -> None:

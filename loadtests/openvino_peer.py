@@ -27,8 +27,8 @@ def build(directory: str, threads: int, step_tokens: int) -> Any:
     )
 
 
-def run(pipeline: Any, prompts: list[list[int]], generate: int) -> tuple[float, float]:
-    """(seconds to the last first token, seconds from there to the end) of one round, greedy and past every end token."""
+def run(pipeline: Any, prompts: list[list[int]], generate: int) -> tuple[float, float, int]:
+    """(seconds to the last first token, seconds from there to the end, tokens in these) of one round, greedy and past every end token."""
     import numpy as np
     import openvino
     import openvino_genai
@@ -39,7 +39,7 @@ def run(pipeline: Any, prompts: list[list[int]], generate: int) -> tuple[float, 
     for index, prompt in enumerate(prompts):
         handles.append(pipeline.add_request(index, openvino.Tensor(np.array([prompt], np.int64)), config))
     began = time.perf_counter()
-    first, waiting, counts = 0.0, set(range(len(handles))), [0] * len(handles)
+    first, before, waiting, counts = 0.0, 0, set(range(len(handles))), [0] * len(handles)
     while pipeline.has_non_finished_requests():
         pipeline.step()
         for index, handle in enumerate(handles):
@@ -48,14 +48,16 @@ def run(pipeline: Any, prompts: list[list[int]], generate: int) -> tuple[float, 
                     counts[index] += len(output.generated_ids)
                 waiting.discard(index)
         if not waiting and not first:
-            first = time.perf_counter()
+            first, before = time.perf_counter(), sum(counts)
     if set(counts) != {generate}:
         raise RuntimeError(f"the peer generated {sorted(set(counts))} tokens instead of {generate}")
-    return first - began, time.perf_counter() - first
+    return first - began, time.perf_counter() - first, sum(counts) - before
 
 
 def main() -> None:
-    """Serve rounds: {"prompts": …, "generate": …} in, {"prefill_s": …, "decode_s": …} out; the first line says how long loading took."""
+    """Serve rounds: {"prompts": …, "generate": …} in, {"prefill_s": …, "decode_s": …, "decoded": …} out; the first line says how long
+    loading took.
+    """
     began = time.perf_counter()
     pipeline = build(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
     import openvino_genai
@@ -63,8 +65,8 @@ def main() -> None:
     print(json.dumps({"loaded_s": time.perf_counter() - began, "version": openvino_genai.__version__}), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
-        prefill_s, decode_s = run(pipeline, asked["prompts"], asked["generate"])
-        print(json.dumps({"prefill_s": prefill_s, "decode_s": decode_s}), flush=True)
+        prefill_s, decode_s, decoded = run(pipeline, asked["prompts"], asked["generate"])
+        print(json.dumps({"prefill_s": prefill_s, "decode_s": decode_s, "decoded": decoded}), flush=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ CACHE_BLOCK_TOKENS = 256
 
 
 class Speed(NamedTuple):
-    """One round: tokens per second."""
+    """One round: prompt tokens per second until the last sequence has its first token, and what is generated after that, per second."""
 
     prefill: float
     decode: float
@@ -105,7 +105,7 @@ class ChildPeer:
         self._child.stdin.flush()
         took = self._answer()
         tokens = sum(len(text) for text in texts)
-        return Speed(tokens / took["prefill_s"], len(texts) * (generate - 1) / took["decode_s"])
+        return Speed(tokens / took["prefill_s"], took["decoded"] / took["decode_s"])
 
     def close(self) -> None:
         """End the child."""

@@ -7,19 +7,22 @@ round is over: the client shares the machine with what it measures. Invariant: t
 from __future__ import annotations
 
 import json
+import re
 import selectors
 import socket
 import subprocess
 import sys
 import time
+from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
 from loadtests.first_token import TIMEOUT_S, free_port, wait_ready
 from loadtests.peers import Speed
 from service import __version__
+from service.cli.local_engine import round_of
 
-EVENT = b"data: "
+COUNT = re.compile(rb'"completion_tokens": ?(\d+)')
 ROUND_S = 600.0
 
 
@@ -35,17 +38,18 @@ def memory_of(parent: int) -> dict[str, int]:
 
 
 class _Stream:
-    """One streaming request on a socket of its own: what came of its answer, and when the first and the last event of it."""
+    """One streaming request on a socket of its own: what came of its answer, and when its pieces came."""
 
     def __init__(self, port: int, prompt: tuple[int, ...], generate: int) -> None:
         asked = {"prompt": prompt, "max_tokens": generate, "stream": True, "temperature": 0, "ignore_eos": True}
-        body = json.dumps({**asked, "stream_options": {"include_usage": True}}).encode()
+        body = json.dumps({**asked, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}).encode()
         head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         head += f"connection: close\r\ncontent-length: {len(body)}\r\n\r\n"
         self.socket = socket.create_connection(("127.0.0.1", port), ROUND_S)
         self.socket.sendall(head.encode() + body)
-        self.first_s = self.end_s = 0.0
         self._came = b""
+        self._times_s: list[float] = []
+        self._ends: list[int] = []
 
     def read(self) -> bool:
         """Take what has come; whether the service has closed the connection."""
@@ -54,17 +58,20 @@ class _Stream:
             self.socket.close()
             return True
         self._came += piece
-        self.end_s = time.perf_counter()
-        if not self.first_s and EVENT in self._came:
-            self.first_s = self.end_s
+        self._times_s.append(time.perf_counter())
+        self._ends.append(len(self._came))
         return False
 
-    def check(self, generate: int) -> None:
-        """Raise RuntimeError unless the answer is a stream of so many tokens."""
-        events = [json.loads(part.splitlines()[0]) for part in self._came.split(EVENT)[1:] if part.startswith(b"{")]
-        usage = [event["usage"]["completion_tokens"] for event in events if event.get("usage")]
-        if usage != [generate]:
-            raise RuntimeError(f"asked for {generate} tokens, the service answered {usage or self._came[:500]!r}")
+    def arrivals(self, generate: int) -> list[tuple[float, int]]:
+        """When tokens came, and how many at a time. Raises RuntimeError unless they are so many."""
+        found, made = [], 0
+        for match in COUNT.finditer(self._came):
+            if (total := int(match[1])) > made:
+                found.append((self._times_s[bisect_right(self._ends, match.start())], total - made))
+                made = total
+        if made != generate:
+            raise RuntimeError(f"asked for {generate} tokens, the service answered {made or self._came[:500]!r}")
+        return found
 
 
 class ServedPeer:
@@ -93,12 +100,10 @@ class ServedPeer:
                 for key, _ in ready:
                     if key.data.read():
                         selector.unregister(key.fileobj)
-        last_first, end = max(stream.first_s for stream in streams), max(stream.end_s for stream in streams)
-        for stream in streams:
-            stream.check(generate)
+        found = [stream.arrivals(generate) for stream in streams]
         self.about["after_requests"] = memory_of(self._process.pid)
-        tokens, generated = sum(len(text) for text in texts), len(texts) * (generate - 1)
-        return Speed(tokens / (last_first - began), generated / (end - last_first) if generated else 0.0)
+        spent = round_of(began, sum(len(text) for text in texts), found)
+        return Speed(spent.prefill, spent.decode)
 
     def close(self) -> None:
         """End the service."""

@@ -43,7 +43,7 @@ EXPERIMENTS = (
     Experiment("step_tokens", ("512", "128", "2048"), READING),
     Experiment("prefix_cache", ("true", "false"), SHARED),
     Experiment("run_ahead", ("auto", "never"), MANY),
-    Experiment("threads", ("2", "1"), MANY),
+    Experiment("threads", ("0", "2"), MANY),
     Experiment("dtype", ("float32", "bfloat16"), MANY),
     Experiment("access_log", ("true", "false"), MANY),
     Experiment("spare_worker", ("false", "true"), MANY),

@@ -76,8 +76,8 @@ def build(directory: str, threads: int, step_tokens: int) -> Any:
     )
 
 
-def run(engine: Any, prompts: list[list[int]], generate: int, names: Any) -> tuple[float, float]:
-    """(seconds to the last first token, seconds from there to the end) of one round, greedy and past every end token."""
+def run(engine: Any, prompts: list[list[int]], generate: int, names: Any) -> tuple[float, float, int]:
+    """(seconds to the last first token, seconds from there to the end, tokens in these) of one round, greedy and past every end token."""
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
@@ -86,20 +86,22 @@ def run(engine: Any, prompts: list[list[int]], generate: int, names: Any) -> tup
     began = time.perf_counter()
     for name, prompt in zip(asked, prompts, strict=True):
         engine.add_request(name, TokensPrompt(prompt_token_ids=prompt), params)
-    first, waiting, counts = 0.0, set(asked), dict.fromkeys(asked, 0)
+    first, before, waiting, counts = 0.0, 0, set(asked), dict.fromkeys(asked, 0)
     while engine.has_unfinished_requests():
         for output in engine.step():
             counts[output.request_id] = len(output.outputs[0].token_ids)
             waiting.discard(output.request_id)
         if not waiting and not first:
-            first = time.perf_counter()
+            first, before = time.perf_counter(), sum(counts.values())
     if set(counts.values()) != {generate}:
         raise RuntimeError(f"the peer generated {sorted(set(counts.values()))} tokens instead of {generate}")
-    return first - began, time.perf_counter() - first
+    return first - began, time.perf_counter() - first, sum(counts.values()) - before
 
 
 def main() -> None:
-    """Convert, or serve rounds: {"prompts": …, "generate": …} in, {"prefill_s": …, "decode_s": …} out; the first line is about the peer."""
+    """Convert, or serve rounds: {"prompts": …, "generate": …} in, {"prefill_s": …, "decode_s": …, "decoded": …} out; the first line is
+    about the peer.
+    """
     if sys.argv[1] == "convert":
         convert(Path(sys.argv[2]), Path(sys.argv[3]))
         return
@@ -111,8 +113,8 @@ def main() -> None:
     names = itertools.count()
     for line in sys.stdin:
         asked = json.loads(line)
-        prefill_s, decode_s = run(engine, asked["prompts"], asked["generate"], names)
-        print(json.dumps({"prefill_s": prefill_s, "decode_s": decode_s}), flush=True)
+        prefill_s, decode_s, decoded = run(engine, asked["prompts"], asked["generate"], names)
+        print(json.dumps({"prefill_s": prefill_s, "decode_s": decode_s, "decoded": decoded}), flush=True)
 
 
 if __name__ == "__main__":

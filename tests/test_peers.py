@@ -29,7 +29,7 @@ for line in sys.stdin:
     asked = json.loads(line)
     if not asked["generate"]:
         sys.exit(3)
-    print(json.dumps({"prefill_s": 0.5, "decode_s": 0.25}), flush=True)
+    print(json.dumps({"prefill_s": 0.5, "decode_s": 0.25, "decoded": 7}), flush=True)
 """
 
 
@@ -38,7 +38,7 @@ def test_a_peer_over_a_pipe_says_what_it_is_and_runs_rounds(tmp_path: Path) -> N
     script.write_text(CHILD)
     peer = ChildPeer(script, sys.executable, "MODEL", 2, 512)
     assert peer.about == {"arguments": ["MODEL", "2", "512"]}
-    assert peer.run([(1, 2, 3), (4, 5, 6)], generate=6) == (6 / 0.5, 10 / 0.25)
+    assert peer.run([(1, 2, 3), (4, 5, 6)], generate=6) == (6 / 0.5, 7 / 0.25)
     with pytest.raises(RuntimeError, match="ended with code 3"):
         peer.run([(1,)], generate=0)
     peer.close()

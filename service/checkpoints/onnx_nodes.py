@@ -19,6 +19,7 @@ from service.checkpoints.quantisation import kind_of
 from service.checkpoints.quantised_cache import Stored
 from service.kernels.quantised import GROUP, QuantisedWeight, quantise_weight
 from service.models.decoder import Decoder
+from service.processor import saturates_bytes
 from service.types.model_spec import ModelSpec
 
 CONTRIB = "com.microsoft"
@@ -160,9 +161,16 @@ class Nodes:
         return self.op("Add", y, self.parameter(f"{module}.bias")) if f"{module}.bias" in self.weights.parameters else y
 
     def _int8_product(self, x: str, module: str) -> str:
-        """A scale for each output and one for each row of x."""
+        """A scale for each output and one for each row of x.
+
+        The runtime adds pairs of products in 16 bits where the processor has nothing better and one side is signed; two unsigned sides are
+        widened, which is exact.
+        """
         stored = self.weights.quantised(f"{module}.weight")
-        values = self.weight(f"{module}.values", np.ascontiguousarray(stored.values.numpy().T))
+        codes_of_weight = np.ascontiguousarray(stored.values.numpy().T)
+        if unsigned := saturates_bytes():
+            codes_of_weight = codes_of_weight.view(np.uint8) ^ np.uint8(128)
+        values = self.weight(f"{module}.values", codes_of_weight)
         scales = self.weight(f"{module}.scales", stored.scales.numpy())
         one, middle = self.constant(np.array(1, np.float32)), self.constant(np.array(128, np.uint8))
         most = self.constant(np.array(127, np.float32))
@@ -172,7 +180,8 @@ class Nodes:
         inverse = self.op("Div", most, self.op("Max", peak, self.constant(np.array(1e-30, np.float32))))
         shifted = self.op("Add", self.op("Round", self.op("Mul", x, inverse)), self.constant(np.array(128, np.float32)))
         codes = self.op("Cast", shifted, to=TensorProto.UINT8)
-        return self.op("Mul", self.op("MatMulIntegerToFloat", codes, values, one, scales, middle, domain=CONTRIB), step)
+        zero_points = (middle, middle) if unsigned else (middle,)
+        return self.op("Mul", self.op("MatMulIntegerToFloat", codes, values, one, scales, *zero_points, domain=CONTRIB), step)
 
     def _int4_product(self, x: str, module: str) -> str:
         """A scale for each output and GROUP inputs, as the decoder's own; x is rounded to 8 bits by the same groups."""

@@ -1,7 +1,8 @@
 """What an exported graph can compute, and where exported graphs lie on disk. No torch, no ONNX: the front end asks here first.
 
 It does not know how a graph is written or run. Invariants: what is refused is refused by name in one sentence; a graph's name follows from
-the checkpoint, its weight files, the spec served, the format and the kind of weights, so a graph that is found is the one that was meant.
+the checkpoint, its weight files, the spec served, the format and the kind of weights, so a graph that is found is the one that was
+meant: where exact products need another form of weights, that is part of the kind.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from service.checkpoints.manifest import Manifest
 from service.checkpoints.stored_tensors import find_weight_files
+from service.processor import saturates_bytes
 from service.types.errors import CheckpointError
 from service.types.model_spec import ModelSpec, RopeScaling
 
@@ -56,4 +58,5 @@ def graph_directory(manifest: Manifest, cache: Path, quantize: str) -> Path:
     for file in find_weight_files(manifest.directory).files:
         status = file.stat()
         identity.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return cache / f"{manifest.digest[:12]}-{identity.hexdigest()[:12]}-{quantize}{SUFFIX}"
+    form = "-unsigned" if quantize != "none" and saturates_bytes() else ""
+    return cache / f"{manifest.digest[:12]}-{identity.hexdigest()[:12]}-{quantize}{form}{SUFFIX}"

@@ -32,7 +32,7 @@ NAME = "local"
 
 
 class Round(NamedTuple):
-    """One round of prompts at once: tokens a second of the prompts until the last first token, of the rest, and of all output."""
+    """One round of prompts at once: tokens a second of the prompts until the last first token, of what came after it, and of all output."""
 
     prefill: float
     decode: float
@@ -94,10 +94,7 @@ class LocalEngine:
         began = time.perf_counter()
         stop, sampling = Stop(tokens, ignore_eos=True), Sampling(temperature=0.0)
         streams = self._router.submit([GenerationRequest(NAME, NAME, prompt, stop, sampling) for prompt in prompts])
-        firsts = await asyncio.gather(*(_drain(stream) for stream in streams))
-        end, first = time.perf_counter(), max(firsts)
-        read, made = sum(len(prompt) for prompt in prompts), len(prompts) * tokens
-        return Round(read / (first - began), (made - len(prompts)) / max(end - first, 1e-9), made / (end - began))
+        return round_of(began, sum(len(prompt) for prompt in prompts), await asyncio.gather(*(arrivals(stream) for stream in streams)))
 
     async def score(self, prompt: tuple[int, ...]) -> tuple[TokenLogprob, ...]:
         """Log-probs of the prompt's tokens from the second on, each with the likeliest token in its place."""
@@ -123,12 +120,25 @@ def random_prompts(count: int, length: int, vocabulary: int, seed: int) -> list[
     return [tuple(draw.randrange(vocabulary) for _ in range(length)) for _ in range(count)]
 
 
-async def _drain(stream: Stream) -> float:
-    """The time of the first token. Raises what ended the stream."""
-    first = 0.0
+async def arrivals(stream: Stream) -> list[tuple[float, int]]:
+    """When tokens came, and how many at a time. Raises what ended the stream."""
+    found = []
     async for event in stream:
-        if isinstance(event, TokenEvent) and not first:
-            first = time.perf_counter()
+        if isinstance(event, TokenEvent):
+            found.append((time.perf_counter(), len(event.tokens)))
         elif isinstance(event, FinishEvent) and event.error is not None:
             raise event.error
-    return first
+    return found
+
+
+def round_of(began: float, read: int, streams: Sequence[Sequence[tuple[float, int]]]) -> Round:
+    """The speeds of one round that began at this time and read so many prompt tokens.
+
+    Sequences whose prompts were read first decode while others are read: of these tokens neither number nor time counts as decoding. What
+    one step gives is told stream by stream, so what came before half of the time to the next step belongs to the last first token's.
+    """
+    last, end = max(streams, key=lambda stream: stream[0][0]), max(stream[-1][0] for stream in streams)
+    first, following = last[0][0], last[min(1, len(last) - 1)][0]
+    made = sum(count for stream in streams for _, count in stream)
+    decoded = sum(count for stream in streams for time_s, count in stream if time_s > (first + following) / 2)
+    return Round(read / (first - began), decoded / (end - first) if end > first and decoded else 0.0, made / (end - began))

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from service.engine.export_messages import Answer, Export, Exported, Refused
 from service.processes import ChannelClosed, ChildChannel
+from service.processor import usable_cores
 from service.types.errors import StartupError
 
 
@@ -33,7 +33,7 @@ def use_threads(threads: int) -> None:
     if importlib.util.find_spec("torch") is not None:
         import torch
 
-        torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+        torch.set_num_threads(threads or usable_cores())
 
 
 def answer(asked: Export) -> Answer:

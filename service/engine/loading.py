@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -28,6 +27,7 @@ from service.kernels.dispatch import chosen, require_steady
 from service.kernels.native.binding import describe
 from service.kernels.native.linear import multiplies_bfloat16
 from service.models.decoder import Decoder
+from service.processor import computes_bfloat16, worthwhile_threads
 from service.types.errors import CapacityError
 from service.types.kv_layout import KvLayout
 from service.types.model_spec import ELEMENT_BYTES, ModelSpec
@@ -45,9 +45,9 @@ KEPT_TYPES = {
 def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallback) -> Loaded:
     """Load it all. Raises CheckpointError or CapacityError."""
     phases = Phases(import_s)
-    torch.set_num_threads(request.threads or len(os.sched_getaffinity(0)))
     manifest = read_as_served(request)
     spec = manifest.spec
+    torch.set_num_threads(request.threads or worthwhile_threads(spec.flops(1, 1) / 2))
     device, quantize, dtype, kept = _choose_place(request, manifest)
     request = replace(request, kv_cache_dtype=kept)
     element_bytes = ELEMENT_BYTES[dtype]
@@ -88,7 +88,7 @@ def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallba
         image_tokens=memory.image_tokens,
         limits=limits,
         quantize=quantize,
-        kernels=describe() if device.type == "cpu" else "",
+        kernels=f"{describe()}; threads: {torch.get_num_threads()}" if device.type == "cpu" else "",
         kv_cache_dtype=kept,
     )
     return Loaded(backend, info, spec.flops(1, 0.0), spec.flops(1, 1.0) - spec.flops(1, 0.0))
@@ -169,17 +169,7 @@ def choose_dtype(name: str, spec: ModelSpec, device: torch.device, stored: str, 
     if device.type == "cuda":
         fast = ("bfloat16", "float16") if torch.cuda.is_bf16_supported() else ("float16",)
         return stored if stored in fast else fast[0]
-    return "bfloat16" if quantize == "none" and _cpu_computes_bfloat16() else "float32"
-
-
-def _cpu_computes_bfloat16() -> bool:
-    """Whether this CPU has matrix units or dot products for bfloat16; without them it is emulated and slower than float32."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    flags = next((line.split() for line in text.splitlines() if line.startswith("flags")), [])
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    return "bfloat16" if quantize == "none" and computes_bfloat16() else "float32"
 
 
 def _free_bytes(device: torch.device) -> int:

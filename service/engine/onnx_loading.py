@@ -30,6 +30,7 @@ from service.engine.onnx_limits import machine_limits
 from service.engine.rectangles import Costs
 from service.engine.sampler import Sampler
 from service.processes import ChildLost, ChildProcess
+from service.processor import usable_cores
 from service.types.errors import CheckpointError
 from service.types.plan import BackendInfo, LoadRequest
 
@@ -43,7 +44,7 @@ def load_graph(request: LoadRequest, import_s: float, progress: ProgressCallback
     manifest = read_as_served(request)
     quantize = choose_quantize(request, manifest)
     refuse(manifest.spec, quantize)
-    threads = request.threads or len(os.sched_getaffinity(0))
+    threads = request.threads or usable_cores()
     phases.end("plan")
     with _place(request, manifest, quantize) as place:
         if not place.directory.is_dir():

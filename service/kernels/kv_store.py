@@ -27,7 +27,8 @@ def quantise_rows(x: Tensor) -> Tensor:
     x = x.float()
     largest = x.abs().amax(dim=-1, keepdim=True)
     sound = (largest > 0) & (largest < torch.inf)
-    inverse = torch.where(sound, 127 / largest, 0.0)
+    # Not 127 / largest: torch makes that a reciprocal times 127, which rounds twice.
+    inverse = torch.where(sound, torch.full_like(largest, 127.0) / largest, 0.0)
     steps = torch.where(sound, (x * inverse).round_(), 0.0).to(torch.int8)
     return torch.cat((steps, (largest / 127).view(torch.int8)), dim=-1)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -133,8 +134,22 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x * inverse).round_(), largest / 127
 
 
+@cache
+def exact_integer_products() -> bool:
+    """Whether torch's product of int8 is exact on this CPU.
+
+    Where x86 has no dot products of bytes (VNNI), libraries add pairs of products in 16 bits, and large ones saturate.
+    """
+    counts = (1, 4, 32)
+    weight = torch.full((64, 64), 127, dtype=torch.int8)
+    found = (torch._int_mm(torch.full((rows, 64), 127, dtype=torch.int8), weight) for rows in counts)
+    return all(bool((product == 64 * 127 * 127).all()) for product in found)
+
+
 class TorchQuantisedLinear:
-    """A quantised weight kept in the order of its rows: int8 through torch's own integer product, int4 widened piece by piece."""
+    """A quantised weight kept in the order of its rows: int8 through torch's own integer product where that is exact, all else widened
+    piece by piece.
+    """
 
     def __init__(self, weight: QuantisedWeight) -> None:
         self._weight = weight
@@ -148,7 +163,7 @@ class TorchQuantisedLinear:
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, in] -> [T, out] in the type of x, computed in float32."""
         steps, row_scales = quantise_rows(x.float())
-        if self._weight.kind == "int8":
+        if self._weight.kind == "int8" and exact_integer_products():
             # A row that is not finite has garbage for steps; its scale makes the result not finite again.
             whole = torch._int_mm(steps.nan_to_num_(0.0, 0.0, 0.0).to(torch.int8), self._weight.values.t())
             out = whole.float() * (row_scales * self._weight.scales)

@@ -23,6 +23,7 @@ from torch import Tensor
 from service.models.build import init_weights
 from service.models.decoder import Decoder
 from service.models.layers import DIFFERENTIABLE, FAKE_INT8
+from service.processor import computes_bfloat16
 from service.train.objective import Batch, NextToken, Objective, sequence_loss
 from service.train.optimizer import build_optimizers, set_rates
 from service.train.parallel import Group
@@ -210,18 +211,9 @@ def compute_dtype(wanted: str, model: Decoder, device: torch.device) -> torch.dt
         return policy
     if device.type == "cuda":
         return policy if policy == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    fast = "amx_bf16" in _cpu_flags() or "avx512_bf16" in _cpu_flags()
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if computes_bfloat16() else torch.float32
 
 
 def has_compiler() -> bool:
     """Whether torch.compile can build code for the CPU: there is a C++ compiler."""
     return any(shutil.which(name) for name in ("g++", "clang++"))
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return set()
-    return {flag for line in lines if line.startswith("flags") for flag in line.split(":", 1)[1].split()}

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from service.checkpoints.store import save
+from service.processor import cpu_name
 from service.train.card import Sample, write_card
 from service.train.loop import Trainer
 from service.train.picture_stream import PictureStream, right_answers
@@ -60,7 +61,7 @@ def _row(trainer: Trainer, run: PreparedRun, outcome: Outcome) -> dict[str, Any]
         "corpus_digest": run.corpus.digest,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "device": trainer.device.type,
         "threads": torch.get_num_threads(),
         "dtype": str(trainer.dtype).removeprefix("torch."),
@@ -130,11 +131,3 @@ def _samples(trainer: Trainer, run: PreparedRun) -> list[Sample]:
                 text = codec.decode(continue_ids(trainer.model, ids, part.tokens, temperature, run.recipe.seed))
                 samples.append(Sample(prompt, text, temperature, chat))
     return samples
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

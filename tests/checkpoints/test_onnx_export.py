@@ -17,6 +17,9 @@ import torch
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
+from onnx import TensorProto
+from onnx import load as load_graph
+
 from service.checkpoints import onnx_export, onnx_nodes
 from service.checkpoints.bundled import bundled_directory
 from service.checkpoints.load import load
@@ -140,6 +143,23 @@ def test_a_quantised_row_does_not_depend_on_its_neighbours(quantize: str, tmp_pa
     for row in range(3):
         alone = graph.logits(Rectangle(tokens[row : row + 1], np.zeros(1, np.int64), (table[row : row + 1],), np.zeros(1, np.int64)))
         np.testing.assert_allclose(alone[0], together[row], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_unsigned_weights_give_the_same(quantize: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where bytes of which one is signed saturate, both are unsigned."""
+    manifest = read_manifest(build_tiny(tmp_path / "model", tie_word_embeddings=True))
+    found, types = [], set()
+    for unsigned in (False, True):
+        monkeypatch.setattr(onnx_nodes, "saturates_bytes", lambda unsigned=unsigned: unsigned)
+        directory = tmp_path / f"graph{unsigned}"
+        export(manifest, directory, quantize)
+        written = load_graph(directory / "model.onnx", load_external_data=False).graph.initializer
+        types |= {tensor.data_type for tensor in written if tensor.name.endswith(".values") and len(tensor.dims) == 2}
+        graph = opened(directory, manifest, 1)
+        found.append(graph.logits(Rectangle(np.array([[9, 250, 77]]), np.array([0]), (np.array([[1]]),), np.array([2]))))
+    np.testing.assert_array_equal(*found)
+    assert types == {TensorProto.INT8, TensorProto.UINT8}
 
 
 def test_a_graph_that_disagrees_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from service.checkpoints import onnx_support
 from service.checkpoints.manifest import read_manifest
 from service.checkpoints.onnx_support import graph_directory, queries_per_kv_head, unsupported
 from tests.tiny_models import build_tiny
@@ -26,6 +29,15 @@ def test_a_name_follows_from_everything_that_matters(tmp_path: Path) -> None:
     os.utime(tmp_path / "model" / "model.safetensors", (1, 1))
     other.add(graph_directory(manifest, tmp_path, "none"))
     assert len(other) == 4 and name not in other
+
+
+def test_graphs_for_processors_that_saturate_have_a_name_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = read_manifest(build_tiny(tmp_path / "model"))
+    names = set()
+    for saturates in (False, True):
+        monkeypatch.setattr(onnx_support, "saturates_bytes", lambda saturates=saturates: saturates)
+        names.add(graph_directory(manifest, tmp_path, "int8"))
+    assert len(names) == 2
 
 
 def test_a_plain_model_lacks_nothing(tmp_path: Path) -> None:

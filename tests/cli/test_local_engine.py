@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from service.cli.local_engine import LocalEngine, Round
+from service.cli.local_engine import LocalEngine, Round, round_of
 from service.types.errors import ServiceError, StartupError
 from service.types.request import TokenLogprob
 from service.types.settings import EngineSettings, SchedulerSettings
@@ -27,6 +27,17 @@ def test_rounds_and_scores_come_from_one_worker(tmp_path: Path) -> None:
     assert [entry.token for entry in scores] == [2, 3, 4, 5]
     assert all(entry.logprob < 0 and len(entry.top) == 1 for entry in scores)
     assert quantize == "int8"
+
+
+def test_what_is_decoded_while_prompts_are_read_is_neither_counted_nor_timed() -> None:
+    """Prompts of two sequences read one after the other, in steps of a second; what a step gives is told within some milliseconds."""
+    early = [(1.0, 1), (2.001, 1), (3.0, 2), (4.0, 1)]
+    late = [(2.0, 1), (3.002, 1), (4.002, 1)]
+    spent = round_of(0.0, 100, [early, late])
+    assert spent.prefill == 50
+    assert spent.decode == pytest.approx(5 / 2.002)
+    assert spent.output == pytest.approx(8 / 4.002)
+    assert round_of(0.0, 4, [[(1.0, 1)], [(2.0, 1)]]) == (2.0, 0.0, 1.0)
 
 
 def test_a_prompt_that_does_not_fit_is_an_error_and_the_worker_ends(tmp_path: Path) -> None:

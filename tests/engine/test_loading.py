@@ -47,12 +47,12 @@ def test_the_line_beats_the_device() -> None:
 
 @pytest.mark.parametrize(("units", "expected"), [(True, "bfloat16"), (False, "float32")])
 def test_a_cpu_takes_bfloat16_only_with_units_for_it(monkeypatch: pytest.MonkeyPatch, units: bool, expected: str) -> None:
-    monkeypatch.setattr(loading, "_cpu_computes_bfloat16", lambda: units)
+    monkeypatch.setattr(loading, "computes_bfloat16", lambda: units)
     assert choose_dtype("auto", FREE, CPU, "float16") == expected
 
 
 def test_quantised_weights_compute_in_float32_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "_cpu_computes_bfloat16", lambda: True)
+    monkeypatch.setattr(loading, "computes_bfloat16", lambda: True)
     assert choose_dtype("auto", FREE, CPU, "bfloat16", "int8") == "float32"
     assert choose_dtype("bfloat16", FREE, CPU, "bfloat16", "int8") == "bfloat16"
 

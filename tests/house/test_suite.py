@@ -44,6 +44,7 @@ LEAST = {
     "tests/test_sparse_parity.py": 71,
     "tests/test_sparse_whole_layers.py": 18,
     "tests/test_peers.py": 4,
+    "tests/test_processor.py": 6,
     "tests/test_processes.py": 22,
     "tests/test_scenarios.py": 22,
     "tests/test_served_scenarios.py": 8,

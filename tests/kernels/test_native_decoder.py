@@ -11,6 +11,7 @@ from torch import Tensor
 
 from service.kernels.kv_store import write_kv
 from service.kernels.native import attention, decoder, elementwise
+from service.kernels.native.binding import functions
 from service.kernels.native.decoder import BoundLayers, FarLayer, LayerParts, PagedStep
 from service.kernels.native.linear import OrderedLinear
 from service.kernels.native.quantised import NativeQuantisedLinear, unsupported
@@ -151,7 +152,11 @@ def layers_in_tiles(kind: str) -> list[LayerParts]:
         pytest.param(layers_in_tiles, "int8", id="tiles"),
     ],
 )
-def test_prefill_and_decode_have_the_bits_of_separate_calls(made: Callable[[str], list[LayerParts]], kind: str, dtype: torch.dtype) -> None:
+def test_prefill_and_decode_have_the_bits_of_separate_calls(
+    made: Callable[[str], list[LayerParts]], kind: str, dtype: torch.dtype, instructions: str
+) -> None:
+    if not functions().native_has_quantised():
+        pytest.skip(f"{instructions} has no products of bytes")
     parts = made(kind)
     dim = parts[0].norms[0].numel()
     bound, mine, theirs = BoundLayers(parts, EPS), Cache(parts, 3, dtype), Cache(parts, 3, dtype)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -22,6 +27,8 @@ from service.kernels.quantised import (
     stored_layout,
     unpack_int4,
 )
+from tests.house.source import ROOT
+from tests.kernels.conftest import needs_native
 
 KINDS = ("int8", "int4")
 FORMS = (
@@ -183,6 +190,59 @@ def test_the_best_form_is_chosen_and_any_can_be_forced() -> None:
         assert type(resolve("pack_quantised", "cpu", torch.float32)(weight)) is ReferenceQuantisedLinear
     finally:
         force("pack_quantised", None)
+
+
+@needs_native
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_instruction_set_gives_the_same_bits(shape: tuple[int, int], kind: str, instructions: str) -> None:
+    if not binding.functions().native_has_quantised():
+        pytest.skip("no products of bytes")
+    linear, bias = NativeQuantisedLinear(quantise_weight(drawn(*shape), kind)), drawn(shape[0], seed=1)
+    found, inputs = [], [drawn(rows, shape[1], seed=rows) * 3 for rows in ROWS]
+    for x in inputs:
+        x[-1, 0] = torch.nan if len(x) == 4 else x[-1, 0]
+        found += [linear.apply(x, offset) for offset in (None, bias)]
+    library = binding.compiled()
+    assert isinstance(library, binding.Library)
+    library.choose(binding.LEVELS[-1])
+    wanted = [linear.apply(x, offset) for x in inputs for offset in (None, bias)]
+    assert all(torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0)) for one, other in zip(found, wanted, strict=True))
+    assert sum(bool(one.isnan().any()) for one in found) == 2
+
+
+@needs_native
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("rows", ROWS[:5])
+def test_the_largest_products_do_not_saturate(rows: int, sign: int, instructions: str) -> None:
+    """Two products of 127 and 127 exceed 16 bits where 128 was added to one of them, and of int4 sixteen of -8 and 127 are near them."""
+    if not binding.functions().native_has_quantised():
+        pytest.skip("no products of bytes")
+    x = torch.full((rows, 64), float(sign))
+    for kind, least in (("int8", -1.0), ("int4", -8.0)):
+        for value in (1.0, -1.0):
+            weight = torch.full((40, 64), value)
+            weight[:, ::2] *= least if kind == "int4" else 1.0
+            quantised = quantise_weight(weight, kind)
+            wanted = expected(x, quantised)
+            assert (NativeQuantisedLinear(quantised).apply(x) - wanted).abs().max() <= 1e-6 * wanted.abs().max(), (kind, value)
+
+
+def test_torch_computes_exactly_where_its_own_product_of_bytes_does_not() -> None:
+    """In a process whose oneDNN has AVX2 alone, as on processors without dot products of bytes."""
+    program = """
+import torch
+from service.kernels import quantised
+weight = quantised.quantise_weight(torch.ones(48, 96), "int8")
+x = torch.ones(9, 96)
+found = quantised.TorchQuantisedLinear(weight).apply(x)
+print(quantised.exact_integer_products(), (found - 96).abs().max().item() < 1e-4)
+"""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment, cwd=ROOT)
+    assert done.stdout.split()[1] == "True"
+    if platform.machine() == "x86_64":
+        assert done.stdout.split()[0] == "False", "this oneDNN is exact with AVX2: the way around it is needed no longer"
 
 
 @pytest.mark.skipif(unsupported() is not None, reason="no compiled integer products here")

@@ -16,7 +16,7 @@ import torch
 # What `NATIVE_ABI` in native.h has to be.
 ABI = 14
 # Instruction sets by level, as `native_choose` takes them.
-LEVELS = ("baseline", "avx2", "avx512", "amx")
+LEVELS = ("baseline", "avx2", "avxvnni", "avx512", "amx", "dotprod")
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Cached keys and values may also be int8, with the scale of each row behind it.
 KEPT = {**ELEMENTS, torch.int8: 3}

@@ -3,6 +3,7 @@
 #define DEEPSEEK_ELEMENTWISE_H
 
 #include "quantised.h"
+#include "quantised_short.h"
 #include "vector.h"
 
 INLINE void add_rms_norm_rows(enum element type, const void *x, const void *residual, const void *weight, float eps, void *out,
@@ -118,7 +119,7 @@ INLINE void narrow_to(enum element type, const float *x, void *out, int64_t coun
     }
 }
 
-#if defined(ISA_AVX512)
+#if HAS_DOTS
 /* x [count] as steps of -127 .. 127 of its largest magnitude, and behind them what a step is; what is not finite makes that not finite. */
 static void narrow_to_steps(const float *x, int8_t *out, int64_t count) {
     int32_t sum;
@@ -128,7 +129,7 @@ static void narrow_to_steps(const float *x, int8_t *out, int64_t count) {
 #endif
 
 static void narrow(enum element type, const float *x, void *out, int64_t count) {
-#if defined(ISA_AVX512)
+#if HAS_DOTS
     if (type == STORED_INT8) narrow_to_steps(x, out, count);
 #endif
     if (type == FLOAT32) memcpy(out, x, count * sizeof *x);

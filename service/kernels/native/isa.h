@@ -16,7 +16,8 @@ const struct kernels KERNELS_TABLE = {
     .linear_scratch = linear_scratch,
     .has_pairs = HAS_PAIRS,
     .linear_tile = linear_tile,
-#if defined(ISA_AVX512)
+#if HAS_DOTS
+    .shapes = {TILES_8, TILES_4},
     .quantise_row = quantise_row,
     .int8_strips = int8_strips,
     .int4_strips = int4_strips,

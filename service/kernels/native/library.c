@@ -8,8 +8,16 @@
 
 #include "team.h"
 
-#if defined(HAS_AMX_KERNELS)
+#if defined(HAS_DOT_KERNELS) && defined(__linux__)
+#include <sys/auxv.h>
+#ifndef HWCAP_ASIMDDP
+#define HWCAP_ASIMDDP (1 << 20)
+#endif
+#endif
+#if defined(HAS_AVX_VNNI_KERNELS)
 #include <cpuid.h>
+#endif
+#if defined(HAS_AMX_KERNELS)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -36,6 +44,13 @@ EXPORTED void native_use_threads(void *parallel_address, void *thread_number_add
     team_size = (thread_number_entry)team_size_address;
 }
 
+#if defined(HAS_AVX_VNNI_KERNELS)
+static int has_avx_vnni(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4));
+}
+#endif
+
 #if defined(HAS_AMX_KERNELS)
 /* Whether the processor has tiles and the system lets this process use them: it saves 8 KB more of a thread, but only where it was asked to
  * (arch_prctl's ARCH_REQ_XCOMP_PERM for the state component of tile data). */
@@ -47,34 +62,60 @@ static int may_use_tiles(void) {
 }
 #endif
 
-/* 0 baseline, 1 AVX2, 2 AVX-512, 3 AMX: the best that this machine can run. */
-static int best_level(void) {
-#if defined(HAS_X86_KERNELS)
-    __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
-    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
-        !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512vnni"))
-        return 1;
-#if defined(HAS_AMX_KERNELS)
-    if (may_use_tiles()) return 3;
-#endif
-    return 2;
+#if defined(HAS_DOT_KERNELS)
+/* Whether the processor has dot products of bytes: of Linux it is asked, elsewhere it is what the compiler was told. */
+static int has_dots(void) {
+#if defined(__linux__)
+    return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#elif defined(__ARM_FEATURE_DOTPROD)
+    return 1;
 #else
     return 0;
 #endif
 }
+#endif
 
-/* Use the best kernels up to `level` (see best_level; 3 for the best there are) and give their name. */
+enum level { BASELINE = 0, AVX2 = 1, AVX_VNNI = 2, AVX512 = 3, AMX = 4, DOT_PRODUCTS = 5 };
+
+/* The best that this machine can run. */
+static enum level best_level(void) {
+#if defined(HAS_X86_KERNELS)
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return BASELINE;
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
+        !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512vnni")) {
+#if defined(HAS_AVX_VNNI_KERNELS)
+        if (has_avx_vnni()) return AVX_VNNI;
+#endif
+        return AVX2;
+    }
+#if defined(HAS_AMX_KERNELS)
+    if (may_use_tiles()) return AMX;
+#endif
+    return AVX512;
+#elif defined(HAS_DOT_KERNELS)
+    return has_dots() ? DOT_PRODUCTS : BASELINE;
+#else
+    return BASELINE;
+#endif
+}
+
+/* Use the best kernels up to `level`, as binding.py counts them, and give their name. */
 EXPORTED const char *native_choose(int level) {
     int best = best_level();
     level = level < best ? level : best;
     native_kernels = &kernels_baseline;
 #if defined(HAS_X86_KERNELS)
-    if (level == 1) native_kernels = &kernels_avx2;
-    if (level == 2) native_kernels = &kernels_avx512;
-#if defined(HAS_AMX_KERNELS)
-    if (level == 3) native_kernels = &kernels_amx;
+    if (level >= AVX2) native_kernels = &kernels_avx2;
+#if defined(HAS_AVX_VNNI_KERNELS)
+    if (level == AVX_VNNI && has_avx_vnni()) native_kernels = &kernels_avxvnni;
 #endif
+    if (level >= AVX512) native_kernels = &kernels_avx512;
+#if defined(HAS_AMX_KERNELS)
+    if (level == AMX) native_kernels = &kernels_amx;
+#endif
+#elif defined(HAS_DOT_KERNELS)
+    if (level == DOT_PRODUCTS) native_kernels = &kernels_dotprod;
 #endif
     return native_kernels->name;
 }

@@ -41,12 +41,18 @@ struct upcoming {
 #define MATRIX_HEIGHT 16
 enum quantisation { INT8 = 0, INT4 = 1 };
 
-/* Quantised weights [outputs, inputs] in strips as quantised.h says, inputs padded to a multiple of 4 (int8) or GROUP (int4). `scales`
+/* Quantised weights [outputs, inputs] in strips as quantised_strips.h says, inputs padded to a multiple of 4 (int8) or GROUP (int4). `scales`
  * (int8) and `bias` (or NULL) are float32 for every output, the scales padded to whole strips. binding.py has its twin. */
 struct weights {
     int64_t kind, inputs, padded, outputs;
     const uint8_t *values;
     const float *scales, *bias;
+};
+
+/* How the rows of a product become tiles, as even as can be: of `rows` at most; up to `few` rows take `wide` strips at a time, more take `tall`:
+ * as many sums as there are registers. */
+struct tile_shape {
+    int64_t rows, few, wide, tall;
 };
 
 /* A product under way: quantised rows x [rows, padded], their scales, and the sums of each row (int8) or of each of its groups (int4).
@@ -62,15 +68,15 @@ struct product {
     const float *scales, *bias;
     float *out;
     int64_t outputs;
+    const struct tile_shape *shape;
     int matrices, gated;
 };
 
-/* Tiles that the rows of a product are split into, as even as can be, and the strips that a tile takes: as many sums as there are registers. Matrix
- * units take four strips at a time. */
-INLINE int64_t row_tiles(const struct product *p) { return p->kind == INT8 ? (p->rows + 7) / 8 : (p->rows + 5) / 6; }
+/* Tiles that the rows of a product are split into, and the strips that a tile takes; matrix units take four. */
+INLINE int64_t row_tiles(const struct product *p) { return (p->rows + p->shape->rows - 1) / p->shape->rows; }
 INLINE int64_t tile_strips(const struct product *p) {
     int64_t count = row_tiles(p), most = count ? (p->rows + count - 1) / count : 0;
-    return p->matrices ? 4 : p->kind == INT8 ? (most > 6 ? 3 : 4) : most > 2 ? 2 : 4;
+    return p->matrices ? 4 : most > p->shape->few ? p->shape->tall : p->shape->wide;
 }
 INLINE int64_t strip_bytes(const struct product *p) { return p->kind == INT8 ? 16 * p->padded : p->padded / GROUP * 288; }
 
@@ -118,9 +124,11 @@ struct kernels {
     int64_t (*linear_scratch)(void);
     int has_pairs;
     void (*linear_tile)(const struct linear *linear, int64_t strip, int64_t tile, float *memory);
-    /* Float32 x [count] -> out in `type`, rounded to nearest even; where there are dot products of int8, to STORED_INT8 too, the scale behind. */
+    /* Float32 x [count] -> out in `type`, rounded to nearest even; where there are products of bytes, to STORED_INT8 too, the scale behind. */
     void (*narrow)(enum element type, const float *x, void *out, int64_t count);
-    /* Quantise a row, see quantised.h; these three are NULL where the instruction set has no dot products of int8. */
+    /* The tiles of int8 and of int4 weights, and a row quantised as quantised_short.h says; the three functions are NULL where the instruction set
+     * has no products of bytes. */
+    struct tile_shape shapes[2];
     float (*quantise_row)(const float *x, int64_t inputs, int64_t padded, int64_t group, int8_t *out, int64_t line, int32_t *sums);
     /* All rows of a product times the strips begin .. end - 1, while `after` is fetched. */
     void (*int8_strips)(const struct product *product, int64_t begin, int64_t end, struct upcoming after);
@@ -143,10 +151,17 @@ extern const struct kernels kernels_baseline;
 #define HAS_X86_KERNELS 1
 extern const struct kernels kernels_avx2;
 extern const struct kernels kernels_avx512;
+#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
+#define HAS_AVX_VNNI_KERNELS 1
+extern const struct kernels kernels_avxvnni;
+#endif
 #if defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #define HAS_AMX_KERNELS 1
 extern const struct kernels kernels_amx;
 #endif
+#elif defined(__aarch64__)
+#define HAS_DOT_KERNELS 1
+extern const struct kernels kernels_dotprod;
 #endif
 
 /* The table in use; NULL before native_choose. */

@@ -49,7 +49,7 @@ struct product start_product(const struct weights *weights, int64_t rows, char *
     return (struct product){
         .kind = weights->kind, .x = (int8_t *)memory, .x_scales = (float *)scales, .x_sums = (int32_t *)scales + rows, .rows = rows,
         .padded = weights->padded, .weight = weights->values, .scales = weights->scales, .bias = weights->bias, .out = out,
-        .outputs = weights->outputs,
+        .outputs = weights->outputs, .shape = native_kernels->shapes + weights->kind,
         .matrices = by_matrices(weights, rows),
     };
 }

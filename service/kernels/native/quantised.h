@@ -1,15 +1,12 @@
-/* Products of int8 activations with int8 and int4 weights, 16 outputs a vector, by VNNI's dot products of four.
+/* Products of int8 activations with int8 and int4 weights by AVX-512, 16 outputs a vector, by VNNI's dot products of four.
  *
- * Weights are strips of 16 outputs, one after the other. An int8 strip holds, for each four inputs, 64 bytes: weight + 128 of those inputs
- * for output 0, then output 1, ... An int4 strip holds, for each GROUP inputs, 256 bytes of pairs (weight + 8 of four inputs in the low
- * halves, of the next four in the high halves) and 16 float16 scales. dpbusd takes the weights as the unsigned operand, so what the
- * offset adds depends on the row alone: 128 (or 8) times the sum of its activations. Invariant: the integer sums are exact, so a row's
- * result does not depend on the rows beside it.
+ * dpbusd takes the weights as the unsigned operand, so what the offset of strips adds depends on the row alone: 128 (or 8) times the sum of
+ * its activations. Where vectors are shorter see quantised_short.h; invariants and layout are those of quantised_strips.h.
  */
 #ifndef DEEPSEEK_QUANTISED_H
 #define DEEPSEEK_QUANTISED_H
 
-#include "native.h"
+#include "quantised_strips.h"
 
 #if defined(ISA_AVX512)
 #include <immintrin.h>
@@ -93,30 +90,6 @@ INLINE void put_int8(__m512i sums, __m512i offset, __m512 row_scale, const struc
     const __mmask16 there = first_of(count);
     _mm512_mask_storeu_ps(p->out + row * p->outputs + output, there, int8_values(sums, offset, row_scale, p, output, there));
 }
-
-/* What the caches should fetch while a tile is computed: `lines` lines of 64 bytes in each step. */
-struct ahead {
-    const char *at;
-    int lines;
-};
-INLINE struct ahead fetch(struct ahead ahead) {
-    for (int line = 0; line < ahead.lines; line++, ahead.at += 64) _mm_prefetch(ahead.at, _MM_HINT_T1);
-    return ahead;
-}
-
-/* A tile is R rows times C strips, its sums in registers named a<row>_<strip>: compilers spill arrays of vectors, so macros write out the
- * rows (ROWS_R) and the strips (STRIPS_C) of each step. */
-#define ROWS_1(X, S) X(0, S)
-#define ROWS_2(X, S) ROWS_1(X, S) X(1, S)
-#define ROWS_3(X, S) ROWS_2(X, S) X(2, S)
-#define ROWS_4(X, S) ROWS_3(X, S) X(3, S)
-#define ROWS_5(X, S) ROWS_4(X, S) X(4, S)
-#define ROWS_6(X, S) ROWS_5(X, S) X(5, S)
-#define ROWS_7(X, S) ROWS_6(X, S) X(6, S)
-#define ROWS_8(X, S) ROWS_7(X, S) X(7, S)
-#define STRIPS_2(X, r) X(r, 0) X(r, 1)
-#define STRIPS_3(X, r) STRIPS_2(X, r) X(r, 2)
-#define STRIPS_4(X, r) STRIPS_3(X, r) X(r, 3)
 
 /* Strips beyond the last are the last once more; their results are not written. */
 #define STRIP(r, c) const uint8_t *p##c = weight + (c < have ? c : have - 1) * strip;
@@ -217,36 +190,19 @@ TILE_4(4, 2)
 TILE_4(5, 2)
 TILE_4(6, 2)
 
-typedef void (*tile)(const struct product *p, int64_t row, int64_t output, struct ahead ahead);
+#define TILES_8 {8, 6, 4, 3}
+#define TILES_4 {6, 2, 4, 2}
 static const tile INT8_WIDE[] = {NULL, int8_tile_1x4, int8_tile_2x4, int8_tile_3x4, int8_tile_4x4, int8_tile_5x4, int8_tile_6x4};
 static const tile INT8_TALL[] = {NULL, NULL, NULL, NULL, NULL, NULL, int8_tile_6x3, int8_tile_7x3, int8_tile_8x3};
 static const tile INT4_WIDE[] = {NULL, int4_tile_1x4, int4_tile_2x4};
 static const tile INT4_TALL[] = {NULL, NULL, int4_tile_2x4, int4_tile_3x2, int4_tile_4x2, int4_tile_5x2, int4_tile_6x2};
 
-/* All rows times the strips begin .. end - 1, a tile's at a time. Each tile of rows fetches its share of what comes next, the following strips
- * or at last `after`, which hides the memory behind the products: 16 rows took 463 us without and 283 with it. */
-INLINE void product_strips(const struct product *p, int64_t begin, int64_t end, const tile *tiles, struct upcoming after) {
-    int64_t width = tile_strips(p), count = row_tiles(p), steps = (p->kind == INT8 ? p->padded / 4 : p->padded / 8) * count;
-    for (int64_t strip = begin; strip < end; strip += width) {
-        struct upcoming next = {(const char *)p->weight + (strip + width) * strip_bytes(p), width * strip_bytes(p) / 64};
-        if (strip + width >= end) next = after;
-        const int64_t share = (next.lines + steps - 1) / steps, each = steps / count * share;
-        for (int64_t i = 0; i < count; i++) {
-            int64_t row = p->rows * i / count;
-            struct ahead ahead = {next.at, next.lines > 0 ? (int)share : 0};
-            tiles[p->rows * (i + 1) / count - row](p, row, 16 * strip, ahead);
-            next.at += 64 * each;
-            next.lines -= each;
-        }
-    }
-}
-
 static void int8_strips(const struct product *p, int64_t begin, int64_t end, struct upcoming after) {
-    product_strips(p, begin, end, tile_strips(p) == 3 ? INT8_TALL : INT8_WIDE, after);
+    product_strips(p, begin, end, tile_strips(p) == p->shape->tall ? INT8_TALL : INT8_WIDE, after);
 }
 
 static void int4_strips(const struct product *p, int64_t begin, int64_t end, struct upcoming after) {
-    product_strips(p, begin, end, tile_strips(p) == 2 ? INT4_TALL : INT4_WIDE, after);
+    product_strips(p, begin, end, tile_strips(p) == p->shape->tall ? INT4_TALL : INT4_WIDE, after);
 }
 
 #endif

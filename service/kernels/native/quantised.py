@@ -1,6 +1,6 @@
-"""Linear layers with int8 and int4 weights by the compiled kernels, which multiply integers (AVX-512 with VNNI). No gradients.
+"""Linear layers with int8 and int4 weights by the compiled kernels, which multiply integers. No gradients.
 
-The weights are laid out once in strips of 16 outputs (see quantised.h). It does not know layers. Invariant: values are those of
+The weights are laid out once in strips of 16 outputs (see quantised_strips.h). It does not know layers. Invariant: values are those of
 `service.kernels.quantised`, only their order differs.
 """
 
@@ -39,7 +39,7 @@ class Weights(ctypes.Structure):
 
 def unsupported() -> str | None:
     """Why these products cannot be used, or None."""
-    return absent() or (None if functions().native_has_quantised() else "it needs AVX-512 with VNNI")
+    return absent() or (None if functions().native_has_quantised() else "it needs a processor with AVX2, or Armv8.2's dot products")
 
 
 class NativeQuantisedLinear:

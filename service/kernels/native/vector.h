@@ -33,6 +33,13 @@
 #define HAS_PAIRS 0
 #endif
 
+/* Whether bytes are multiplied and summed by fours. */
+#if defined(ISA_AVX512) || defined(ISA_AVX2) || defined(ISA_DOTPROD)
+#define HAS_DOTS 1
+#else
+#define HAS_DOTS 0
+#endif
+
 typedef float vfloat __attribute__((vector_size(WIDTH * 4)));
 typedef int32_t vint __attribute__((vector_size(WIDTH * 4)));
 typedef uint32_t vuint __attribute__((vector_size(WIDTH * 4)));
