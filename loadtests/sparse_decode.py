@@ -8,6 +8,7 @@ the same time to read. It does not know HTTP or schedulers. Invariant: both side
 from __future__ import annotations
 
 import argparse
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ class Side:
         layout = spec.kv_layout()
         blocks = tuple(layout.entries(group, context + steps) + 1 for group in layout.groups)
         pool = KvPool(layout, blocks, kept, torch.device("cpu"), compute=torch.float32)
+        idle = threading.Event()
+        idle.set()
+        pool.populate(idle).join()  # as served: blocks lie in pages of 2 MiB
         self.kv_bytes = layout.sequence_bytes(context, kept.itemsize)
         _fill(pool, layout)
         tables = Tables(layout, blocks, 1, context + steps + 1, spec.vocab_size)
