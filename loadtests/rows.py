@@ -17,6 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from service.processor import cpu_name
+
 RESULTS = Path(os.environ.get("ROWS_DIRECTORY") or Path(__file__).parent / "results")
 
 
@@ -25,7 +27,7 @@ def surroundings() -> dict[str, Any]:
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "cpu": _cpu_model(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
@@ -58,10 +60,3 @@ def _commit() -> str:
     except OSError:
         return named
     return found.stdout.strip() or named
-
-
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -25,6 +25,7 @@ from service.loadgen.scenario import Levels, Ready, Scenario, read_scenario
 from service.loadgen.senders import RawSender, Sender
 from service.loadgen.summary import Targets, summarise
 from service.loadgen.watch import SendFailure
+from service.processor import cpu_name
 from service.types.errors import StartupError
 
 # Flags that make the shape of a request, those of the load, and what of the shape a row repeats.
@@ -76,6 +77,7 @@ def surroundings(label: str) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "program": service.__version__,
         "python": platform.python_version(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "load_average": round(os.getloadavg()[0], 2),
         "label": label,
