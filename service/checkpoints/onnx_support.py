@@ -27,7 +27,7 @@ def unsupported(spec: ModelSpec, quantize: str) -> str:
     reasons = {
         f"{quantize} weights": quantize not in KINDS,
         "images without a fusion": (spec.vision is None) != (spec.fusion is None),
-        "far blocks": any(layer.attention.far is not None for layer in spec.layers),
+        "far blocks": any(group.source is not None for group in spec.kv_layout().groups),
         "dynamic rope scaling": spec.rope.scaling is RopeScaling.DYNAMIC,
         "layers of one cache group with different numbers of heads": any(
             len({queries_per_kv_head(spec, layer) for layer in group.layers}) > 1 for group in spec.kv_layout().groups
