@@ -205,7 +205,8 @@ class EngineSection(BaseModel):
 
     backend: Backend = Field(
         cast(Backend, _ENGINE.backend),
-        description="what computes: torch, or onnx for a graph in ONNX Runtime (CPU); auto takes what was measured to be faster",
+        description="what computes: torch, or onnx for a graph in ONNX Runtime (CPU; where no model is named, bundled lines that it does "
+        "not compute are left out); auto takes what was measured to be faster",
     )
     onnx_runtime: bool = Field(False, description="short for --backend onnx")
     backend_table: str = Field(
