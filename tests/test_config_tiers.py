@@ -10,7 +10,7 @@ import pytest
 from service.config import machine as machine_module
 from service.config.definition import Definition
 from service.config.load import ServeSettings, load_settings
-from service.config.machine import Machine, this_machine
+from service.config.machine import Machine, this_machine, threads_note, usable_cores
 from service.config.tiers import PROFILES, choose, detect, flags_of
 from service.types.errors import SettingsError
 from tests.pages import ROOT
@@ -115,6 +115,16 @@ def test_profiles_name_settings_and_stand_in_the_docs(tier: str) -> None:
     assert not set(profile.always) & set(profile.named)
     shown = [f"`{flags_of(part)}`" if part else "" for part in (profile.always, profile.named)]
     assert f"| `{tier}` | {shown[0]} | {shown[1]} |" in (ROOT / "docs/tuning.md").read_text("utf-8")
+
+
+def test_more_threads_than_cores_are_worth_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, words in (({0, 3}, "the 2 cores that"), ({1}, "the one core that")):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: cores)
+        assert words in threads_note(16) and "--threads 16" in threads_note(16)
+        assert [threads_note(count) for count in (0, len(cores))] == ["", ""]
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    assert usable_cores() == 4 and threads_note(4) == "" != threads_note(5)
 
 
 def files(root: Path, contents: dict[str, str]) -> Path:

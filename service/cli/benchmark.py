@@ -20,12 +20,13 @@ import service
 from service.cli.benchmark_modes import FAR, FILES, MACHINE, ROWS, SERVERS, check_mode
 from service.cli.benchmark_results import check_file, tell_row
 from service.cli.benchmark_tables import print_comparison, print_row, print_servers
-from service.cli.ending import run_command
+from service.cli.ending import run_command, warn
 from service.cli.far_quality import add_far_quality_flags, measure_far_quality, print_far_quality
 from service.cli.machine_benchmark import add_machine_flags, check_machine, finish, measure_machine
 from service.cli.server_comparison import comparison_row, contenders, measure_rounds
 from service.cli.server_load import SHAPE, is_server, measure_server, plan_load
 from service.config.flags import FlagParser, canonical
+from service.config.machine import threads_note
 from service.loadgen.compare import RowsError, compare, read_rows
 from service.loadgen.scenario import Ready, ScenarioError
 from service.types.errors import SettingsError
@@ -96,6 +97,8 @@ def _benchmark(arguments: Sequence[str]) -> int:
     named = [canonical(argument).partition("=")[0].removeprefix("--") for argument in arguments if argument.startswith("--")]
     mode = check_mode(given, named)
     _check(given, set(named))
+    if note := threads_note(given.threads):
+        warn(PROGRAM, note)
     if mode == FAR:
         return _tell(given, _run_loop(measure_far_quality(given)), print_far_quality)
     if mode in MACHINE:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import socket
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +21,10 @@ from service.checkpoints.long_context import adapt
 from service.checkpoints.manifest import Manifest, read_manifest
 from service.checkpoints.registry import Registry
 from service.cli.budget import plan_demand, share_kv
+from service.cli.ending import warn
 from service.cli.report import LoadProgress, StartTimes, client_url, example_request, memory_table, parent_memory_line, tier_line
 from service.config.load import PROGRAM, ServeSettings
+from service.config.machine import threads_note
 from service.engine.backend_choice import choose_backend, graph_lacks
 from service.engine.memory import available_bytes
 from service.engine.supervisor import Blank, WorkerBackend
@@ -40,6 +41,8 @@ INTERRUPTED = 130
 
 async def serve(settings: ServeSettings, blank: Blank, times: StartTimes) -> int:
     """Serve until a signal; returns the exit code. `blank` is a worker for the first model. Raises StartupError."""
+    if note := threads_note(settings.engine.threads):
+        warn(PROGRAM, note)
     listener = bind(settings.http)
     try:
         progress = LoadProgress()
@@ -91,7 +94,7 @@ def _computed(models: list[tuple[ModelSource, Manifest]], settings: ServeSetting
     if lacking:
         reasons = ", ".join(f"{name} ({gap})" for name, gap in lacking.items())
         said = f"left out: {reasons}, which the ONNX graph does not compute; --backend torch serves every line"
-        print(f"{PROGRAM}: {said}", file=sys.stderr, flush=True)
+        warn(PROGRAM, said)
     return [(source, manifest) for source, manifest in models if source.name not in lacking]
 
 

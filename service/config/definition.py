@@ -232,7 +232,9 @@ class EngineSection(BaseModel):
     quantize_cache_bytes: Size = Field(
         _ENGINE.quantize_cache_bytes, description="most bytes that are kept there; what was used longest ago makes room"
     )
-    threads: Annotated[Whole, Field(le=4096)] = Field(_ENGINE.threads, description="CPU threads of a worker; 0 takes all cores")
+    threads: Annotated[Whole, Field(le=4096)] = Field(
+        _ENGINE.threads, description="CPU threads of a worker; 0 takes all cores, more than these are slower"
+    )
     kv_bytes: Size = Field(
         _ENGINE.kv_bytes, description="memory of a version's KV cache, such as 512MiB; 0 takes what the machine leaves, bounded by need"
     )

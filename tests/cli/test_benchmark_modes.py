@@ -80,7 +80,7 @@ def test_a_refusal_says_where_a_flag_belongs(arguments: tuple[str, ...], words: 
     assert re.search(re.escape(words), refusal(*arguments))
 
 
-def test_what_is_obeyed_comes_as_far_as_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_obeyed_comes_as_far_as_the_measurement(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def reached(given: object) -> None:
         raise SettingsError("measured")
 
@@ -93,4 +93,6 @@ def test_what_is_obeyed_comes_as_far_as_the_measurement(monkeypatch: pytest.Monk
         ("--versions", "a,b", "--text", "t", "--text_tokens", "70"),
         ("--backends", "none"),
     ):
-        assert refusal(*arguments) == "measured"
+        assert refusal(*arguments) == "measured" and capsys.readouterr().err == ""
+    assert refusal("--tier", "cpu", "--threads", "4096") == "measured"
+    assert capsys.readouterr().err.startswith("deepseek-benchmark: --threads 4096 is more than the ")
