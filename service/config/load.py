@@ -22,7 +22,7 @@ from pydantic_settings import EnvSettingsSource
 import service
 from service.config.bundled import choose_sources, registry_path
 from service.config.definition import ENVIRONMENT_PREFIX, SECTIONS, SHORT_FORMS, Definition
-from service.config.describe import default_note, expectation, is_list, metavar
+from service.config.describe import default_note, expectation, is_list, metavar, renamed
 from service.config.flags import FlagParser
 from service.config.machine import this_machine
 from service.config.tiers import choose as choose_tier
@@ -122,8 +122,9 @@ def _join(origins: Sequence[_Origin]) -> Definition:
     except ValidationError as error:
         name = str(error.errors(include_url=False)[0]["loc"][0])
     origin = next(origin for origin in origins if name in origin.values)
-    shown = "" if name in _SECRET else f", not {_shown(origin.values[name])}"
-    raise SettingsError(f"{origin.spell(name)} must be {expectation(Definition.model_fields[name])}{shown}.")
+    setting, value = Definition.model_fields[name], origin.values[name]
+    shown = "" if name in _SECRET else f", not {_shown(value)}{renamed(setting, value)}"
+    raise SettingsError(f"{origin.spell(name)} must be {expectation(setting)}{shown}.")
 
 
 def _convert(given: Definition, origins: Sequence[_Origin]) -> ServeSettings:
