@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from service.checkpoints.long_context import adapt
 from service.checkpoints.manifest import read_manifest
 from service.checkpoints.onnx_graph import OnnxEncoder, OnnxGraph
 from service.engine.batch import Tables
@@ -14,6 +15,7 @@ from service.engine.onnx_backend import OnnxBackend
 from service.engine.rectangles import Costs
 from service.engine.sampler import Sampler
 from service.types.plan import BackendInfo
+from service.types.settings import AttentionSettings
 from tests.inline_backend import Inline
 
 
@@ -21,10 +23,16 @@ class InlineGraph(Inline):
     """Implements types.plan.Backend over an exported graph in this process; every start begins with empty tables and poisoned blocks."""
 
     def __init__(
-        self, directory: Path, graph: Path, blocks: int = 64, lose_at: frozenset[int] = frozenset(), image_tokens: int = 512
+        self,
+        directory: Path,
+        graph: Path,
+        blocks: int = 64,
+        lose_at: frozenset[int] = frozenset(),
+        image_tokens: int = 512,
+        attention: AttentionSettings | None = None,
     ) -> None:
         super().__init__(lose_at)
-        self.spec = read_manifest(directory).spec
+        self.spec = adapt(read_manifest(directory).spec, attention or AttentionSettings())
         self.graph, self.blocks = graph, blocks
         self.image_tokens = image_tokens if self.spec.vision is not None else 0
 

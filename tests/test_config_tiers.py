@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 from service.config import machine as machine_module
+from service.config import tiers
 from service.config.definition import Definition
 from service.config.load import ServeSettings, load_settings
-from service.config.machine import Machine, this_machine
+from service.config.machine import Machine, this_machine, threads_note, usable_cores
 from service.config.tiers import PROFILES, choose, detect, flags_of
+from service.engine.backend_choice import choose_backend
+from service.types.catalog import V2_3
 from service.types.errors import SettingsError
 from tests.pages import ROOT
 
@@ -47,7 +50,7 @@ def test_a_machine_is_taken_for(machine: Machine, device: str, tier: str, words:
     assert found == tier and words in reason
 
 
-def test_a_detected_tier_changes_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_detected_tier_quantises_nothing_and_names_no_type(monkeypatch: pytest.MonkeyPatch) -> None:
     for machine in (PLAIN, CARD, BOARD):
         settings = load(monkeypatch, machine)
         assert settings.engine.quantize == "auto" and settings.engine.dtype == "auto"
@@ -72,6 +75,33 @@ def test_a_board_is_an_edge_device_without_being_told(monkeypatch: pytest.Monkey
     assert (settings.engine.tier, settings.scheduler.batch_size) == ("edge", 4)
     # Whether there is a GPU the worker knows better than files do.
     assert load(monkeypatch, CARD).engine.tier == "auto"
+
+
+def test_what_gives_way_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for flags, held_back in (
+        (("--tier", "cpu", "--quantize", "none"), "--quantize int8"),
+        (("--tier", "edge", "--quantize", "none"), "--quantize int8"),
+        (("--tier", "cpu", "--device", "cuda"), "--quantize int8"),
+        (("--tier", "edge", "--batch_size", "7"), "--batch_size 4"),
+        (("--tier", "edge"), ""),
+        (("--quantize", "none"), ""),
+    ):
+        tier = load(monkeypatch, PLAIN, *flags).tier
+        assert tier is not None and tier.held_back == held_back, flags
+
+
+def test_the_batch_size_of_a_tier_may_take_another_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the help and the page promise no equal answers."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    spec = V2_3.spec(dict(V2_3.shapes)["nano"])
+    taken = []
+    for machine in (PLAIN, BOARD):
+        settings = load(monkeypatch, machine, "--device", "cpu")
+        taken.append(choose_backend(spec, settings.engine, settings.scheduler.batch_size).backend)
+    assert taken == ["torch", "onnx"]
+    said = [Definition.model_fields["tier"].description or "", tiers.__doc__ or "", (ROOT / "docs/tuning.md").read_text("utf-8")]
+    assert all("--backend auto" in text and "no answer" not in text for text in said)
 
 
 def test_flags_variables_and_the_file_go_before_the_profile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -115,6 +145,16 @@ def test_profiles_name_settings_and_stand_in_the_docs(tier: str) -> None:
     assert not set(profile.always) & set(profile.named)
     shown = [f"`{flags_of(part)}`" if part else "" for part in (profile.always, profile.named)]
     assert f"| `{tier}` | {shown[0]} | {shown[1]} |" in (ROOT / "docs/tuning.md").read_text("utf-8")
+
+
+def test_more_threads_than_cores_are_worth_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, words in (({0, 3}, "the 2 cores that"), ({1}, "the one core that")):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: cores)
+        assert words in threads_note(16) and "--threads 16" in threads_note(16)
+        assert [threads_note(count) for count in (0, len(cores))] == ["", ""]
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    assert usable_cores() == 4 and threads_note(4) == "" != threads_note(5)
 
 
 def files(root: Path, contents: dict[str, str]) -> Path:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("onnx")
@@ -16,6 +18,8 @@ pytest.importorskip("onnxruntime")
 from service.checkpoints.manifest import read_manifest
 from service.checkpoints.onnx_export import export
 from service.types.request import Sampling
+from service.types.settings import AttentionSettings
+from tests import test_sparse_parity as sparse
 from tests.inline_graph import InlineGraph
 from tests.test_parity import (
     Reference,
@@ -71,3 +75,21 @@ async def test_a_sampled_text_is_the_same_in_any_batch(case: Reference, inline) 
             await collect(stream)
         await router.close()
     assert len(texts) == 1
+
+
+@pytest.mark.parametrize("refresh", [0, 16])
+async def test_a_window_whose_far_blocks_are_evicted(refresh: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts within the window and far beyond it, side by side in slices: the tokens are torch's in float32, and those of the rule."""
+    monkeypatch.setitem(sparse.CASES, "evict", AttentionSettings(attention_window=70, kv_far="evict", far_refresh=refresh))
+    case, graph = sparse.make_case("evict", tmp_path), tmp_path / "graph.onnx"
+    export(case.manifest, graph, "none")
+    draw = np.random.default_rng(5)
+    prompts = [case.prompt, *(tuple(draw.integers(0, 256, length).tolist()) for length in (5, 64, 129, 200))]
+    found = []
+    for backend in (None, InlineGraph(case.directory, graph, attention=case.attention)):
+        router = await sparse.start(case, backend, step_tokens=97)
+        streams = [router.submit([sparse.ask(prompt, tokens=70)])[0] for prompt in prompts]
+        found.append([(await collect(stream))[0] for stream in streams])
+        await router.close()
+    assert found[0] == found[1] and all(len(tokens) == 70 for tokens in found[1])
+    case.check(case.prompt, found[1][0])

@@ -174,15 +174,10 @@ class OnnxGraph:
         width = self.layout.block_tokens
         written = np.take_along_axis(table, positions // width, axis=1).astype(np.int64)
         self._clear(group, written[positions % width == 0])
-        first = np.array([self.layout.first_read(group, int(start)) for start in positions[:, 0]])
-        reach = int((positions[:, -1] // width - first).max()) + 1
-        entries = first[:, None] + np.arange(reach)
+        entries = self._entries(group, positions)
         last = positions[:, -1:] // width  # a block behind it may be there already, as its earlier owner left it
         read = np.where(entries <= last, np.take_along_axis(table, np.minimum(entries, last), axis=1), 0)
-        keys = first[:, None] * width + np.arange(reach * width)
-        behind = positions[:, :, None] - keys[:, None, :]
-        hidden = (behind < 0) if group.window is None else (behind < 0) | (behind >= group.window)
-        mask = np.where(hidden, np.float32("-inf"), np.float32(0))
+        mask = np.where(self._hidden(group, positions, entries), np.float32("-inf"), np.float32(0))
         flat = (written * width + positions % width).reshape(1, -1)
         places = np.stack(np.broadcast_arrays(np.arange(group.kv_heads)[:, None], flat), axis=-1)
         return {
@@ -191,6 +186,27 @@ class OnnxGraph:
             # With one query a sequence the mask is the same for all heads, and the graph repeats it.
             f"mask.{index}": mask if mask.shape[1] == 1 else np.tile(mask, (1, self._queries[index], 1)),
         }
+
+    def _entries(self, group: KvGroup, positions: Ints) -> Ints:
+        """Which entries of its table each slice may read [S, B]: sinks first, then from the first that its window reaches on."""
+        sinks = group.sink_blocks
+        first = np.array([max(self.layout.first_read(group, int(start)), sinks) for start in positions[:, 0]])
+        reach = int((positions[:, -1] // self.layout.block_tokens - first).max()) + 1
+        return np.concatenate([np.tile(np.arange(sinks), (len(first), 1)), first[:, None] + np.arange(max(reach, 0))], axis=1)
+
+    def _hidden(self, group: KvGroup, positions: Ints, entries: Ints) -> NDArray[np.bool_]:
+        """What each query [S, L] does not see of the tokens of the entries [S, B]: bool [S, L, 64 · B]."""
+        width = self.layout.block_tokens
+        keys = (entries[..., None] * width + np.arange(width)).reshape(len(entries), -1)
+        behind = positions[:, :, None] - keys[:, None, :]
+        if group.window is None:
+            return np.asarray(behind < 0)
+        if group.far is None:
+            return np.asarray((behind < 0) | (behind >= group.window))
+        # Such a window begins with a whole block, and the sinks before it are always seen.
+        starts = np.array([self.layout.first_read(group, position) for position in positions.reshape(-1).tolist()])
+        blocks = (keys // width)[:, None, :]
+        return np.asarray((behind < 0) | ((blocks < starts.reshape(*positions.shape, 1)) & (blocks >= group.sink_blocks)))
 
     def _clear(self, group: KvGroup, blocks: Ints) -> None:
         """What an earlier owner left behind the last token would be multiplied by 0, and not a number times 0 is not a number."""

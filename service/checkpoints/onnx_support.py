@@ -22,6 +22,12 @@ FORMAT = "deepseek-onnx-5"
 GRAPH, ENCODER, PRODUCT, WEIGHTS, ABOUT = "model.onnx", "encoder.onnx", "product.onnx", "weights.bin", "export.json"
 SUFFIX = ".onnx"
 KINDS = ("none", "int8", "int4")
+FAR, DYNAMIC = "far blocks", "dynamic rope scaling"
+# What else than torch serves a model, where flags may be the reason.
+_INSTEAD = {
+    FAR: "give them up (--kv_far evict), or serve a version without them (--version v3.5, and no --attention_window)",
+    DYNAMIC: "or serve a version without it (--version v3.5, and no --rope_scaling dynamic)",
+}
 
 
 def unsupported(spec: ModelSpec, quantize: str) -> str:
@@ -29,8 +35,8 @@ def unsupported(spec: ModelSpec, quantize: str) -> str:
     reasons = {
         f"{quantize} weights": quantize not in KINDS,
         "images without a fusion": (spec.vision is None) != (spec.fusion is None),
-        "far blocks": any(layer.attention.far is not None for layer in spec.layers),
-        "dynamic rope scaling": spec.rope.scaling is RopeScaling.DYNAMIC,
+        FAR: any(group.source is not None for group in spec.kv_layout().groups),
+        DYNAMIC: spec.rope.scaling is RopeScaling.DYNAMIC,
         "layers of one cache group with different numbers of heads": any(
             len({queries_per_kv_head(spec, layer) for layer in group.layers}) > 1 for group in spec.kv_layout().groups
         ),
@@ -39,10 +45,12 @@ def unsupported(spec: ModelSpec, quantize: str) -> str:
 
 
 def refuse(spec: ModelSpec, quantize: str) -> None:
-    """Raise CheckpointError for what the graph does not compute."""
+    """Raise CheckpointError for what the graph does not compute; its words are for who serves the model."""
     if reason := unsupported(spec, quantize):
+        instead = _INSTEAD.get(reason, "or serve another version (--version v3.5)")
         raise CheckpointError(
-            f"The ONNX graph does not support {reason}: serve this model through torch (--backend torch), or another one (--model v3.5)."
+            f"The ONNX graph does not support {reason}: serve this model through torch (--backend torch in place of --onnx_runtime), "
+            f"{instead}."
         )
 
 

@@ -7,11 +7,15 @@ one entry for each size, kind of weights and batch, the newest.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from service.checkpoints.bundled import bundled_directory, complete_lines
+from service.checkpoints.manifest import read_manifest
+from service.checkpoints.onnx_support import unsupported
 from service.checkpoints.stage import staged_file
 from service.cli.local_engine import LocalEngine, Round, random_prompts, spread
 from service.engine.backend_choice import Measured, read_table
@@ -27,6 +31,9 @@ async def measure_backends(directory: Path, kinds: tuple[str, ...], threads: int
 
     `asked` are the tokens of each prompt and of each answer. Raises StartupError.
     """
+    spec = read_manifest(directory).spec
+    if gap := next(filter(None, (unsupported(spec, kind) for kind in kinds)), ""):
+        raise SettingsError(f"--backends cannot measure {directory.name}: the ONNX graph does not support {gap}; name another --directory.")
     prompt_tokens, output_tokens = asked
     measured: list[Measured] = []
     forms: dict[str, Any] = {}
@@ -37,7 +44,6 @@ async def measure_backends(directory: Path, kinds: tuple[str, ...], threads: int
             for backend in ("torch", "onnx"):
                 engine = LocalEngine(directory, replace(settings, backend=backend), SchedulerSettings(batch_size=max(BATCHES)))
                 engines[backend] = await stack.enter_async_context(engine)
-            spec = engines["torch"].manifest.spec
             forms[kind] = {"dtypes": {name: engine.info.dtype for name, engine in engines.items()}, "batches": {}}
             for batch in BATCHES:
                 sides = await _sides(engines, batch, rounds, asked)
@@ -51,10 +57,24 @@ async def measure_backends(directory: Path, kinds: tuple[str, ...], threads: int
     return {"kind": "backends", "prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "forms": forms, "measured": entries}
 
 
+def newest_computed(kinds: Sequence[str]) -> Path:
+    """The directory of the newest bundled line that the graph computes in all `kinds` of weights. Raises SettingsError."""
+    for line in reversed(complete_lines()):
+        spec = read_manifest(bundled_directory(line)).spec
+        if not any(unsupported(spec, kind) for kind in kinds):
+            return bundled_directory(line)
+    raise SettingsError("no bundled model is there that the ONNX graph computes: name a checkpoint with --directory.")
+
+
+def kept_table(path: Path) -> list[Measured]:
+    """What the table at `path` holds, nothing where there is none yet. Raises SettingsError for another file."""
+    return read_table(str(path), "--keep_table") if path.exists() else []
+
+
 def keep_table(path: Path, row: dict[str, Any]) -> None:
     """Enter what a row measured into the table at `path`, with where it was measured. Raises SettingsError."""
     new = [Measured(**entry) for entry in row["measured"]]
-    known = read_table(str(path)) if path.exists() else []
+    known = kept_table(path)
     entries = {(entry.parameters, entry.quantize, entry.batch, entry.images): entry for entry in (*known, *new)}
     about = {name: row[name] for name in ("date", "program", "cores", "directory") if name in row}
     table = {"newest": about, "measured": [asdict(entries[key]) for key in sorted(entries)]}

@@ -17,21 +17,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import service
+from service.cli.benchmark_modes import FAR, FILES, MACHINE, ROWS, SERVERS, check_mode
+from service.cli.benchmark_results import check_file, tell_row
 from service.cli.benchmark_tables import print_comparison, print_row, print_servers
-from service.cli.ending import run_command
+from service.cli.ending import run_command, warn
 from service.cli.far_quality import add_far_quality_flags, measure_far_quality, print_far_quality
-from service.cli.machine_benchmark import add_machine_flags, check_machine, finish, measure_machine, measures_machine
-from service.cli.server_comparison import comparison_row, contenders, measure_rounds, names_servers
+from service.cli.machine_benchmark import add_machine_flags, check_machine, finish, measure_machine
+from service.cli.server_comparison import comparison_row, contenders, measure_rounds
 from service.cli.server_load import SHAPE, is_server, measure_server, plan_load
 from service.config.flags import FlagParser, canonical
+from service.config.machine import threads_note
 from service.loadgen.compare import RowsError, compare, read_rows
 from service.loadgen.scenario import Ready, ScenarioError
 from service.types.errors import SettingsError
 
 PROGRAM = "deepseek-benchmark"
 Result = TypeVar("Result")
-# Flags that ask for something else than a load, as --compare does.
-_MEASUREMENTS = ("tier", "quality", "versions", "backends", "rows")
 DESCRIPTION = (
     "Measure an OpenAI-compatible server: latencies, throughput and goodput under an open (--rate) or closed (--concurrency) load."
 )
@@ -72,7 +73,7 @@ def benchmark_parser() -> FlagParser:
     result.add_argument("--slo_tpot_ms", metavar="MS", type=_positive, default=0.0, help="goodput: most time of an output token")
     result.add_argument("--out", metavar="FILE", default="", help="file to which the row is added")
     result.add_argument("--label", metavar="TEXT", default="", help="words kept in the row")
-    result.add_argument("--report", metavar="FILE", default="", help="HTML page with plots of the row, or of the rows of --rows")
+    result.add_argument("--report", metavar="FILE", default="", help="HTML page with plots of a load's row, or of the rows of --rows")
     result.add_argument("--rows", metavar="FILE", default="", help="file of rows for --report; nothing is measured then")
     result.add_argument(
         "--compare",
@@ -93,24 +94,26 @@ def main() -> int:
 
 def _benchmark(arguments: Sequence[str]) -> int:
     given = Namespace(**benchmark_parser().read(arguments))
-    if given.compare and (other := next((flag for flag in _MEASUREMENTS if getattr(given, flag)), None)):
-        raise SettingsError(f"--compare and --{other} ask for two things: give only one of them.")
-    if given.quality == "far":
+    named = [canonical(argument).partition("=")[0].removeprefix("--") for argument in arguments if argument.startswith("--")]
+    mode = check_mode(given, named)
+    _check(given, set(named))
+    if note := threads_note(given.threads):
+        warn(PROGRAM, note)
+    if mode == FAR:
         return _tell(given, _run_loop(measure_far_quality(given)), print_far_quality)
-    named = {canonical(argument).partition("=")[0].removeprefix("--") for argument in arguments if argument.startswith("--")}
-    _check(given, named)
+    if mode in MACHINE:
+        check_machine(given)
+        return finish(given, _run_loop(measure_machine(given)))
     try:
-        if given.compare and not names_servers(given.compare):
+        if mode == FILES:
             return _compare(given)
-        if given.rows:
+        if mode == ROWS:
             _write_report(given.report, read_rows(Path(given.rows)))
             return 0
-        if measures_machine(given):
-            return finish(given, _run_loop(measure_machine(given)))
-        ready = plan_load(given, named)
+        ready = plan_load(given, set(named))
     except (ScenarioError, RowsError) as error:
         raise SettingsError(str(error)) from None
-    if given.compare:
+    if mode == SERVERS:
         return _compare_servers(given, ready)
     row = _run_loop(measure_server(given, ready, given.url, given.model))
     code = _tell(given, row, print_row)
@@ -122,14 +125,7 @@ def _benchmark(arguments: Sequence[str]) -> int:
 def _tell(given: Namespace, row: dict[str, Any], show: Callable[[dict[str, Any]], None]) -> int:
     """Print the row as a table and as JSON, and add it to --out."""
     show(row)
-    line = json.dumps(row)
-    if given.out:
-        try:
-            with Path(given.out).open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        except OSError as error:
-            raise SettingsError(f"--out {given.out} cannot be written: {error.strerror}.") from None
-    print(line, flush=True)
+    tell_row(given.out, row)
     return 0
 
 
@@ -140,19 +136,14 @@ def _check(given: Namespace, named: set[str]) -> None:
         raise SettingsError("--rate is an open loop and --concurrency a closed one: give only one of them.")
     if given.shared_prefix_tokens > given.prompt_tokens:
         raise SettingsError("--shared_prefix_tokens must not exceed --prompt_tokens.")
-    check_machine(given)
     if given.rows and not given.report:
         raise SettingsError("--rows needs --report, the page to write.")
     if given.report and importlib.util.find_spec("matplotlib") is None:
         raise SettingsError("--report needs matplotlib: pip install 'deepseek-service[train]', or leave --report out.")
-    if given.compare and "url" in named:
-        raise SettingsError("--url and --compare both name what is measured: give only one of them.")
     if given.scenario and named & set(SHAPE):
         raise SettingsError(f"--{min(named & set(SHAPE))} is said by the scenario: change the file, or leave --scenario out.")
-    for flag in ("out", "report"):
-        path = getattr(given, flag)
-        if path and not Path(path).absolute().parent.is_dir():
-            raise SettingsError(f"--{flag} {path} lies in a directory that does not exist: make it first.")
+    for flag in ("out", "report", "keep_table"):
+        check_file(flag, getattr(given, flag))
 
 
 def _compare(given: Namespace) -> int:

@@ -1,4 +1,5 @@
-"""How a command ends: a StartupError is one sentence on stderr and exit code 2, Ctrl-C is 130; never a traceback for either.
+"""How a command ends: a StartupError is one sentence on stderr and exit code 2, Ctrl-C is 130; never a traceback for either. And how it
+says there what its user should know while it goes on.
 
 It does not know the commands. Invariant: anything else is a fault of ours and keeps its traceback.
 """
@@ -12,6 +13,11 @@ from collections.abc import Callable, Sequence
 from service.types.errors import StartupError
 
 WRONG_USE, INTERRUPTED = 2, 130
+
+
+def warn(program: str, sentence: str) -> None:
+    """One line on stderr."""
+    print(f"{program}: {sentence}", file=sys.stderr, flush=True)
 
 
 def run_command(program: str, command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:

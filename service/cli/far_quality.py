@@ -20,6 +20,8 @@ from typing import Any
 
 from service.checkpoints.long_context import STORES, adapt
 from service.checkpoints.manifest import Manifest, read_manifest
+from service.cli.server_load import surroundings
+from service.config.bundled import named_directory, registry_path
 from service.config.flags import FlagParser
 from service.engine.supervisor import WorkerBackend
 from service.inputs.recall_tasks import TASKS, RecallCase, Task
@@ -37,6 +39,8 @@ DEPTHS = 10
 ANSWER_TOKENS = 16
 SCORED_TOKENS = 2048
 _GIVEN = ("attention_window", "far_blocks", "far_refresh", "kv_far", "prefill", "max_position_embeddings", "rope_scaling")
+# All flags of this comparison alone.
+FAR_FLAGS = (*_GIVEN, "dense_layers", "quality_tokens", "quality_cases", "quality_tasks")
 
 
 def add_far_quality_flags(parser: FlagParser) -> None:
@@ -60,7 +64,7 @@ async def measure_far_quality(given: Namespace) -> dict[str, Any]:
     """Both sides; the row. Raises SettingsError or CheckpointError."""
     if not given.directory:
         raise SettingsError("--quality far needs --directory, the model to measure.")
-    manifest = read_manifest(Path(given.directory))
+    manifest = read_manifest(named_directory(given.directory, registry_path(""), "--directory"))
     asked = AttentionSettings(**{name: getattr(given, name) for name in _GIVEN}, dense_layers=tuple(given.dense_layers))
     served = adapt(manifest.spec, asked)
     if not any(layer.attention.far for layer in served.layers):
@@ -78,7 +82,7 @@ async def measure_far_quality(given: Namespace) -> dict[str, Any]:
     found = {name: await _answers(manifest, codec, side, cases, text) for name, side in sides.items()}
     mass = await asyncio.to_thread(_mass, manifest.directory, asked, text)
     row = {"what": "quality", "model": manifest.digest[:12], "tokens": tokens, "asked": asdict(asked)}
-    return {**row, **summary(cases, found), "attention_mass": mass}
+    return {**row, **surroundings(given.label), **summary(cases, found), "attention_mass": mass}
 
 
 def _mass(directory: Path, asked: AttentionSettings, text: Sequence[int]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The part of `deepseek-benchmark` that starts engines on this machine: tiers, quality of quantised weights, versions, as table and row.
+"""The part of `deepseek-benchmark` that starts engines on this machine: tiers, quality of quantised weights, versions, backends.
 
 It does not know how they are measured. Invariant: a row carries where and with what it was made, like those of servers.
 """
@@ -6,20 +6,20 @@ It does not know how they are measured. Invariant: a row carries where and with 
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from service.cli.backends import KINDS, keep_table, measure_backends
+from service.cli.backends import KINDS, keep_table, kept_table, measure_backends, newest_computed
+from service.cli.benchmark_results import tell_row
 from service.cli.quality import FORMS, measure_quality
 from service.cli.server_load import surroundings
 from service.cli.tiers import MEASUREMENTS, measure_tier
 from service.cli.version_comparison import Comparison, compare_versions
 from service.cli.version_table import version_table
-from service.config.bundled import bundled_source, listed_sources, registry_path
+from service.config.bundled import bundled_source, listed_sources, named_directory, registry_path
 from service.config.flags import FlagParser
 from service.train.corpus import read_corpus
 from service.types.errors import SettingsError
@@ -33,7 +33,7 @@ TEXT_MODULES = ("statistics", "textwrap", "heapq", "bisect")
 
 def add_machine_flags(parser: FlagParser, count: Callable[[str], int], whole: Callable[[str], int]) -> None:
     """The flags of these measurements; `count` reads a number from 1 up, `whole` one from 0 up."""
-    machine = parser.add_argument_group("This machine (starts engines itself; --url and the load's flags do not matter)")
+    machine = parser.add_argument_group("This machine (starts engines itself; no flags of a server or its load but the lengths)")
     machine.add_argument(
         "--tier", choices=tuple(MEASUREMENTS), default=None, help="what the flags recommended for a tier gain over float32 without them"
     )
@@ -57,7 +57,11 @@ def add_machine_flags(parser: FlagParser, count: Callable[[str], int], whole: Ca
     )
     machine.add_argument("--keep_table", metavar="FILE", default="", help="table of --backend auto into which --backends enters its result")
     machine.add_argument(
-        "--directory", metavar="DIR", default="", help="checkpoint of --tier, --quality and --backends; the bundled one when left out"
+        "--directory",
+        metavar="DIR",
+        default="",
+        help="checkpoint of --tier, --quality and --backends, or a version by name such as v3.5; when left out the newest bundled one, of "
+        "--backends the newest that the ONNX graph computes",
     )
     machine.add_argument("--threads", metavar="N", type=whole, default=0, help="CPU threads of each engine (default 0, all cores)")
     machine.add_argument(
@@ -80,27 +84,20 @@ def add_machine_flags(parser: FlagParser, count: Callable[[str], int], whole: Ca
 
 
 def check_machine(given: Namespace) -> None:
-    """Refuse what cannot be measured. Raises SettingsError."""
-    asked = [flag for flag in ("tier", "quality", "versions", "backends") if getattr(given, flag)]
-    if len(asked) > 1:
-        raise SettingsError(f"--{asked[0]} and --{asked[1]} are two measurements: give only one of them.")
-    for kind in filter(None, given.quality.split(",")):
-        if kind not in FORMS:
-            raise SettingsError(f"--quality must name {', '.join(FORMS)}, or some of them by comma, not {kind[:40]!r}.")
-    for kind in filter(None, given.backends.split(",")):
-        if kind not in KINDS:
-            raise SettingsError(f"--backends must name {', '.join(KINDS)}, or some of them by comma, not {kind[:40]!r}.")
-    if given.keep_table and not given.backends:
-        raise SettingsError("--keep_table belongs to --backends: give it too.")
-    if given.directory and not (given.tier or given.quality or given.backends):
-        raise SettingsError("--directory belongs to --tier, --quality and --backends: give one of these too.")
-    if given.text and not (given.quality or given.versions):
-        raise SettingsError("--text belongs to --quality and --versions: give one of these too.")
+    """Refuse what cannot be measured, or not be kept. Raises SettingsError."""
+    for flag, known, other in (("quality", FORMS, ", or far alone"), ("backends", KINDS, "")):
+        asked = getattr(given, flag)
+        wrong = [kind for kind in _listed(asked) if kind not in known]
+        if wrong or (asked and not _listed(asked)):
+            shown = wrong[0] if wrong else asked
+            raise SettingsError(f"--{flag} must name {', '.join(known)}, or some of them by comma{other}, not {shown[:40]!r}.")
+    if given.keep_table:
+        kept_table(Path(given.keep_table))
 
 
-def measures_machine(given: Namespace) -> bool:
-    """Whether the flags ask for one of these measurements."""
-    return bool(given.tier or given.quality or given.versions or given.backends)
+def _listed(kinds: str) -> tuple[str, ...]:
+    """Kinds by comma, each once."""
+    return tuple(dict.fromkeys(filter(None, kinds.split(","))))
 
 
 async def measure_machine(given: Namespace) -> dict[str, Any]:
@@ -111,32 +108,29 @@ async def measure_machine(given: Namespace) -> dict[str, Any]:
         asked = Comparison(given.prompt_tokens, given.output_tokens, given.rounds, given.threads)
         text = _text(given.text) if given.text else _held_out_text()
         return row | await compare_versions(sources, text, given.text_tokens, asked)
-    directory = Path(given.directory or bundled_source("").directory)
+    directory = _directory(given)
     row["directory"] = directory.name
     if given.tier:
         lengths = given.prompt_tokens, given.output_tokens
         return row | await measure_tier(given.tier, directory, given.threads, given.rounds, lengths)
     if given.backends:
-        forms = tuple(dict.fromkeys(filter(None, given.backends.split(","))))
-        row |= await measure_backends(directory, forms, given.threads, given.rounds, (given.prompt_tokens, given.output_tokens))
-        if given.keep_table:
-            keep_table(Path(given.keep_table), row)
-        return row
-    kinds = tuple(dict.fromkeys(filter(None, given.quality.split(","))))
-    return row | await measure_quality(directory, kinds, _text(given.text), given.text_tokens, given.threads)
+        lengths = given.prompt_tokens, given.output_tokens
+        return row | await measure_backends(directory, _listed(given.backends), given.threads, given.rounds, lengths)
+    return row | await measure_quality(directory, _listed(given.quality), _text(given.text), given.text_tokens, given.threads)
+
+
+def _directory(given: Namespace) -> Path:
+    if given.directory:
+        return named_directory(given.directory, registry_path(""), "--directory")
+    return newest_computed(_listed(given.backends)) if given.backends else Path(bundled_source("").directory)
 
 
 def finish(given: Namespace, row: dict[str, Any]) -> int:
-    """Print the table and the row, keep it where `--out` says; the exit code is 1 where a quality bound did not hold."""
+    """Print the table and the row, keep it where `--out` and `--keep_table` say; the exit code is 1 where a quality bound did not hold."""
     _print(row)
-    line = json.dumps(row)
-    if given.out:
-        try:
-            with Path(given.out).open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        except OSError as error:
-            raise SettingsError(f"--out {given.out} cannot be written: {error.strerror}.") from None
-    print(line, flush=True)
+    tell_row(given.out, row)
+    if given.keep_table:
+        keep_table(Path(given.keep_table), row)
     return 0 if all(form["within_bound"] for form in row.get("forms", {}).values() if "within_bound" in form) else 1
 
 

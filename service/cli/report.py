@@ -95,10 +95,12 @@ def memory_table(artifact: str, info: BackendInfo, full_context_tokens: int) -> 
 
 
 def tier_line(tier: TierChoice) -> str:
-    """The tier, why it is that one, what it set, and what naming it would set."""
+    """The tier, why it is that one, what it set, what of it gave way, and what naming it would set."""
     why = f" ({tier.reason})" if tier.reason else ""
     more = f"; --tier {tier.name} would set {tier.more}" if tier.more else ""
-    return f"tier {tier.name}, {tier.how}{why}: {tier.flags or 'no defaults of its own'}{more}"
+    held_back = f"its {tier.held_back} gives way to other settings or the device" if tier.held_back else ""
+    said = "; ".join(filter(None, (tier.flags, held_back))) or "no defaults of its own"
+    return f"tier {tier.name}, {tier.how}{why}: {said}{more}"
 
 
 def parent_memory_line() -> str:

@@ -60,7 +60,10 @@ async def measure_rounds(given: Namespace, ready: Ready, servers: Sequence[Conte
     for number in range(given.rounds):
         rows: dict[str, dict[str, Any]] = {}
         for server in (*servers[number % len(servers) :], *servers[: number % len(servers)]):
-            row = await measure_server(given, ready.of_round(number), server.url, server.model)
+            try:
+                row = await measure_server(given, ready.of_round(number), server.url, server.model)
+            except StartupError as error:
+                raise StartupError(str(error).replace("--url", "--compare")) from None  # the flag that names servers here
             if not row["completed"]:
                 raise StartupError(f"{server.name} completed no request of round {number + 1}: {row['failures'] or row['errors']}.")
             rows[server.name] = {**row, "label": f"{server.name}, round {number + 1}"}

@@ -21,9 +21,11 @@ from service.checkpoints.long_context import adapt
 from service.checkpoints.manifest import Manifest, read_manifest
 from service.checkpoints.registry import Registry
 from service.cli.budget import plan_demand, share_kv
+from service.cli.ending import warn
 from service.cli.report import LoadProgress, StartTimes, client_url, example_request, memory_table, parent_memory_line, tier_line
-from service.config.load import ServeSettings
-from service.engine.backend_choice import choose_backend
+from service.config.load import PROGRAM, ServeSettings
+from service.config.machine import threads_note
+from service.engine.backend_choice import choose_backend, graph_lacks
 from service.engine.memory import available_bytes
 from service.engine.supervisor import Blank, WorkerBackend
 from service.inputs.tokens import TokenCodec
@@ -32,12 +34,15 @@ from service.schedulers.router import Model, Router
 from service.telemetry import Telemetry, log_event
 from service.types.errors import CheckpointError, StartupError, Unavailable
 from service.types.plan import LoadRequest
+from service.types.settings import ModelSource
 
 INTERRUPTED = 130
 
 
 async def serve(settings: ServeSettings, blank: Blank, times: StartTimes) -> int:
     """Serve until a signal; returns the exit code. `blank` is a worker for the first model. Raises StartupError."""
+    if note := threads_note(settings.engine.threads):
+        warn(PROGRAM, note)
     listener = bind(settings.http)
     try:
         progress = LoadProgress()
@@ -59,10 +64,10 @@ async def serve(settings: ServeSettings, blank: Blank, times: StartTimes) -> int
 
 def build_models(settings: ServeSettings, blank: Blank | None, progress: LoadProgress) -> list[Model]:
     """Read every model directory (not its weights) and give each a backend. Raises StartupError."""
-    manifests = [_read(source.directory, settings) for source in settings.models]
-    plans = _plan(settings, manifests)
+    served = _computed([(source, _read(source.directory, settings)) for source in settings.models], settings)
+    plans = _plan(settings, [manifest for _, manifest in served])
     models = []
-    for index, (source, manifest, (kv_bytes, planned_bytes)) in enumerate(zip(settings.models, manifests, plans, strict=True)):
+    for index, ((source, manifest), (kv_bytes, planned_bytes)) in enumerate(zip(served, plans, strict=True)):
         choice = choose_backend(manifest.spec, settings.engine, settings.scheduler.batch_size)
         log_event("backend_chosen", version=source.name, backend=choice.backend, reason=choice.reason)
         request = replace(load_request(settings, manifest, kv_bytes), backend=choice.backend)
@@ -74,6 +79,23 @@ def build_models(settings: ServeSettings, blank: Blank | None, progress: LoadPro
         backend = WorkerBackend(request, settings.engine, child=_fitting(blank, choice.backend) if index == 0 else None, on_progress=moved)
         models.append(Model(source.name, manifest, TokenCodec.load(manifest.directory), backend, planned_bytes))
     return models
+
+
+def _computed(models: list[tuple[ModelSource, Manifest]], settings: ServeSettings) -> list[tuple[ModelSource, Manifest]]:
+    """The models without those that an exported graph, where it was asked for, does not compute; the user hears of each.
+
+    None is left out that was named, nor where none would be left: what cannot be served is refused then.
+    """
+    if settings.named or settings.engine.backend != "onnx":
+        return models
+    lacking = {source.name: gap for source, manifest in models if (gap := graph_lacks(manifest.spec, settings.engine))}
+    if len(lacking) == len(models):
+        return models
+    if lacking:
+        reasons = ", ".join(f"{name} ({gap})" for name, gap in lacking.items())
+        said = f"left out: {reasons}, which the ONNX graph does not compute; --backend torch serves every line"
+        warn(PROGRAM, said)
+    return [(source, manifest) for source, manifest in models if source.name not in lacking]
 
 
 def _fitting(blank: Blank | None, backend: str) -> ChildProcess | None:

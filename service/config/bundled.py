@@ -17,6 +17,8 @@ from service.types.catalog import find_line
 from service.types.errors import SettingsError
 from service.types.settings import ModelSource
 
+# What a flag takes that names no version.
+_INSTEAD = {"--version": "use --model DIR", "--directory": "name a directory that exists"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 
 
@@ -43,6 +45,12 @@ def listed_sources(entries: Sequence[str], registry: Path | None, flag: str) -> 
         is_version = "=" not in entry and not Path(entry).expanduser().is_dir()
         sources.append(named_source(entry, registry, flag) if entry.strip() and is_version else _parse(entry, flag))
     return _distinct(tuple(sources), flag)
+
+
+def named_directory(entry: str, registry: Path | None, flag: str) -> Path:
+    """A directory named itself, or that of a version by its name as `named_source` knows it. Raises SettingsError or CheckpointError."""
+    directory = Path(entry).expanduser()
+    return directory if directory.is_dir() else Path(named_source(entry, registry, flag).directory)
 
 
 def _distinct(sources: tuple[ModelSource, ...], flag: str) -> tuple[ModelSource, ...]:
@@ -100,9 +108,9 @@ def bundled_source(version: str, bundled: Path = BUNDLED, flag: str = "--version
     wanted = find_line(version)
     if wanted is None or wanted not in complete or version.removeprefix("v") != wanted.number:
         served = ", ".join(line.label for line in complete) or "none"
+        instead = _INSTEAD.get(flag, "give a directory as DIR or NAME=DIR")
         raise SettingsError(
-            f"{flag} {version[:40]!r} is not bundled (bundled: {served}) and not registered: choose one of these or "
-            + ("use --model DIR." if flag == "--version" else "give a directory as DIR or NAME=DIR.")
+            f"{flag} {version[:40]!r} is not bundled (bundled: {served}) and not registered: choose one of these or {instead}."
         )
     return ModelSource(wanted.label, str(bundled_directory(wanted, bundled)))
 

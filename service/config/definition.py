@@ -29,6 +29,12 @@ class Unit(NamedTuple):
     words: str
 
 
+class Former(NamedTuple):
+    """What values that a setting no longer takes are called now."""
+
+    names: dict[str, str]
+
+
 def _no_bool(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("a switch where a number belongs")
@@ -75,7 +81,7 @@ Load = Literal["auto", "start", "demand"]
 Cost = Literal["any", "low"]
 Tier = Literal["auto", "gpu", "edge", "cpu"]
 Compat = Literal["none", "vllm"]
-RunAhead = Literal["auto", "always", "never"]
+RunAhead = Annotated[Literal["auto", "always", "never"], Former({"1": "always", "0": "never"})]
 CudaGraphs = Literal["auto", "off"]
 KvFar = Literal["auto", "int8", "int4", "bf16", "evict"]
 Prefill = Literal["sparse", "dense"]
@@ -205,7 +211,8 @@ class EngineSection(BaseModel):
 
     backend: Backend = Field(
         cast(Backend, _ENGINE.backend),
-        description="what computes: torch, or onnx for a graph in ONNX Runtime (CPU); auto takes what was measured to be faster",
+        description="what computes: torch, or onnx for a graph in ONNX Runtime (CPU; where no model is named, bundled lines that it does "
+        "not compute are left out); auto takes what was measured to be faster",
     )
     onnx_runtime: bool = Field(False, description="short for --backend onnx")
     backend_table: str = Field(
@@ -220,7 +227,8 @@ class EngineSection(BaseModel):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(_ENGINE.device, description="auto, cpu, cuda or cuda:N")
     tier: Tier = Field(
         cast(Tier, _ENGINE.tier),
-        description="hardware tier: sets its defaults where no flag does; auto detects it and sets only those that change no answer",
+        description="hardware tier: sets its defaults where no flag does; auto detects it and sets only those that ask for no rounding (a "
+        "batch size may have --backend auto take another engine)",
     )
     quantize: Quantize = Field(
         cast(Quantize, _ENGINE.quantize), description="quantise the weights when they are loaded; auto does what the model's precision says"

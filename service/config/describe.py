@@ -10,7 +10,7 @@ import typing
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from service.config.definition import ENVIRONMENT_PREFIX, SECTIONS, Unit, to_bytes
+from service.config.definition import ENVIRONMENT_PREFIX, SECTIONS, Former, Unit, to_bytes
 
 _UNBOUNDED = 10**7
 
@@ -46,6 +46,12 @@ def expectation(field: FieldInfo) -> str:
     unit = _unit(field)
     what = "a size such as 512MiB or 2GB" if _is_size(field) else unit.words if unit else "a whole number"
     return what + _bounds(field)
+
+
+def renamed(field: FieldInfo, value: object) -> str:
+    """` (1 is now always)` where the value is one that the setting took before, or nothing."""
+    former = next((item.names for item in field.metadata if isinstance(item, Former)), {})
+    return f" ({value} is now {former[str(value)]})" if str(value) in former else ""
 
 
 def default_note(field: FieldInfo) -> str:

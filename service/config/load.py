@@ -22,7 +22,7 @@ from pydantic_settings import EnvSettingsSource
 import service
 from service.config.bundled import choose_sources, registry_path
 from service.config.definition import ENVIRONMENT_PREFIX, SECTIONS, SHORT_FORMS, Definition
-from service.config.describe import default_note, expectation, is_list, metavar
+from service.config.describe import default_note, expectation, is_list, metavar, renamed
 from service.config.flags import FlagParser
 from service.config.machine import this_machine
 from service.config.tiers import choose as choose_tier
@@ -48,7 +48,8 @@ _Room = TypeVar("_Room", HttpLimits, SchedulerSettings, EngineSettings, Attentio
 class ServeSettings:
     """What `deepseek-serve` was asked for: the models, the default first, the settings of each room, and the registry, if one is kept.
 
-    `restored` models were good when they were served before. `tier` says which defaults were the tier's.
+    `restored` models were good when they were served before. `tier` says which defaults were the tier's. `named` models were asked for one
+    by one; others come because nothing was named, and may be left out.
     """
 
     models: tuple[ModelSource, ...]
@@ -60,6 +61,7 @@ class ServeSettings:
     fleet: FleetSettings = field(default_factory=FleetSettings)
     restored: bool = False
     tier: TierChoice | None = None
+    named: bool = True
 
 
 def serve_parser() -> FlagParser:
@@ -120,8 +122,9 @@ def _join(origins: Sequence[_Origin]) -> Definition:
     except ValidationError as error:
         name = str(error.errors(include_url=False)[0]["loc"][0])
     origin = next(origin for origin in origins if name in origin.values)
-    shown = "" if name in _SECRET else f", not {_shown(origin.values[name])}"
-    raise SettingsError(f"{origin.spell(name)} must be {expectation(Definition.model_fields[name])}{shown}.")
+    setting, value = Definition.model_fields[name], origin.values[name]
+    shown = "" if name in _SECRET else f", not {_shown(value)}{renamed(setting, value)}"
+    raise SettingsError(f"{origin.spell(name)} must be {expectation(setting)}{shown}.")
 
 
 def _convert(given: Definition, origins: Sequence[_Origin]) -> ServeSettings:
@@ -158,12 +161,13 @@ def _convert(given: Definition, origins: Sequence[_Origin]) -> ServeSettings:
     sources = choose_sources(given.model, given.version, given.restore, registry)
     attention = replace(_room(AttentionSettings, given), dense_layers=tuple(given.dense_layers))
     fleet = _room(FleetSettings, given)
+    named = bool(given.model or given.version or given.restore)
     if fleet.load == "auto":
         # What is restored may have been loaded on demand, and need not fit all at once.
-        on_demand = len(sources) > 1 if given.restore else not (given.model or given.version)
+        on_demand = len(sources) > 1 if given.restore else not named
         fleet = replace(fleet, load="demand" if on_demand else "start")
     scheduler, engine = _room(SchedulerSettings, given), _room(EngineSettings, given)
-    return ServeSettings(sources, http, scheduler, engine, attention, registry, fleet, given.restore)
+    return ServeSettings(sources, http, scheduler, engine, attention, registry, fleet, given.restore, named=named)
 
 
 def _room(room: type[_Room], given: Definition) -> _Room:

@@ -29,7 +29,23 @@ class Machine(NamedTuple):
 
 def this_machine(root: Path = Path("/")) -> Machine:
     """What the files under `root` say; the cores are those that this process may use."""
-    return Machine(_has_gpu(root), _edge_board(root), len(os.sched_getaffinity(0)), _quota(root))
+    return Machine(_has_gpu(root), _edge_board(root), usable_cores(), _quota(root))
+
+
+def usable_cores() -> int:
+    """The cores that this process may use, where the system can tell; else all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads_note(threads: int) -> str:
+    """What to tell who asks for more threads than there are cores for them, or nothing. It is slower; someone may know better."""
+    cores = usable_cores()
+    if threads <= cores:
+        return ""
+    words = f"{cores} cores" if cores > 1 else "one core"
+    return (
+        f"--threads {threads} is more than the {words} that this process may use: threads will wait for each other; 0 takes what there is"
+    )
 
 
 def _has_gpu(root: Path) -> bool:

@@ -1,7 +1,8 @@
 """The hardware tiers: what each recommends, which one this machine is, and the defaults that follow.
 
 It does not know how settings are obeyed or what they gain (`deepseek-benchmark --tier` measures that). Invariants: what the user says goes
-before a profile; a tier that was only detected changes no answer.
+before a profile; a tier that was only detected quantises nothing and names no type. Its batch size may have `--backend auto` take another
+engine, which rounds otherwise.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from service.types.settings import TierChoice
 
 
 class Profile(NamedTuple):
-    """Defaults of a tier by setting: `always` ones change speed and memory and no answer; `named` ones count where the tier is named."""
+    """Defaults of a tier by setting: `always` ones ask for speed and memory and no rounding; `named` ones count where it is named."""
 
     always: Mapping[str, object]
     named: Mapping[str, object]
@@ -48,7 +49,9 @@ def choose(given: Mapping[str, object], machine: Machine) -> tuple[TierChoice, d
         always["threads"] = machine.quota
     defaults = {**named, **always} if how == "given" else always
     more = "" if how == "given" else flags_of(named)
-    return TierChoice(tier, how, "" if how == "given" else reason, flags_of(defaults), more), defaults
+    meant = {**PROFILES[tier].named, **PROFILES[tier].always} if how == "given" else PROFILES[tier].always
+    held_back = flags_of({name: value for name, value in meant.items() if name not in defaults})
+    return TierChoice(tier, how, "" if how == "given" else reason, flags_of(defaults), more, held_back), defaults
 
 
 def flags_of(settings: Mapping[str, object]) -> str:

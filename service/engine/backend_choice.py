@@ -47,11 +47,16 @@ class Measured:
     images: bool = False
 
 
+def graph_lacks(spec: ModelSpec, engine: EngineSettings) -> str:
+    """What of a model the graph does not compute with its weights as they would be served, or nothing."""
+    return unsupported(spec, _weights(spec, engine))
+
+
 def choose_backend(spec: ModelSpec, engine: EngineSettings, batch_size: int) -> Choice:
     """The backend of a model. Raises SettingsError or CheckpointError for an explicit one that cannot work."""
     if engine.backend == "torch":
         return Choice("torch", "asked for")
-    quantize = spec.precision.quantize if engine.quantize == "auto" else engine.quantize
+    quantize = _weights(spec, engine)
     if engine.backend == "onnx":
         if reason := _hindrance(engine):
             raise SettingsError(f"--backend onnx {reason}.")
@@ -74,17 +79,21 @@ def choose_backend(spec: ModelSpec, engine: EngineSettings, batch_size: int) -> 
     return Choice("onnx" if ratio >= MARGIN else "torch", said)
 
 
-def read_table(path: str) -> list[Measured]:
-    """The measurements in a file, "" for those that come with the package. Raises SettingsError."""
+def read_table(path: str, flag: str = "--backend_table") -> list[Measured]:
+    """The measurements in a file, "" for those that come with the package. Raises SettingsError, which calls the file `flag`."""
     names = [field.name for field in fields(Measured)]
     try:
         entries = json.loads((Path(path) if path else TABLE).read_text(encoding="utf-8"))["measured"]
         kept = [entry for entry in entries if entry["torch"] > 0 and entry["onnx"] > 0]
         return [Measured(**{name: entry[name] for name in names if name in entry}) for entry in kept]
     except OSError as error:
-        raise SettingsError(f"--backend_table {path} cannot be read: {error.strerror}.") from None
+        raise SettingsError(f"{flag} {path} cannot be read: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError):
-        raise SettingsError(f"--backend_table {path} is not a table of measurements.") from None
+        raise SettingsError(f"{flag} {path} is not a table of measurements.") from None
+
+
+def _weights(spec: ModelSpec, engine: EngineSettings) -> str:
+    return spec.precision.quantize if engine.quantize == "auto" else engine.quantize
 
 
 def _nearest(table: Sequence[Measured], parameters: int, batch: int) -> Measured | None:

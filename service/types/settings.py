@@ -156,7 +156,8 @@ class FleetSettings:
 class TierChoice:
     """The hardware tier that a service runs as. `how` is given or detected, and `reason` what it was detected by.
 
-    `flags` are the defaults that its profile set, as one would type them; `more` those that it would set as well if the tier were named.
+    `flags` are the defaults that its profile set, as one would type them; `more` those that it would set as well if the tier were named;
+    `held_back` those that gave way to what else was set, or to the device.
     """
 
     name: str
@@ -164,6 +165,7 @@ class TierChoice:
     reason: str
     flags: str
     more: str
+    held_back: str = ""
 
 
 @dataclass(frozen=True, slots=True)

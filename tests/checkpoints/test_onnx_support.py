@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from service.checkpoints import onnx_support
+from service.checkpoints.long_context import adapt
 from service.checkpoints.manifest import read_manifest
 from service.checkpoints.onnx_support import graph_directory, queries_per_kv_head, unsupported
+from service.types.settings import AttentionSettings
 from tests.tiny_models import build_tiny
 
 
@@ -44,6 +46,12 @@ def test_a_plain_model_lacks_nothing(tmp_path: Path) -> None:
     spec = read_manifest(build_tiny(tmp_path / "model")).spec
     assert [unsupported(spec, kind) for kind in ("none", "int8", "int4", "int2")] == ["", "", "", "int2 weights"]
     assert queries_per_kv_head(spec, 0) == spec.layers[0].attention.heads // spec.layers[0].attention.kv_heads
+
+
+@pytest.mark.parametrize(("store", "gap"), [("int8", "far blocks"), ("bf16", "far blocks"), ("evict", "")])
+def test_only_far_blocks_that_are_read_are_lacking(tmp_path: Path, store: str, gap: str) -> None:
+    spec = read_manifest(build_tiny(tmp_path / "model")).spec
+    assert unsupported(adapt(spec, AttentionSettings(attention_window=64, kv_far=store)), "none") == gap
 
 
 def test_the_front_end_may_ask(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def failure(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytes
         (["--compare", "a.jsonl", "b.jsonl", "--quality", "far"], "--compare and --quality ask for two things"),
         (["--compare", "rows.jsonl", "http://127.0.0.1:1"], "not both"),
         (["--compare", "http://127.0.0.1:1", "http://127.0.0.1:1"], "twice"),
-        (["--compare", "http://127.0.0.1:1", "http://127.0.0.1:2", "--url", "http://127.0.0.1:3"], "only one of them"),
+        (["--compare", "http://127.0.0.1:1", "http://127.0.0.1:2", "--url", "http://127.0.0.1:3"], "--url does not go with --compare of"),
         (["--rows", "rows.jsonl"], "--rows needs --report"),
         (["--report", "/does/not/exist/page.html"], "--report /does/not/exist/page.html lies in a directory"),
     ],

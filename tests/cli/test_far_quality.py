@@ -55,13 +55,16 @@ def test_the_command_compares_and_keeps_a_row(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = ("--attention_window", "64", "--far_blocks", "1", "--quality_tokens", "700", "--quality_cases", "1", "--kv_far", "int4")
-    code, out, _ = run(capsys, monkeypatch, "--quality", "far", "--directory", str(tiny), *asked, "--out", str(tmp_path / "rows.jsonl"))
+    code, out, _ = run(
+        capsys, monkeypatch, "--quality", "far", "--directory", str(tiny), *asked, "--out", str(tmp_path / "rows.jsonl"), "--label", "x"
+    )
     row = json.loads(out.splitlines()[-1])
     assert code == 0 and json.loads((tmp_path / "rows.jsonl").read_text()) == row
     assert {kind: task["cases"] for kind, task in row["tasks"].items()} == dict.fromkeys(
         ("needle", "multi_key", "tracing", "aggregation"), DEPTHS
     )
     assert row["far_blocks_read"]["full"] == 0 < row["far_blocks_read"]["served"]
+    assert row["label"] == "x" and row["cores"] >= 1
     assert row["asked"]["kv_far"] == "int4" and row["perplexity"]["tokens"] == 698
     assert 0 < abs(row["perplexity"]["change"]) < 0.2
     mass = row["attention_mass"]

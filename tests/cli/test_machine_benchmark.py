@@ -11,7 +11,7 @@ import pytest
 
 from service.cli import benchmark, machine_benchmark
 from service.cli.benchmark import benchmark_parser
-from service.cli.machine_benchmark import check_machine, finish
+from service.cli.machine_benchmark import finish
 from service.cli.version_comparison import Comparison
 from service.train.corpus import read_corpus
 from service.types.errors import SettingsError
@@ -46,31 +46,57 @@ def flags(*arguments: str) -> Namespace:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--tier", "cpu", "--quality", "int8"), "give only one of them"),
-        (("--quality", "int8,int3"), "not 'int3'"),
-        (("--versions", "v2.3", "--quality", "int8"), "--quality and --versions are two measurements"),
-        (("--text", "x.txt"), "--text belongs to --quality and --versions"),
-        (("--text", "x.txt", "--tier", "cpu"), "--text belongs to --quality and --versions"),
-        (("--directory", "x"), "--directory belongs to --tier, --quality and --backends"),
-        (("--directory", "x", "--versions", "v2.3"), "--directory belongs to --tier, --quality and --backends"),
-        (("--backends", "none,int2"), "not 'int2'"),
-        (("--backends", "none", "--tier", "cpu"), "--tier and --backends are two measurements"),
-        (("--keep_table", "x.json"), "--keep_table belongs to --backends"),
+        (("--quality", "int8,int3"), "--quality must name .*, not 'int3'"),
+        (("--quality", "far,int8"), "or far alone, not 'far'"),
+        (("--quality", ","), "--quality must name .*, not ','"),
+        (("--backends", "none,int2"), "--backends must name .*, not 'int2'"),
+        (("--backends", ","), "--backends must name .*, not ','"),
+        (
+            ("--backends", "none", "--keep_table", "/nonexistent/x.json"),
+            "--keep_table /nonexistent/x.json lies in a directory that does not",
+        ),
+        (("--backends", "none", "--keep_table", "/"), "--keep_table / is a directory"),
+        (("--backends", "none", "--keep_table", __file__), "--keep_table .* is not a table of measurements"),
+        (("--tier", "cpu", "--out", "/nonexistent/x.jsonl"), "--out /nonexistent/x.jsonl lies in a directory that does not"),
+        (("--quality", "far", "--directory", "x", "--out", "/nonexistent/x.jsonl"), "--out /nonexistent/x.jsonl lies"),
+        (("--tier", "cpu", "--directory", "v9.9"), r"--directory 'v9\.9' is not bundled \(bundled: .*v3\.5.* name a directory that exists"),
+        (("--backends", "int8", "--directory", "v5.2"), "--backends cannot measure nano-v5.2: .* far blocks; name another --directory"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(arguments: tuple[str, ...], words: str) -> None:
+def test_what_cannot_be_measured_is_refused_at_once(arguments: tuple[str, ...], words: str) -> None:
     with pytest.raises(SettingsError, match=words):
-        check_machine(flags(*arguments))
+        benchmark._benchmark(arguments)
+    assert not Path("/nonexistent").exists()
 
 
-def test_sound_flags_pass() -> None:
-    for arguments in (
-        (),
-        ("--tier", "edge", "--directory", "d"),
-        ("--quality", "int8,int4", "--text", "t"),
-        ("--versions", "a,b", "--text", "t"),
-    ):
-        check_machine(flags(*arguments))
+def test_what_a_table_cannot_take_is_not_lost(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    row = {"kind": "backends", "forms": {}, "measured": [], "cores": 2, "directory": "nano"}
+
+    def full(path: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("service.cli.backends.staged_file", full)
+    monkeypatch.setattr("service.cli.benchmark_results.Path.open", lambda *_, **__: full(""))
+    for named in ("--keep_table", "--out"):
+        with pytest.raises(SettingsError, match=f"{named} .* cannot be written: No space left"):
+            finish(flags("--backends", "none", named, str(tmp_path / "x")), row)
+        assert json.loads(capsys.readouterr().out.splitlines()[-1]) == row
+
+
+async def test_the_checkpoint_is_a_directory_a_line_or_the_newest_that_will_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    async def measure(directory: Path, *_: object) -> dict[str, Any]:
+        asked.append(directory.name)
+        return {}
+
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    monkeypatch.setattr(machine_benchmark, "measure_backends", measure)
+    monkeypatch.setattr(machine_benchmark, "measure_quality", measure)
+    for arguments in (("--backends", "int8"), ("--quality", "int8"), ("--backends", "int8", "--directory", "v3.5")):
+        await machine_benchmark.measure_machine(flags(*arguments))
+    await machine_benchmark.measure_machine(flags("--quality", "int8", "--directory", str(tmp_path)))
+    assert asked == ["nano-v4.8", "nano-v5.2", "nano-v3.5", tmp_path.name]
 
 
 @pytest.mark.parametrize("row", [TIER, QUALITY])

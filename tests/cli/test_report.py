@@ -30,6 +30,10 @@ def test_phases_add_up_and_are_said_in_order() -> None:
 def test_the_tier_says_why_and_what_naming_it_would_set() -> None:
     detected = tier_line(TierChoice("cpu", "detected", "there is no GPU", "", "--quantize int8"))
     assert detected == "tier cpu, detected (there is no GPU): no defaults of its own; --tier cpu would set --quantize int8"
+    none = tier_line(TierChoice("cpu", "given", "", "", "", "--quantize int8"))
+    assert none == "tier cpu, given: its --quantize int8 gives way to other settings or the device"
+    some = tier_line(TierChoice("edge", "given", "", "--batch_size 4", "", "--quantize int8"))
+    assert some == "tier edge, given: --batch_size 4; its --quantize int8 gives way to other settings or the device"
     assert tier_line(TierChoice("edge", "given", "", "--batch_size 4", "")) == "tier edge, given: --batch_size 4"
 
 

@@ -110,6 +110,14 @@ def test_broken_tokenizer(tiny: Path, tmp_path: Path) -> None:
     assert "tokenizer.json" in refusal(broken)
 
 
+def test_more_threads_than_cores_are_served_with_a_word(start: Start, tmp_path: Path) -> None:
+    """Here there is nothing to serve: what comes after the word is another matter."""
+    code, _, error = start(SERVE, "--model", str(tmp_path / "nowhere"), "--port", "0", "--threads", "4096").end()
+    said = [line for line in error.splitlines() if not line.startswith("{")]
+    assert code == 2 and len(said) == 2 and "nowhere" in said[1]
+    assert said[0].startswith("deepseek-serve: --threads 4096 is more than the ") and said[0].endswith("0 takes what there is")
+
+
 def test_too_little_memory(start: Start, tiny: Path) -> None:
     assert "MiB" in failure(start(SERVE, "--model", str(tiny), "--port", "0", "--kv_bytes", "900TiB"))
 

@@ -18,9 +18,12 @@ from PIL import Image
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from service.cli.wiring import _fitting
+from service.cli.report import LoadProgress
+from service.cli.wiring import _fitting, build_models
+from service.config.load import load_settings
 from service.engine.supervisor import Blank
 from service.types.catalog import V5_2
+from service.types.errors import CheckpointError
 from tests.cli.conftest import Command, Start
 from tests.cli.test_serve import SERVE, failure
 from tests.tiny_models import build_tiny_line
@@ -107,6 +110,33 @@ def test_what_cannot_go_that_way_is_refused_before_a_worker_loads(start: Start, 
     far = build_tiny_line(tmp_path / "far", V5_2)
     sentence = failure(start(SERVE, "--model", str(far), "--port", "0", "--onnx_runtime"))
     assert "far blocks" in sentence and "--backend torch" in sentence
+
+
+def built(*flags: str) -> list[str]:
+    """The models that these flags serve, the default first."""
+    return [model.name for model in build_models(load_settings(["--registry", "none", *flags]), None, LoadProgress())]
+
+
+def test_where_nothing_is_named_the_lines_that_the_graph_computes_are_served(capsys: pytest.CaptureFixture[str]) -> None:
+    assert built("--onnx_runtime", "--threads", "2") == ["v4.8", "v3.5", "v2.3", "v1.0"]
+    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("{")]
+    assert len(said) == 1 and "left out: v5.2 (far blocks)" in said[0] and "--backend torch" in said[0]
+    for flags in (("--backend", "torch"), ("--onnx_runtime", "--version", "v2.3")):
+        assert built(*flags)[0] == ("v5.2" if len(flags) == 2 else "v2.3")
+        assert "left out" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags", [("--version", "v5.2"), ("--attention_window", "256"), ("--version", "v2.3", "--attention_window", "256")]
+)
+def test_a_refusal_names_flags_that_help(flags: tuple[str, ...]) -> None:
+    with pytest.raises(CheckpointError, match="far blocks") as caught:
+        built("--onnx_runtime", *flags)
+    sentence = str(caught.value)
+    for words in ("--backend torch in place of --onnx_runtime", "--kv_far evict", "--version v3.5, and no --attention_window"):
+        assert words in sentence
+    assert built("--backend", "torch", *flags) and built("--onnx_runtime", "--version", "v3.5") == ["v3.5"]
+    assert built("--onnx_runtime", "--kv_far", "evict", *flags)
 
 
 def picture(seed: int, width: int, height: int) -> dict[str, object]:

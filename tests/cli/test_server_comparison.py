@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,6 +107,14 @@ async def test_the_row_has_spreads_and_ratios_to_the_first(asked: list[tuple[str
     second["output_tokens"] += 1
     print_servers(row)
     assert "different numbers of tokens" in capsys.readouterr().out
+
+
+async def test_a_server_that_does_not_answer_is_a_matter_of_the_flag_that_names_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    given = Namespace(rounds=1, client="raw", api_key="", label="")
+    with pytest.raises(StartupError, match=rf"no server answers at {url} .*: start it or correct --compare\.$"):
+        await measure_rounds(given, ready(), [Contender("a", url, ""), B])
 
 
 async def test_a_server_that_completes_nothing_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
