@@ -162,9 +162,16 @@ def test_layers_of_a_file_and_of_the_environment(
     assert load().attention.dense_layers == layers
 
 
-@pytest.mark.parametrize("value", ["0,x", "-1", "1.5"])
-def test_no_layers(value: str) -> None:
-    with pytest.raises(SettingsError, match=r"--dense_layers must be whole numbers by comma, such as 0,1, not"):
+def test_no_layers_are_not_those_of_the_model(tmp_path: Path) -> None:
+    path = tmp_path / "service.yaml"
+    path.write_text("dense_layers: none\n")
+    assert load("--dense_layers", "none").attention.dense_layers == load("--config", str(path)).attention.dense_layers == ()
+    assert load().attention.dense_layers is None
+
+
+@pytest.mark.parametrize("value", ["0,x", "-1", "1.5", "none,0"])
+def test_wrong_layers(value: str) -> None:
+    with pytest.raises(SettingsError, match=r"--dense_layers must be whole numbers by comma, such as 0,1, or none, not"):
         load(f"--dense_layers={value}")
 
 

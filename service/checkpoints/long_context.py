@@ -22,19 +22,44 @@ def adapt(spec: ModelSpec, asked: AttentionSettings) -> ModelSpec:
     """The spec as it is to be served. Raises SettingsError when the model cannot hold what was asked."""
     spec = _with_context(spec, asked)
     _refuse_contradictions(asked)
-    layers = [_served(layer, asked) for layer in spec.layers]
-    changes = asked.far_blocks or asked.far_refresh or asked.kv_far != "auto" or asked.dense_layers or asked.prefill != "sparse"
-    if (asked.attention_window or changes) and not any(layer.attention.far for layer in layers):
-        if asked.attention_window:
-            raise SettingsError("--attention_window is for layers that read everything, and every layer of this model has a window.")
-        raise SettingsError("--far_blocks, --far_refresh, --kv_far, --prefill and --dense_layers need --attention_window for this model.")
-    for index in asked.dense_layers:
-        if not 0 <= index < len(layers):
-            raise SettingsError(f"--dense_layers names layer {index}, and the model has the layers 0 … {len(layers) - 1}.")
-        layers[index] = _dense(layers[index])
-    if asked.dense_layers and not any(layer.attention.far for layer in layers):
-        raise SettingsError("--dense_layers leaves no layer with a window: leave one out, or serve without --attention_window.")
+    own = next((layer.attention for layer in spec.layers if layer.attention.far), None)
+    dense = _dense_layers(spec, asked, own is not None)
+    _refuse_unheld(spec, asked, dense, own is not None)
+    layers = [_dense(layer) if index in dense else _served(layer, asked, own) for index, layer in enumerate(spec.layers)]
     return replace(spec, layers=tuple(layers))
+
+
+def dense_by_choice(spec: ModelSpec) -> tuple[int, ...]:
+    """The layers of a model that read everything while others of it have far blocks."""
+    if not any(layer.attention.far for layer in spec.layers):
+        return ()
+    return tuple(index for index, layer in enumerate(spec.layers) if layer.attention.far is None and layer.attention.window is None)
+
+
+def _dense_layers(spec: ModelSpec, asked: AttentionSettings, has_far: bool) -> tuple[int, ...]:
+    """The layers that are to read everything: those named, else the model's own where it has far blocks. Raises SettingsError."""
+    if asked.dense_layers is None:
+        return dense_by_choice(spec)
+    for index in asked.dense_layers:
+        if not 0 <= index < len(spec.layers):
+            raise SettingsError(f"--dense_layers names layer {index}, and the model has the layers 0 … {len(spec.layers) - 1}.")
+        attention = spec.layers[index].attention
+        if (has_far or asked.attention_window) and attention.window is not None and attention.far is None:
+            raise SettingsError(f"--dense_layers names layer {index}, which was trained with a window: leave it out.")
+    return asked.dense_layers
+
+
+def _refuse_unheld(spec: ModelSpec, asked: AttentionSettings, dense: tuple[int, ...], has_far: bool) -> None:
+    """Raises SettingsError where no layer is left that could take what was asked."""
+    changes = asked.far_blocks or asked.far_refresh or asked.kv_far != "auto" or asked.dense_layers is not None or asked.prefill != "sparse"
+    if changes and not (has_far or asked.attention_window):
+        raise SettingsError("--far_blocks, --far_refresh, --kv_far, --prefill and --dense_layers need --attention_window for this model.")
+    able = {index for index, layer in enumerate(spec.layers) if layer.attention.window is None or layer.attention.far}
+    if (asked.attention_window or changes) and not able:
+        raise SettingsError("--attention_window is for layers that read everything, and every layer of this model has a window.")
+    if asked.dense_layers is not None and able <= set(dense):
+        instead = "serve without --attention_window" if asked.attention_window else f"set --attention_window {spec.context_tokens} instead"
+        raise SettingsError(f"--dense_layers leaves no layer with a window: leave one out, or {instead}.")
 
 
 def _refuse_contradictions(asked: AttentionSettings) -> None:
@@ -46,12 +71,13 @@ def _refuse_contradictions(asked: AttentionSettings) -> None:
         raise SettingsError("--kv_far evict keeps no far blocks, so --far_blocks and --prefill dense cannot hold: leave them out.")
 
 
-def _served(layer: LayerSpec, asked: AttentionSettings) -> LayerSpec:
-    """The layer with a window and far blocks where it read everything, or with those that it has changed as asked."""
+def _served(layer: LayerSpec, asked: AttentionSettings, own: GroupedQueryAttention | None) -> LayerSpec:
+    """The layer with a window and far blocks, as asked, else as the model's `own` layers have them; or as it is where neither says any."""
     attention = layer.attention
-    if attention.far is None and (attention.window is not None or not asked.attention_window):
+    if attention.far is None and (attention.window is not None or not (asked.attention_window or own)):
         return layer
-    far = attention.far or FarSpec()
+    like = attention if attention.far is not None or own is None else own
+    far = like.far or FarSpec()
     far = replace(
         far,
         blocks=asked.far_blocks or far.blocks,
@@ -59,7 +85,7 @@ def _served(layer: LayerSpec, asked: AttentionSettings) -> LayerSpec:
         store=STORES.get(asked.kv_far, far.store),
         dense_prompts=far.dense_prompts or asked.prefill == "dense",
     )
-    changed: GroupedQueryAttention = replace(attention, window=asked.attention_window or attention.window, far=far)
+    changed: GroupedQueryAttention = replace(attention, window=asked.attention_window or like.window, far=far)
     return replace(layer, attention=changed)
 
 

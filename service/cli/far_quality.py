@@ -22,6 +22,7 @@ from service.checkpoints.long_context import STORES, adapt
 from service.checkpoints.manifest import Manifest, read_manifest
 from service.cli.server_load import surroundings
 from service.config.bundled import named_directory, registry_path
+from service.config.definition import read_layers
 from service.config.flags import FlagParser
 from service.engine.supervisor import WorkerBackend
 from service.inputs.recall_tasks import TASKS, RecallCase, Task
@@ -55,7 +56,7 @@ def add_far_quality_flags(parser: FlagParser) -> None:
     group.add_argument("--far_refresh", metavar="N", type=int, default=plain.far_refresh, help="as of deepseek-serve")
     group.add_argument("--kv_far", choices=("auto", *STORES), default=plain.kv_far, help="as of deepseek-serve")
     group.add_argument("--prefill", choices=("sparse", "dense"), default=plain.prefill, help="as of deepseek-serve")
-    group.add_argument("--dense_layers", metavar="N", type=int, nargs="*", default=[], help="as of deepseek-serve")
+    group.add_argument("--dense_layers", metavar="N,N", action="append", default=None, help="as of deepseek-serve; repeatable")
     group.add_argument("--max_position_embeddings", metavar="N", type=int, default=0, help="as of deepseek-serve")
     group.add_argument("--rope_scaling", choices=("auto", "keep", "linear", "dynamic", "yarn"), default="auto", help="as of deepseek-serve")
 
@@ -65,7 +66,7 @@ async def measure_far_quality(given: Namespace) -> dict[str, Any]:
     if not given.directory:
         raise SettingsError("--quality far needs --directory, the model to measure.")
     manifest = read_manifest(named_directory(given.directory, registry_path(""), "--directory"))
-    asked = AttentionSettings(**{name: getattr(given, name) for name in _GIVEN}, dense_layers=tuple(given.dense_layers))
+    asked = AttentionSettings(**{name: getattr(given, name) for name in _GIVEN}, dense_layers=read_layers(given.dense_layers))
     served = adapt(manifest.spec, asked)
     if not any(layer.attention.far for layer in served.layers):
         raise SettingsError("--quality compares far blocks with full attention, and this model has none: set --attention_window.")

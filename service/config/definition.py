@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NamedTuple, cast
 
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from service.config.flags import parse_bytes
+from service.types.errors import SettingsError
 from service.types.settings import AttentionSettings, EngineSettings, FleetSettings, HttpLimits, HttpSettings, SchedulerSettings
 
 ENVIRONMENT_PREFIX = "DEEPSEEK_"
@@ -53,7 +54,9 @@ def _to_list(value: object) -> object:
 
 
 def _to_numbers(value: object) -> object:
-    """Numbers by comma in a text, in each text of a repeated flag, or one number alone, as YAML reads it."""
+    """Numbers by comma in a text, in each text of a repeated flag, or one number alone, as YAML reads it; `none` is no number."""
+    if value in (NO_LAYERS, [NO_LAYERS]):
+        return []
     if isinstance(value, int) and not isinstance(value, bool):
         return [value]
     if isinstance(value, list):
@@ -86,9 +89,20 @@ CudaGraphs = Literal["auto", "off"]
 KvFar = Literal["auto", "int8", "int4", "bf16", "evict"]
 Prefill = Literal["sparse", "dense"]
 RopeScaling = Literal["auto", "keep", "linear", "dynamic", "yarn"]
+NO_LAYERS = "none"
 Texts = Annotated[list[str], NoDecode, BeforeValidator(_to_list)]
-NUMBERS = Unit("N,N", "whole numbers by comma, such as 0,1")
+NUMBERS = Unit("N,N", "whole numbers by comma, such as 0,1, or none")
 Layers = Annotated[list[Annotated[int, Field(ge=0, le=4095)]], NoDecode, BeforeValidator(_to_numbers), NUMBERS]
+
+
+def read_layers(texts: list[str] | None) -> tuple[int, ...] | None:
+    """What `--dense_layers` says to another command, where it may stand more than once; None without it. Raises SettingsError."""
+    if texts is None:
+        return None
+    try:
+        return tuple(TypeAdapter(Layers).validate_python(texts))
+    except ValidationError:
+        raise SettingsError(f"--dense_layers must be {NUMBERS.words}, not {','.join(texts)[:80]!r}.") from None
 
 
 class ModelSection(BaseModel):
@@ -296,7 +310,9 @@ class AttentionSection(BaseModel):
         description="how the rest is kept; bf16 is the model's own type, evict keeps nothing",
     )
     prefill: Prefill = Field(cast(Prefill, _ATTENTION.prefill), description="dense lets prompt tokens read all far blocks")
-    dense_layers: Layers = Field(list(_ATTENTION.dense_layers), description="layers that keep reading everything, such as 0,1; repeatable")
+    dense_layers: Layers = Field(
+        [], description="layers that read everything, such as 0,1, or none; repeatable; the model's own when left out"
+    )
     max_position_embeddings: Annotated[Whole, Field(le=1 << 24)] = Field(
         _ATTENTION.max_position_embeddings, description="longest sequence that the model is made to take; 0 is what it was trained for"
     )

@@ -159,7 +159,8 @@ def _convert(given: Definition, origins: Sequence[_Origin]) -> ServeSettings:
     )
     registry = registry_path(given.registry)
     sources = choose_sources(given.model, given.version, given.restore, registry)
-    attention = replace(_room(AttentionSettings, given), dense_layers=tuple(given.dense_layers))
+    dense_layers = tuple(given.dense_layers) if "dense_layers" in given.model_fields_set else None
+    attention = replace(_room(AttentionSettings, given), dense_layers=dense_layers)
     fleet = _room(FleetSettings, given)
     named = bool(given.model or given.version or given.restore)
     if fleet.load == "auto":

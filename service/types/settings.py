@@ -124,8 +124,9 @@ class AttentionSettings:
     """What is asked of every served model's attention; 0, `auto` and nothing mean what the checkpoint says.
 
     `attention_window` tokens and the first block are read as they were computed, of the rest the best `far_blocks` blocks, chosen anew
-    every `far_refresh` tokens and kept as `kv_far` says. `prefill` dense lets prompt tokens read all far blocks; `dense_layers` stay
-    without a window. `max_position_embeddings` is the longest sequence, `rope_scaling` how a longer one than trained is reached.
+    every `far_refresh` tokens and kept as `kv_far` says. `prefill` dense lets prompt tokens read all far blocks; `dense_layers` read
+    everything, of a model with far blocks these instead of its own (None keeps them). `max_position_embeddings` is the longest sequence,
+    `rope_scaling` how a longer one than trained is reached.
     """
 
     attention_window: int = 0
@@ -133,7 +134,7 @@ class AttentionSettings:
     far_refresh: int = 0
     kv_far: str = "auto"
     prefill: str = "sparse"
-    dense_layers: tuple[int, ...] = ()
+    dense_layers: tuple[int, ...] | None = None
     max_position_embeddings: int = 0
     rope_scaling: str = "auto"
 

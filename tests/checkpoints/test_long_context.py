@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from service.checkpoints.long_context import adapt
+from service.checkpoints.long_context import adapt, dense_by_choice
 from service.types.catalog import V5_2
 from service.types.errors import SettingsError
 from service.types.kv_layout import FarSpec, FarStore
@@ -45,7 +45,17 @@ def test_the_flagship_keeps_what_is_not_asked() -> None:
     far = FLAGSHIP.layers[1].attention.far
     assert far is not None
     assert windows(adapt(FLAGSHIP, AttentionSettings(far_blocks=4)))[1] == (2048, replace(far, blocks=4))
-    assert windows(adapt(FLAGSHIP, AttentionSettings(attention_window=256)))[:2] == [(256, FarSpec()), (256, far)]
+    assert windows(adapt(FLAGSHIP, AttentionSettings(attention_window=256))) == [(None, None)] + [(256, far)] * 3
+    assert adapt(FLAGSHIP, AttentionSettings(attention_window=2048)) == FLAGSHIP
+
+
+def test_named_dense_layers_take_the_place_of_the_flagship_s_own() -> None:
+    far = (2048, FLAGSHIP.layers[1].attention.far)
+    assert windows(adapt(FLAGSHIP, AttentionSettings(dense_layers=(2,)))) == [far, far, (None, None), far]
+    assert windows(adapt(FLAGSHIP, AttentionSettings(dense_layers=()))) == [far] * 4
+    narrow = adapt(FLAGSHIP, AttentionSettings(attention_window=256, kv_far="int4", dense_layers=(0, 1)))
+    assert windows(narrow) == [(None, None)] * 2 + [(256, FarSpec(store=FarStore.INT4))] * 2
+    assert dense_by_choice(FLAGSHIP) == (0,) and dense_by_choice(DENSE) == dense_by_choice(MIXED) == ()
 
 
 @pytest.mark.parametrize(
@@ -59,7 +69,10 @@ def test_the_flagship_keeps_what_is_not_asked() -> None:
         (DENSE, {"attention_window": 64, "kv_far": "evict", "far_blocks": 3}, "evict keeps no far blocks"),
         (DENSE, {"attention_window": 64, "kv_far": "evict", "prefill": "dense"}, "evict keeps no far blocks"),
         (DENSE, {"attention_window": 64, "dense_layers": (3,)}, "names layer 3, and the model has the layers 0 … 2"),
-        (DENSE, {"attention_window": 64, "dense_layers": (0, 1, 2)}, "leaves no layer"),
+        (DENSE, {"attention_window": 64, "dense_layers": (0, 1, 2)}, "leaves no layer .*or serve without --attention_window"),
+        (FLAGSHIP, {"dense_layers": (0, 1, 2, 3)}, "leaves no layer .*or set --attention_window 16384 instead"),
+        (DENSE, {"dense_layers": ()}, "need --attention_window"),
+        (MIXED, {"attention_window": 64, "dense_layers": (1,)}, "layer 1, which was trained with a window"),
         (replace(MIXED, layers=MIXED.layers[1:]), {"attention_window": 64}, "every layer of this model has a window"),
         (DENSE, {"max_position_embeddings": 257}, "say with --rope_scaling"),
         (DENSE, {"rope_scaling": "yarn"}, "set --max_position_embeddings"),

@@ -97,7 +97,11 @@ def test_a_choice_of_tasks_is_asked_alone(tiny: Path, capsys: pytest.CaptureFixt
     [
         ((), "set --attention_window"),
         (("--attention_window", "64", "--quality_tokens", "100"), "must lie between 256"),
-        (("--attention_window", "64", "--dense_layers", "5"), "names layer 5"),
+        (("--attention_window", "64", "--dense_layers", "0,5"), "names layer 5"),
+        (
+            ("--attention_window", "64", "--dense_layers", "x"),
+            "--dense_layers must be whole numbers by comma, such as 0,1, or none, not 'x'",
+        ),
         (("--attention_window", "64", "--quality_tokens", "300"), "the facts alone take more"),
     ],
 )
