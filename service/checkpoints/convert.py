@@ -43,13 +43,14 @@ _CARD_MARK = "> This model was converted by deepseek-convert to"
 class Wanted:
     """What to make: `version` is a line or a patch of it (`5.2`, `v5.2.1`), `dtype` the stored type of all weights ("" keeps each one's).
 
-    `lossy` consents to what the plan says is lost.
+    `lossy` consents to what the plan says is lost. `dense_layers` read everything in a line with far blocks (None: as in the source).
     """
 
     version: str
     stretch: Stretch = field(default_factory=Stretch)
     dtype: str = ""
     lossy: bool = False
+    dense_layers: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ def convert(input_model: Path, output_model: Path, wanted: Wanted, config: Path 
     source = open_source(input_model, config)
     with source.reader() as reader:
         equal = equal_layers(source, reader) if line.shares_weights and source.spec.sharing is None else 1
-        plan = plan_conversion(source.spec, line, wanted.stretch, equal)
+        plan = plan_conversion(source.spec, line, wanted.stretch, equal, wanted.dense_layers)
         work = _Work(source, plan, reader, wanted, progress)
         work.compare_duplicates()
         work.losses += [*plan.losses, *work.lost_parameters()]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from service.checkpoints.own_format import shape_of
 from service.checkpoints.pieces import parameter_shapes
-from service.types.catalog import VersionLine
+from service.types.catalog import Shape, VersionLine
 from service.types.errors import CheckpointError
 from service.types.model_spec import GroupedQueryAttention, ModelSpec, RopeScaling, RopeSpec
 
@@ -61,12 +61,23 @@ class ConversionPlan:
     notes: tuple[str, ...]
 
 
-def plan_conversion(source: ModelSpec, line: VersionLine, stretch: Stretch = Stretch(), equal_layers: int = 1) -> ConversionPlan:
+def plan_conversion(
+    source: ModelSpec,
+    line: VersionLine,
+    stretch: Stretch = Stretch(),
+    equal_layers: int = 1,
+    dense_layers: tuple[int, ...] | None = None,
+) -> ConversionPlan:
     """How a model becomes one of `line`. Raises CheckpointError when it cannot, whatever the user consents to.
 
-    `equal_layers` > 1: so many consecutive layers have equal weights, which a line that shares them stores once.
+    `equal_layers` > 1: so many consecutive layers have equal weights, which a line that shares them stores once. `dense_layers` read
+    everything in a line with far blocks; None keeps the source's own.
     """
-    target = _stretched(source, line, stretch, equal_layers)
+    sizes = shape_of(source)
+    if dense_layers is not None:
+        _require_dense(line, dense_layers, sizes.layers)
+        sizes = replace(sizes, dense_layers=tuple(sorted(set(dense_layers))))
+    target = _stretched(source, sizes, line, stretch, equal_layers)
     losses, notes = _differences(source, target)
     if line.reads_images and target.vision is None:
         notes.append("the model reads text only: it has no patch encoder")
@@ -102,9 +113,20 @@ def neutral_of(name: str) -> Neutral | None:
     return next((neutral for neutral in NEUTRALS if neutral.pattern.fullmatch(name)), None)
 
 
-def _stretched(source: ModelSpec, line: VersionLine, stretch: Stretch, equal_layers: int) -> ModelSpec:
-    """The spec of the line in the source's shape, its context as asked."""
-    shape, context = shape_of(source), stretch.tokens or source.context_tokens
+def _require_dense(line: VersionLine, dense_layers: tuple[int, ...], layers: int) -> None:
+    """Raises CheckpointError for a list that a model of the line cannot have."""
+    if line.far is None:
+        raise CheckpointError(f"--dense_layers is for a line whose layers have a window, and every layer of {line.label} reads everything.")
+    outside = [index for index in dense_layers if not 0 <= index < layers]
+    if outside:
+        raise CheckpointError(f"--dense_layers names layer {outside[0]}, and the model has the layers 0 … {layers - 1}.")
+    if len(set(dense_layers)) == layers:
+        raise CheckpointError("--dense_layers leaves no layer with a window: leave one out.")
+
+
+def _stretched(source: ModelSpec, shape: Shape, line: VersionLine, stretch: Stretch, equal_layers: int) -> ModelSpec:
+    """The spec of the line in that shape of the source, its context as asked."""
+    context = stretch.tokens or source.context_tokens
     if source.sharing is None:
         shape = replace(shape, shared_layers=equal_layers)
     if stretch.scaling is not None and context <= source.context_tokens:
@@ -146,11 +168,12 @@ def _differences(source: ModelSpec, target: ModelSpec) -> tuple[list[str], list[
     for entry in fields(ModelSpec):
         if entry.name not in understood and getattr(source, entry.name) != getattr(target, entry.name):
             raise CheckpointError(f"{entry.name} is {getattr(source, entry.name)} here, which a model of the line cannot have.")
+    keeps_far = any(layer.attention.far for layer in target.layers)
     for before, after in zip(source.layers, target.layers, strict=True):
         if before.mlp != after.mlp:
             raise CheckpointError("the layers' feed-forward parts differ from each other, which a model of the line cannot have.")
         _require_known_attention(before.attention, after.attention)
-        lost, noted = _seen(before.attention, after.attention, min(old, new))
+        lost, noted = _seen(before.attention, after.attention, min(old, new), keeps_far)
         losses += [text for text in lost if text not in losses]
         notes += [text for text in noted if text not in notes]
     return losses, notes
@@ -172,11 +195,14 @@ def _require_known_attention(before: GroupedQueryAttention, after: GroupedQueryA
             )
 
 
-def _seen(before: GroupedQueryAttention, after: GroupedQueryAttention, context: int) -> tuple[list[str], list[str]]:
-    """(losses, notes) of what a token sees. Only to see less by far blocks, as a line's own way to long prompts, needs no consent."""
+def _seen(before: GroupedQueryAttention, after: GroupedQueryAttention, context: int, keeps_far: bool) -> tuple[list[str], list[str]]:
+    """(losses, notes) of what a token sees. To see less by far blocks, a line's own way to long prompts, needs no consent, nor does
+    seeing all in a layer while others keep far blocks: somebody named it."""
     was, now = _window(before, context), _window(after, context)
     if was == now and (was is None or before.far == after.far):
         return [], []
+    if now is None and before.far is not None and keeps_far:
+        return [], [f"layers named dense read everything where they read {_seen_words(before, was)}"]
     if was is None and after.far is not None:
         return [], [f"prompts of more than {now} tokens are read through a window of {now} and the best blocks behind it"]
     return [f"a token sees {_seen_words(after, now)} where it saw {_seen_words(before, was)}"], []

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from service import __version__
 from service.cli.ending import run_command
+from service.config.definition import read_layers
 from service.config.flags import FlagParser
 from service.types.catalog import LINES, find_line
 from service.types.errors import SettingsError
@@ -54,6 +55,13 @@ def convert_parser() -> FlagParser:
     change.add_argument("--max_position_embeddings", metavar="N", type=int, default=0, help="longest context in tokens; 0 keeps it")
     change.add_argument(
         "--rope_scaling", choices=tuple(_SCALINGS), default="", help="how positions reach a longer context; none leaves them to be tuned"
+    )
+    change.add_argument(
+        "--dense_layers",
+        metavar="N,N",
+        action="append",
+        default=None,
+        help="layers of a v5.2 that read everything, such as 0,1, or none; the input's own when left out",
     )
     change.add_argument("--lossy", action="store_true", help="convert although something is lost")
     return parser
@@ -108,7 +116,8 @@ def _wanted(given: Namespace) -> Wanted:
     if given.rope_scaling and not given.max_position_embeddings:
         raise SettingsError("--rope_scaling is for a longer context: name it with --max_position_embeddings.")
     stretch = Stretch(given.max_position_embeddings, _SCALINGS.get(given.rope_scaling))
-    return Wanted(given.target_version, stretch, "" if given.dtype == "keep" else given.dtype, given.lossy)
+    dtype, dense_layers = "" if given.dtype == "keep" else given.dtype, read_layers(given.dense_layers)
+    return Wanted(given.target_version, stretch, dtype, given.lossy, dense_layers)
 
 
 @contextmanager

@@ -39,6 +39,8 @@ KINDS: dict[str, Task] = dict(zip(("needle", "multi_key", "tracing", "aggregatio
 DEPTHS = 10
 ANSWER_TOKENS = 16
 SCORED_TOKENS = 2048
+# A layer that reads less of full attention's mass is proposed to stay dense, of every so many layers at most one.
+DENSE_BELOW, LAYERS_OF_ONE_DENSE = 0.95, 4
 _GIVEN = ("attention_window", "far_blocks", "far_refresh", "kv_far", "prefill", "max_position_embeddings", "rope_scaling")
 # All flags of this comparison alone.
 FAR_FLAGS = (*_GIVEN, "dense_layers", "quality_tokens", "quality_cases", "quality_tasks")
@@ -83,7 +85,8 @@ async def measure_far_quality(given: Namespace) -> dict[str, Any]:
     found = {name: await _answers(manifest, codec, side, cases, text) for name, side in sides.items()}
     mass = await asyncio.to_thread(_mass, manifest.directory, asked, text)
     row = {"what": "quality", "model": manifest.digest[:12], "tokens": tokens, "asked": asdict(asked)}
-    return {**row, **surroundings(given.label), **summary(cases, found), "attention_mass": mass}
+    dense = propose_dense(mass["read_by_layer"], len(served.layers))
+    return {**row, **surroundings(given.label), **summary(cases, found), "attention_mass": mass, "dense_layers": dense}
 
 
 def _mass(directory: Path, asked: AttentionSettings, text: Sequence[int]) -> dict[str, Any]:
@@ -91,6 +94,14 @@ def _mass(directory: Path, asked: AttentionSettings, text: Sequence[int]) -> dic
     from service.engine.attention_mass import measure_mass
 
     return measure_mass(directory, asked, text)
+
+
+def propose_dense(read_by_layer: dict[str, float], layers: int) -> dict[str, Any]:
+    """Which of a model's `layers` should read everything: those that read least, as `--dense_layers` takes them; None where none chose."""
+    most = layers // LAYERS_OF_ONE_DENSE
+    lowest = sorted((read, int(layer)) for layer, read in read_by_layer.items() if read < DENSE_BELOW)[:most]
+    listed = ",".join(str(layer) for layer in sorted(layer for _, layer in lowest)) or "none"
+    return {"below": DENSE_BELOW, "most": most, "proposed": listed if read_by_layer else None}
 
 
 def library_lines() -> list[str]:
@@ -235,3 +246,10 @@ def print_far_quality(row: dict[str, Any]) -> None:
     if mass["rows"]:
         values = f"read {mass['read']:.3f}  best possible {mass['best_possible']:.3f}  without far {mass['without_far']:.3f}"
         print(f"mass         {values}  ({mass['rows']} positions that choose)")
+    dense = row["dense_layers"]
+    if dense["proposed"] is None:
+        print("dense layers not known: every position reads all far blocks; measure more --quality_tokens")
+        return
+    print(
+        f"dense layers --dense_layers {dense['proposed']}  (read below {dense['below']} of the mass, at most {dense['most']}, lowest first)"
+    )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from service.checkpoints.load import load
-from service.checkpoints.long_context import adapt
+from service.checkpoints.long_context import adapt, dense_by_choice
 from service.checkpoints.manifest import read_manifest
 from service.engine.kv_pool import KvPool
 from service.kernels.dispatch import resolve
@@ -126,15 +126,17 @@ def _weigh(mass: Tensor, choice: Choice, sinks: int) -> Tensor:
 def measure_mass(directory: Path, asked: AttentionSettings, text: Sequence[int]) -> dict[str, Any]:
     """Shares of the mass for a text of whole blocks (what is left over is cut off) and a model served as `asked`, as a row keeps them.
 
-    Layers that read all far blocks of a prompt are measured as generated tokens would read. Raises CheckpointError.
+    Layers that read all far blocks of a prompt are measured as generated tokens would read. `read_by_layer` also has the layers that are
+    dense by choice, as they would read with far blocks; the means leave them out. Raises CheckpointError.
     """
     manifest = read_manifest(directory)
     spec = adapt(manifest.spec, asked)
     tokens = len(text) // BLOCK_TOKENS * BLOCK_TOKENS
-    measuring = MeasuringAttend(spec, tokens)
+    dense = dense_by_choice(spec)
+    measuring = MeasuringAttend(adapt(manifest.spec, replace(asked, dense_layers=())) if dense else spec, tokens)
     decoder = load(replace(manifest, spec=spec), torch.device("cpu"), torch.float32)
     decoder.hidden(torch.tensor(text[:tokens]), torch.arange(tokens), measuring)
-    shares = list(measuring.shares.values())
+    shares = [share for layer, share in measuring.shares.items() if layer not in dense]
     means = [round(sum(part) / len(shares), 4) for part in zip(*shares, strict=True)] if shares else [None] * 3
     by_layer = {str(layer): round(read, 4) for layer, (read, _, _) in measuring.shares.items()}
     names = ("read", "best_possible", "without_far")

@@ -9,7 +9,7 @@ import pytest
 
 from service.checkpoints.convert_plan import Stretch, neutral_of, plan_conversion
 from service.checkpoints.pieces import parameter_shapes
-from service.types.catalog import LINES, V1_0, V2_3, V3_5, Shape, VersionLine
+from service.types.catalog import LINES, V1_0, V2_3, V3_5, V5_2, Shape, VersionLine
 from service.types.errors import CheckpointError
 from service.types.kv_layout import FarSpec
 from service.types.model_spec import DenseMlp, ModelSpec, RopeScaling
@@ -65,6 +65,32 @@ def test_far_blocks_come_with_a_note_and_go_with_a_loss() -> None:
     down = plan_conversion(far, V1_0)
     assert down.losses == ("a token sees all tokens before it where it saw 16 tokens and the best blocks behind them (int8)",)
     assert not plan_conversion(far, V1_0, Stretch(16)).losses[1:]
+
+
+def test_named_dense_layers_read_everything() -> None:
+    full = replace(SHAPE, context_tokens=4096)
+    plan = plan_conversion(V1_0.spec(full), V5_2, dense_layers=(2, 0, 2))
+    assert plan.target == V5_2.spec(replace(full, dense_layers=(0, 2))) and not plan.losses
+    again = plan_conversion(plan.target, V5_2)
+    assert again.target == plan.target and not again.losses
+    other = plan_conversion(plan.target, V5_2, dense_layers=(1,))
+    assert other.target == V5_2.spec(replace(full, dense_layers=(1,))) and not other.losses
+    assert [note.split(" ")[0] for note in other.notes] == ["prompts", "layers", "the"]
+    assert plan_conversion(plan.target, V5_2, dense_layers=()).target == V5_2.spec(full)
+
+
+@pytest.mark.parametrize(
+    ("line", "layers", "words"),
+    [
+        (V2_3, (0,), "every layer of v2.3 reads everything"),
+        (V2_3, (), "every layer of v2.3 reads everything"),
+        (V5_2, (3,), "names layer 3, and the model has the layers 0 … 2"),
+        (V5_2, (0, 1, 2), "leaves no layer with a window"),
+    ],
+)
+def test_dense_layers_that_no_model_of_the_line_has(line: VersionLine, layers: tuple[int, ...], words: str) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        plan_conversion(V1_0.spec(SHAPE), line, dense_layers=layers)
 
 
 class _Sparse(VersionLine):

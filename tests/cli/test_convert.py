@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from service.checkpoints.long_context import adapt, dense_by_choice
 from service.checkpoints.manifest import read_manifest, verify
 from service.cli import convert
+from service.types.settings import AttentionSettings
 from tests.cli.conftest import Start
 from tests.tiny_models import build_tiny
 
@@ -60,6 +62,16 @@ def test_the_longer_context(run: Run, tmp_path: Path) -> None:
     assert run(*wishes, "--overwrite")[0] == 0
 
 
+def test_dense_layers_are_written_and_served(run: Run, tmp_path: Path) -> None:
+    source = build_tiny(tmp_path / "theirs", max_position_embeddings=4096, num_hidden_layers=4)
+    wishes = ("--input_model", source, "--output_model", tmp_path / "ours", "--target_version", "5.2")
+    code, out, _ = run(*wishes, "--dense_layers", "3,0")
+    assert code == 0 and "read through a window of 2048" in out
+    spec = read_manifest(tmp_path / "ours").spec
+    assert [layer.attention.window for layer in spec.layers] == [None, 2048, 2048, None]
+    assert dense_by_choice(spec) == (0, 3) and adapt(spec, AttentionSettings(attention_window=1024)).layers[3] == spec.layers[3]
+
+
 def refusal(done: tuple[int, str, str]) -> str:
     code, out, error = done
     assert code == 2 and out == "" and error.startswith("deepseek-convert: ") and error.count("\n") == 1 and "Traceback" not in error, done
@@ -79,6 +91,9 @@ def refusal(done: tuple[int, str, str]) -> str:
         ({"rope_scaling": "yarn"}, "--max_position_embeddings"),
         ({"max_position_embeddings": "-1"}, "--max_position_embeddings must be"),
         ({"max_position_embeddings": "100"}, "more than 100 tokens are refused; the context was 256. Give --lossy"),
+        ({"dense_layers": "0"}, "--dense_layers is for a line whose layers have a window, and every layer of v2.3 reads everything"),
+        ({"dense_layers": "a", "target_version": "5.2"}, "--dense_layers must be whole numbers by comma, such as 0,1, or none, not 'a'"),
+        ({"dense_layers": "7", "target_version": "5.2"}, "--dense_layers names layer 7"),
         ({"target_version": "2.3", "output_model": "file/out"}, "cannot be read or written"),
     ],
     ids=str,

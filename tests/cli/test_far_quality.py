@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from service.cli import benchmark
-from service.cli.far_quality import DEPTHS, make_cases, scored_text, summary
+from service.cli.far_quality import DEPTHS, make_cases, propose_dense, scored_text, summary
 from service.inputs.recall_tasks import TASKS, RecallCase
 from service.inputs.tokens import TokenCodec
 from tests.tiny_models import build_tiny
@@ -33,6 +33,14 @@ def test_shares_by_task_and_depth() -> None:
     assert row["perplexity"]["change"] == 0.0 and row["far_blocks_read"] == {"full": 0.0, "served": 7.0}
     worse = summary(cases, {"full": full, "served": {**served, "scores": [-2.0, -2.02]}})
     assert 0.005 < worse["perplexity"]["change"] < 0.015
+
+
+def test_the_layers_that_read_least_are_proposed() -> None:
+    shares = {"0": 0.90, "1": 0.99, "2": 0.80, "3": 0.94, "4": 0.95, "5": 0.9499, "6": 1.0, "7": 0.97}
+    assert propose_dense(shares, 8) == {"below": 0.95, "most": 2, "proposed": "0,2"}
+    assert propose_dense({**shares, "0": 0.96}, 8)["proposed"] == "2,3"
+    assert propose_dense({"0": 0.96, "1": 0.95}, 8)["proposed"] == propose_dense({"0": 0.5}, 3)["proposed"] == "none"
+    assert propose_dense({}, 8)["proposed"] is None
 
 
 def test_prompts_are_as_long_as_lines_allow(tiny: Path) -> None:
@@ -70,6 +78,7 @@ def test_the_command_compares_and_keeps_a_row(
     mass = row["attention_mass"]
     assert mass["tokens"] == 640 and mass["rows"] == 385 and mass["without_far"] < mass["read"] <= mass["best_possible"] < 1
     assert f"mass         read {mass['read']:.3f}" in out
+    assert row["dense_layers"] == {"below": 0.95, "most": 0, "proposed": "none"} and "\ndense layers --dense_layers none  (" in out
 
 
 def test_a_choice_of_tasks_is_asked_alone(tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +98,7 @@ def test_a_choice_of_tasks_is_asked_alone(tiny: Path, capsys: pytest.CaptureFixt
     row = json.loads(out.splitlines()[-1])
     assert code == 0 and {kind: task["cases"] for kind, task in row["tasks"].items()} == {"tracing": DEPTHS, "needle": DEPTHS}
     # 16 far blocks cover what 700 tokens leave behind the window: nobody chooses.
-    assert row["attention_mass"]["rows"] == 0 and "mass  " not in out
+    assert row["attention_mass"]["rows"] == 0 and "mass  " not in out and "dense layers not known" in out
 
 
 @pytest.mark.parametrize(

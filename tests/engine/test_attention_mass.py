@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +93,10 @@ def test_shares_are_those_of_a_recount(tiny: Path, refresh: int, monkeypatch: py
     monkeypatch.setattr(attention_mass, "TILE_ROWS", 50)
     row = measure_mass(tiny, asked, TEXT)
     found = expected(tiny, asked, range(TOKENS))
-    assert list(found) == [1] and list(row["read_by_layer"]) == ["1"]
+    assert list(found) == [1] and list(row["read_by_layer"]) == ["0", "1"]
+    # The dense layer is measured as it would read with far blocks, and is no part of the means.
+    sparse = expected(tiny, replace(asked, dense_layers=()), range(TOKENS))
+    assert [row["read_by_layer"][str(layer)] for layer in (0, 1)] == pytest.approx([sparse[layer][0] for layer in (0, 1)], abs=2e-4)
     assert [row[name] for name in ("read", "best_possible", "without_far")] == pytest.approx(found[1], abs=2e-4)
     assert row["without_far"] < row["read"] < row["best_possible"] < 1
     assert row["tokens"] == TOKENS and 0 < row["rows"] < TOKENS
