@@ -32,7 +32,7 @@ from service.inputs.tokens import TokenCodec
 from service.processes import ChildProcess
 from service.schedulers.router import Model, Router
 from service.telemetry import Telemetry, log_event
-from service.types.errors import CheckpointError, StartupError, Unavailable
+from service.types.errors import CheckpointError, SettingsError, StartupError, Unavailable
 from service.types.plan import LoadRequest
 from service.types.settings import ModelSource
 
@@ -64,7 +64,8 @@ async def serve(settings: ServeSettings, blank: Blank, times: StartTimes) -> int
 
 def build_models(settings: ServeSettings, blank: Blank | None, progress: LoadProgress) -> list[Model]:
     """Read every model directory (not its weights) and give each a backend. Raises StartupError."""
-    served = _computed([(source, _read(source.directory, settings)) for source in settings.models], settings)
+    adapted = _adapted([(source, read_manifest(Path(source.directory))) for source in settings.models], settings)
+    served = _computed(adapted, settings)
     plans = _plan(settings, [manifest for _, manifest in served])
     models = []
     for index, ((source, manifest), (kv_bytes, planned_bytes)) in enumerate(zip(served, plans, strict=True)):
@@ -106,10 +107,23 @@ def _fitting(blank: Blank | None, backend: str) -> ChildProcess | None:
     return None
 
 
-def _read(directory: str, settings: ServeSettings) -> Manifest:
-    """The manifest of a directory, its attention as it is to be served."""
-    manifest = read_manifest(Path(directory))
-    return replace(manifest, spec=adapt(manifest.spec, settings.attention))
+def _adapted(models: list[tuple[ModelSource, Manifest]], settings: ServeSettings) -> list[tuple[ModelSource, Manifest]]:
+    """The models with their attention as it is to be served. Raises SettingsError, which names the model that cannot be served so.
+
+    Of models that come because nothing was named, those behind the default are left out instead; the user hears of each.
+    """
+    served: list[tuple[ModelSource, Manifest]] = []
+    lacking: dict[str, list[str]] = {}
+    for source, manifest in models:
+        try:
+            served.append((source, replace(manifest, spec=adapt(manifest.spec, settings.attention))))
+        except SettingsError as error:
+            if settings.named or not served:
+                raise SettingsError(f"{source.name}: {error}") from None
+            lacking.setdefault(str(error), []).append(source.name)
+    for reason, names in lacking.items():
+        warn(PROGRAM, f"left out: {', '.join(names)}: {reason}")
+    return served
 
 
 def _plan(settings: ServeSettings, manifests: Sequence[Manifest]) -> list[tuple[int, int]]:
