@@ -184,6 +184,8 @@ def test_values_keep_their_dashes() -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        (["--attention_window", "1000000000"], "--attention_window must be a whole number from 0 up to 16777216, not '1000000000'."),
+        (["--drain_s", "1e8"], "--drain_s must be a number of seconds from 0 up to 10000000, not '1e8'."),
         (["--port", "abc"], "--port must be a whole number from 0 up to 65535, not 'abc'."),
         (["--port", "65536"], "not '65536'"),
         (["--prot", "1"], "did you mean --port?"),

@@ -12,7 +12,8 @@ from pydantic.fields import FieldInfo
 
 from service.config.definition import ENVIRONMENT_PREFIX, SECTIONS, Former, Unit, to_bytes
 
-_UNBOUNDED = 10**7
+# From here on a bound only keeps numbers within what machines count in.
+_UNBOUNDED = 1 << 40
 
 
 def is_list(field: FieldInfo) -> bool:
@@ -99,4 +100,4 @@ def _bounds(field: FieldInfo) -> str:
     above = [item.gt for item in field.metadata if isinstance(item, annotated_types.Gt)]
     most = [item.le for item in field.metadata if isinstance(item, annotated_types.Le) and item.le < _UNBOUNDED]  # type: ignore[operator]
     low = f" from {max(least)}" if least else f" above {max(above)}" if above else ""  # type: ignore[type-var]
-    return f"{low} up to {min(most)}" if most else low  # type: ignore[type-var]
+    return f"{low} up to {min(most):.0f}" if most else low  # type: ignore[type-var]

@@ -147,7 +147,7 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise CapacityError("No CUDA device is usable here: choose the device cpu or auto.")
+        raise CapacityError("No CUDA device is usable here: set --device cpu or auto, or another --tier than gpu.")
     return torch.device(name)
 
 
