@@ -82,7 +82,7 @@ def benchmark_parser() -> FlagParser:
         default=None,
         help="two files of rows, before and after; or running servers, each [NAME=]URL[#MODEL], under the same load in alternating rounds",
     )
-    add_far_quality_flags(parser)
+    add_far_quality_flags(parser, _count)
     result.add_argument("--client", choices=("raw", "httpx"), default="raw", help="HTTP client of the sender (default %(default)s)")
     return parser
 

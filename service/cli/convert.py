@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from service import __version__
 from service.cli.ending import run_command
-from service.config.definition import read_layers
+from service.config.attention import read_layers
 from service.config.flags import FlagParser
 from service.types.catalog import LINES, find_line
 from service.types.errors import SettingsError

@@ -13,7 +13,7 @@ import math
 import random
 import sysconfig
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from typing import Any
 from service.checkpoints.long_context import STORES, adapt
 from service.checkpoints.manifest import Manifest, read_manifest
 from service.cli.server_load import surroundings
-from service.config.bundled import named_directory, registry_path
-from service.config.definition import read_layers
+from service.config.attention import read_attention
+from service.config.bundled import bundled_source, named_directory, registry_path
 from service.config.flags import FlagParser
 from service.engine.supervisor import WorkerBackend
 from service.inputs.recall_tasks import TASKS, RecallCase, Task
@@ -46,29 +46,28 @@ _GIVEN = ("attention_window", "far_blocks", "far_refresh", "kv_far", "prefill", 
 FAR_FLAGS = (*_GIVEN, "dense_layers", "quality_tokens", "quality_cases", "quality_tasks")
 
 
-def add_far_quality_flags(parser: FlagParser) -> None:
-    """The flags of a comparison with full attention."""
+def add_far_quality_flags(parser: FlagParser, count: Callable[[str], int]) -> None:
+    """The flags of a comparison with full attention; `count` reads a number from 1 up."""
     plain = AttentionSettings()
     group = parser.add_argument_group("Far blocks (--quality far)")
-    group.add_argument("--quality_tokens", metavar="N", type=int, default=0, help="length of prompts; the model's context when left out")
-    group.add_argument("--quality_cases", metavar="N", type=int, default=20, help="cases for each task and depth (default %(default)s)")
+    group.add_argument("--quality_tokens", metavar="N", type=count, default=0, help="length of prompts; the model's context when left out")
+    group.add_argument("--quality_cases", metavar="N", type=count, default=20, help="cases for each task and depth (default %(default)s)")
     group.add_argument("--quality_tasks", nargs="+", choices=tuple(KINDS), default=list(KINDS), help="which questions are asked (all)")
-    group.add_argument("--attention_window", metavar="N", type=int, default=plain.attention_window, help="as of deepseek-serve")
-    group.add_argument("--far_blocks", metavar="N", type=int, default=plain.far_blocks, help="as of deepseek-serve")
-    group.add_argument("--far_refresh", metavar="N", type=int, default=plain.far_refresh, help="as of deepseek-serve")
+    group.add_argument("--attention_window", metavar="N", default=plain.attention_window, help="as of deepseek-serve")
+    group.add_argument("--far_blocks", metavar="N", default=plain.far_blocks, help="as of deepseek-serve")
+    group.add_argument("--far_refresh", metavar="N", default=plain.far_refresh, help="as of deepseek-serve")
     group.add_argument("--kv_far", choices=("auto", *STORES), default=plain.kv_far, help="as of deepseek-serve")
     group.add_argument("--prefill", choices=("sparse", "dense"), default=plain.prefill, help="as of deepseek-serve")
     group.add_argument("--dense_layers", metavar="N,N", action="append", default=None, help="as of deepseek-serve; repeatable")
-    group.add_argument("--max_position_embeddings", metavar="N", type=int, default=0, help="as of deepseek-serve")
+    group.add_argument("--max_position_embeddings", metavar="N", default=0, help="as of deepseek-serve")
     group.add_argument("--rope_scaling", choices=("auto", "keep", "linear", "dynamic", "yarn"), default="auto", help="as of deepseek-serve")
 
 
 async def measure_far_quality(given: Namespace) -> dict[str, Any]:
     """Both sides; the row. Raises SettingsError or CheckpointError."""
-    if not given.directory:
-        raise SettingsError("--quality far needs --directory, the model to measure.")
-    manifest = read_manifest(named_directory(given.directory, registry_path(""), "--directory"))
-    asked = AttentionSettings(**{name: getattr(given, name) for name in _GIVEN}, dense_layers=read_layers(given.dense_layers))
+    directory = given.directory or bundled_source("").directory
+    manifest = read_manifest(named_directory(directory, registry_path(""), "--directory"))
+    asked = read_attention({name: getattr(given, name) for name in _GIVEN}, given.dense_layers)
     served = adapt(manifest.spec, asked)
     if not any(layer.attention.far for layer in served.layers):
         raise SettingsError("--quality compares far blocks with full attention, and this model has none: set --attention_window.")
@@ -85,8 +84,9 @@ async def measure_far_quality(given: Namespace) -> dict[str, Any]:
     found = {name: await _answers(manifest, codec, side, cases, text) for name, side in sides.items()}
     mass = await asyncio.to_thread(_mass, manifest.directory, asked, text)
     row = {"what": "quality", "model": manifest.digest[:12], "tokens": tokens, "asked": asdict(asked)}
+    row |= surroundings(given.label) | found["served"]["types"]
     dense = propose_dense(mass["read_by_layer"], len(served.layers))
-    return {**row, **surroundings(given.label), **summary(cases, found), "attention_mass": mass, "dense_layers": dense}
+    return {**row, **summary(cases, found), "attention_mass": mass, "dense_layers": dense}
 
 
 def _mass(directory: Path, asked: AttentionSettings, text: Sequence[int]) -> dict[str, Any]:
@@ -148,7 +148,8 @@ def scored_text(codec: TokenCodec, lines: Sequence[str], tokens: int) -> list[in
 async def _answers(
     manifest: Manifest, codec: TokenCodec, attention: AttentionSettings, cases: Sequence[RecallCase], text: Sequence[int]
 ) -> dict[str, Any]:
-    """What one side makes of it: answers in the order of `cases`, log-probs of the text's last tokens, far blocks read, seconds."""
+    """What one side makes of it: answers in the order of `cases`, log-probs of the text's last tokens, far blocks read, seconds,
+    and the types in which it computed and kept keys and values."""
     spec = adapt(manifest.spec, attention)
     load = LoadRequest(str(manifest.directory.absolute()), max_rows=4, attention=attention, context_tokens=spec.context_tokens)
     telemetry = Telemetry()
@@ -161,12 +162,14 @@ async def _answers(
         answers = await asyncio.gather(*(_answer(router, codec.encode(case.prompt)) for case in cases))
         scores = await _scores(router, text)
         seconds = asyncio.get_running_loop().time() - began
+        info = router.versions()[0].info
     finally:
         await router.close()
     read = sum(
         sample.value for family in telemetry.snapshot().collect() for sample in family.samples if "far_blocks_read_total" in sample.name
     )
-    return {"answers": answers, "scores": scores[-SCORED_TOKENS:], "far_blocks_read": read, "seconds": seconds}
+    types = {} if info is None else {"dtype": info.dtype, "kv_cache_dtype": info.kv_cache_dtype or info.dtype}
+    return {"answers": answers, "scores": scores[-SCORED_TOKENS:], "far_blocks_read": read, "seconds": seconds, "types": types}
 
 
 async def _answer(router: Router, prompt: Sequence[int]) -> str:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NamedTuple, cast
 
-from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from service.config.flags import parse_bytes
-from service.types.errors import SettingsError
 from service.types.settings import AttentionSettings, EngineSettings, FleetSettings, HttpLimits, HttpSettings, SchedulerSettings
 
 ENVIRONMENT_PREFIX = "DEEPSEEK_"
@@ -93,16 +92,6 @@ NO_LAYERS = "none"
 Texts = Annotated[list[str], NoDecode, BeforeValidator(_to_list)]
 NUMBERS = Unit("N,N", "whole numbers by comma, such as 0,1, or none")
 Layers = Annotated[list[Annotated[int, Field(ge=0, le=4095)]], NoDecode, BeforeValidator(_to_numbers), NUMBERS]
-
-
-def read_layers(texts: list[str] | None) -> tuple[int, ...] | None:
-    """What `--dense_layers` says to another command, where it may stand more than once; None without it. Raises SettingsError."""
-    if texts is None:
-        return None
-    try:
-        return tuple(TypeAdapter(Layers).validate_python(texts))
-    except ValidationError:
-        raise SettingsError(f"--dense_layers must be {NUMBERS.words}, not {','.join(texts)[:80]!r}.") from None
 
 
 class ModelSection(BaseModel):

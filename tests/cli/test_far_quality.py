@@ -75,6 +75,7 @@ def test_the_command_compares_and_keeps_a_row(
     assert row["label"] == "x" and row["cores"] >= 1
     assert row["asked"]["kv_far"] == "int4" and row["perplexity"]["tokens"] == 698
     assert 0 < abs(row["perplexity"]["change"]) < 0.2
+    assert row["date"] and row["cpu"] and row["dtype"] in ("float32", "bfloat16") and row["kv_cache_dtype"] == row["dtype"]
     mass = row["attention_mass"]
     assert mass["tokens"] == 640 and mass["rows"] == 385 and mass["without_far"] < mass["read"] <= mass["best_possible"] < 1
     assert f"mass         read {mass['read']:.3f}" in out
@@ -105,6 +106,10 @@ def test_a_choice_of_tasks_is_asked_alone(tiny: Path, capsys: pytest.CaptureFixt
     ("flags", "words"),
     [
         ((), "set --attention_window"),
+        (("--quality_cases", "0"), "--quality_cases: '0' is not a whole number from 1 up"),
+        (("--quality_cases", "-3"), "--quality_cases: '-3' is not a whole number from 1 up"),
+        (("--attention_window", "-1"), "--attention_window must be a whole number from 0 up to 16777216, not '-1'"),
+        (("--far_blocks", "x"), "--far_blocks must be a whole number from 0 up to 65536, not 'x'"),
         (("--attention_window", "64", "--quality_tokens", "100"), "must lie between 256"),
         (("--attention_window", "64", "--dense_layers", "0,5"), "names layer 5"),
         (
@@ -119,3 +124,8 @@ def test_what_makes_no_comparison_is_refused(
 ) -> None:
     code, _, err = run(capsys, monkeypatch, "--quality", "far", "--directory", str(tiny), *flags)
     assert code == 2 and words in err
+
+
+def test_the_bundled_model_is_measured_where_none_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _, err = run(capsys, monkeypatch, "--quality", "far", "--quality_tokens", "20000")
+    assert code == 2 and "--quality_tokens 20000 must lie between 256 and the model's 16384" in err
