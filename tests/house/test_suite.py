@@ -39,6 +39,7 @@ LEAST = {
     "tests/test_graph_parity.py": 15,
     "tests/test_image_parity.py": 17,
     "tests/test_loadgen.py": 64,
+    "tests/test_long_context_memory.py": 5,
     "tests/test_onnx_parity.py": 12,
     "tests/test_parity.py": 60,
     "tests/test_sparse_parity.py": 71,
