@@ -7,7 +7,7 @@ scattered at random, and plans are made ahead, as an engine's step makes them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from loadtests.gpu_cases import GPU, Case, Place, check
+from loadtests.gpu_peers import Paged, library_peers
 from service.kernels.reference_sparse import FIRST_STAGE, SECOND_STAGE, ChosenFar, FarBlocks, near_start
 
 BLOCK, SUB_BLOCKS, SINKS = 64, 4, 1
@@ -120,6 +121,8 @@ SPARSE = (
     *(Sparse(size, heads, 1, 16384, 16, rows=2048) for size, heads in ((128, 8), (64, 16))),
     Sparse(128, 8, 1, 16384, 16, rows=2048, refresh=16),
 )
+# Of a whole step, and its layers: 32 sequences at 16K and 128K.
+TOTALS, LAYERS, DENSE_LAYERS = SPARSE[2:4], 24, 2
 # Of the choice alone: decode steps.
 CHOICES = SPARSE[:4]
 # Blocks that leave a window at once, K/V heads and head sizes, by store: one of a decode step, those of a long prompt.
@@ -170,9 +173,8 @@ def dense_case(place: Place, shape: Dense) -> Case:
 
     moved = 2 * shape.sequences * shape.kv_heads * shape.read_tokens * shape.head_dim * keys.itemsize + 2 * query.nbytes
     flops = 4.0 * shape.sequences * shape.pairs * shape.heads * shape.head_dim
-    peers: dict[str, Callable[[], Callable[[], Any]]] = {}
-    if shape.prefill:
-        peers["flex_attention_in_order"] = partial(flex, asked, ordered, shape.window)
+    peers = library_peers(Paged(query, keys, values, tables, shape.context, shape.window), run)
+    peers["flex_attention_in_order"] = partial(flex, asked, ordered, shape.window) if shape.prefill else partial(flex_row, asked, ordered)
     op, named = "prefill" if shape.prefill else "decode", asdict(shape) | {"rows": shape.rows}
     if shape.prefill and shape.window is not None:  # torch's would multiply what lies outside the window too
         return Case(op, named, run, moved, flops, peers=peers)
@@ -192,6 +194,14 @@ def flex(query: Tensor, ordered: list[Tensor], window: int | None) -> Callable[[
 
     mask = create_block_mask(seen, None, None, query.shape[2], ordered[0].shape[2], device=query.device)
     return lambda: compiled(query, *ordered, block_mask=mask, enable_gqa=True)
+
+
+def flex_row(query: Tensor, ordered: list[Tensor]) -> Callable[[], Any]:
+    """flex_attention of one row a sequence, which sees all that is in `ordered`, compiled at its first call."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled = torch.compile(flex_attention)
+    return lambda: compiled(query, *ordered, enable_gqa=True)
 
 
 def attention_cases() -> Iterator[Case]:
@@ -255,6 +265,31 @@ def sparse_case(place: Place, shape: Sparse) -> Case:
     return Case(op, asdict(shape), stores.attend(), moved, flops, peers={"ours_dense": beside})
 
 
+def total_case(place: Place, shape: Sparse, layers: int) -> Case:
+    """Attention of a whole model's step, of which DENSE_LAYERS read everything, beside one whose layers all do.
+
+    Layers share their tensors: what one reads is more than a cache holds.
+    """
+    sparse, rows, heads = sparse_case(place, shape), Dense(shape.head_dim, shape.sequences, shape.context), shape.kv_heads * shape.group
+    wide = dense_case(place, replace(rows, heads=heads, kv_heads=shape.kv_heads))
+    narrow = layers - DENSE_LAYERS
+
+    def run() -> list[Tensor]:
+        return [sparse.run() for _ in range(narrow)] + [wide.run() for _ in range(DENSE_LAYERS)]
+
+    def all_dense() -> list[Tensor]:
+        return [wide.run() for _ in range(layers)]
+
+    moved, flops = (narrow * a + DENSE_LAYERS * b for a, b in ((sparse.moved_bytes, wide.moved_bytes), (sparse.flops, wide.flops)))
+    named = asdict(shape) | {"layers": layers, "dense_layers": DENSE_LAYERS}
+    return Case("attention_total", named, run, moved, flops, peers={"ours_all_dense": lambda: all_dense}, check=wide.check)
+
+
+def total_cases() -> Iterator[Case]:
+    """Decode steps of a model with as many layers as the reference shape has."""
+    return (total_case(GPU, shape, LAYERS) for shape in TOTALS)
+
+
 def choice_case(place: Place, shape: Sparse) -> Case:
     """The choice alone."""
     stores = TwoStores(place, shape)
@@ -303,4 +338,9 @@ def empty_store(place: Place, shape: torch.Size, store: str) -> FarBlocks:
     return FarBlocks(*data, *scales, bounds, empty(torch.float16, blocks, heads))
 
 
-CASES: dict[str, Callable[[], Iterator[Case]]] = {"attention": attention_cases, "sparse": sparse_cases, "far": far_cases}
+CASES: dict[str, Callable[[], Iterator[Case]]] = {
+    "attention": attention_cases,
+    "sparse": sparse_cases,
+    "total": total_cases,
+    "far": far_cases,
+}

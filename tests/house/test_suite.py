@@ -35,6 +35,7 @@ LEAST = {
     "tests/test_docs_examples.py": 12,
     "tests/test_launch.py": 7,
     "tests/test_gpu_cases.py": 26,
+    "tests/test_gpu_peers.py": 8,
     "tests/test_gpu_serving.py": 11,
     "tests/test_graph_parity.py": 15,
     "tests/test_image_parity.py": 17,

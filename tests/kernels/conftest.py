@@ -13,6 +13,7 @@ from torch import Tensor
 from service.kernels import paged_attention as kernel
 from service.kernels import reference
 from service.kernels.native import binding
+from service.kernels.workspace import Workspace
 
 needs_native = pytest.mark.skipif(binding.absent() is not None, reason="the compiled kernels are not built")
 GARBAGE = (-(2**31), -1, 2**31 - 1)
@@ -26,6 +27,30 @@ def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip("not on this machine")
     yield request.param
     loaded.choose(binding.LEVELS[-1])
+
+
+@pytest.fixture(scope="module")
+def nan_memory() -> Iterator[None]:
+    """What is allocated without being filled, and scratch memory whenever it is taken, begins as NaN or the largest integer."""
+    taken = Workspace.take
+
+    def take(workspace: Workspace, name: str, *shape: int) -> Tensor:
+        return taken(workspace, name, *shape).fill_(float("nan"))
+
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Workspace, "take", take)
+        patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        yield
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def untouched(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Memory that nothing has written, with `nan_memory` too: what of it is never touched costs nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+        return torch.empty(shape, dtype=dtype)
 
 
 @dataclass(frozen=True)

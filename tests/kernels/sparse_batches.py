@@ -89,6 +89,67 @@ class SparseBatch:
         return range(self.sink_blocks, reference_sparse.near_start(newest, self.window, self.refresh, size))
 
 
+def permuted(batch: SparseBatch, seed: int = 1) -> SparseBatch:
+    """The same sequences with the blocks of both stores elsewhere, but for the null block; so are they for whoever chooses."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def order_of(count: int) -> Tensor:
+        return torch.cat((torch.zeros(1, dtype=torch.int64), torch.randperm(count - 1, generator=generator) + 1))
+
+    def there(tables: Tensor, order: Tensor) -> Tensor:
+        valid = (tables > 0) & (tables < len(order))
+        return torch.where(valid, order.argsort()[tables.clamp(0, len(order) - 1).long()].to(tables.dtype), tables)
+
+    near = order_of(len(batch.key_blocks))
+    moved = replace(
+        batch, key_blocks=batch.key_blocks[near], value_blocks=batch.value_blocks[near], near_tables=there(batch.near_tables, near)
+    )
+    if batch.far is None or batch.choosing is None:
+        return moved
+    far = order_of(len(batch.far.blocks.bounds))
+    blocks = FarBlocks(*(None if tensor is None else tensor[far] for tensor in batch.far.blocks))
+    tables = there(batch.far.tables, far)
+    choosing = replace(batch.choosing, blocks=blocks, tables=tables)
+    return replace(moved, far=batch.far._replace(blocks=blocks, tables=tables), choosing=choosing)
+
+
+def of_one_value(batch: SparseBatch) -> SparseBatch:
+    """The same batch with values of 0.75 in both stores, which every format holds as it is."""
+    changes: dict[str, Any] = {"value_blocks": torch.full_like(batch.value_blocks, 0.75)}
+    if batch.far is not None:
+        store = batch.far.blocks
+        units, scale = {torch.int8: (64, 0.75 / 64), torch.uint8: (0x66, 0.75 / 6)}.get(store.values.dtype, (0.75, 1.0))
+        scales = None if store.value_scales is None else torch.full_like(store.value_scales, scale)
+        blocks = store._replace(values=torch.full_like(store.values, units), value_scales=scales)
+        changes["far"] = batch.far._replace(blocks=blocks)
+    return replace(batch, **changes)
+
+
+def choosing_faults(call: Choosing) -> dict[str, Choosing]:
+    """Calls with one fault each: every stage's input is wrong in one of them. `call` has more candidates than any stage keeps."""
+    store, whole, parts, odd = call.blocks, call.blocks.bounds.clone(), call.blocks.bounds.clone(), call.query.clone()
+    whole[:, :, 0], parts[:, :, 1:], odd[:, -1] = 0, 0, -odd[:, -1]
+    blocks = {
+        "bounds of blocks": store._replace(bounds=whole),
+        "bounds of parts": store._replace(bounds=parts),
+        "scales of bounds": store._replace(bound_scales=store.bound_scales.roll(1, 0)),
+        "keys": store._replace(keys=torch.zeros_like(store.keys)),
+    }
+    if store.key_scales is not None:
+        # A scale is 5 % off in each second block.
+        scales = store.key_scales.clone()
+        scales[::2] *= 1.05
+        blocks["scales of keys"] = store._replace(key_scales=scales)
+    faults = {name: replace(call, blocks=wrong) for name, wrong in blocks.items()}
+    faults |= {
+        "a head of the queries": replace(call, query=odd),
+        "budgets": replace(call, budgets=call.budgets - 1),
+        "ends": replace(call, candidate_ends=call.candidate_ends - 1),
+        "sinks": replace(call, sink_blocks=call.sink_blocks + 1),
+    }
+    return faults
+
+
 def _dense(batch: SparseBatch, keys: list[Tensor], values: list[Tensor]) -> Tensor:
     """Attention over whole sequences, one block for each."""
     longest = max(len(key) for key in keys)

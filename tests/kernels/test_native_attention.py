@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from service.kernels.native import attention
-from tests.kernels.conftest import PagedBatch, check_close, make_batch, multiplies_pairs, needs_native
+from tests.kernels.conftest import PagedBatch, check_close, make_batch, multiplies_pairs, needs_native, untouched
 
-pytestmark = needs_native
+pytestmark = [needs_native, pytest.mark.usefixtures("nan_memory")]
 MIXED = ([17, 1, 8, 30, 0, 9, 25, 33, 16], [1, 1, 1, 7, 1, 0, 25, 1, 16])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -177,9 +177,9 @@ def test_what_is_not_finite_spoils_its_own_sequence_and_shows(where: str) -> Non
 
 
 def test_blocks_far_past_int32_elements() -> None:
-    # Blocks stand 65536 elements apart, so block 32768 begins at element 2^31; memory that is never touched costs nothing.
+    # Blocks stand 65536 elements apart, so block 32768 begins at element 2^31.
     batch = make_batch([20], [1], heads=2, kv_heads=1, poison=0.0)
-    storage = torch.empty((32768 + 4) * 65536, dtype=torch.float16)
+    storage = untouched((32768 + 4) * 65536, dtype=torch.float16)
     far = torch.as_strided(storage, (32768 + 4, 1, 8, 16), (65536, 128, 16, 1))
     table = batch.block_tables.clone()
     target = torch.tensor([32768, 32770, 32769])

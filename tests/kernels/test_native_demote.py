@@ -17,7 +17,7 @@ from service.kernels.reference_sparse import FarBlocks, quantise
 from tests.kernels.conftest import needs_native
 from tests.kernels.sparse_batches import LEVELS, make_store
 
-pytestmark = needs_native
+pytestmark = [needs_native, pytest.mark.usefixtures("nan_memory")]
 STORES = ("int8", "int4", "native")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Sizes of keys and values, tokens of a block and parts of it.

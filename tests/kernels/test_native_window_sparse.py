@@ -13,11 +13,12 @@ from service.kernels.native import attention
 from service.kernels.native import window_sparse as kernel
 from service.kernels.reference_sparse import demote
 from tests.kernels.conftest import check_close, multiplies_pairs, needs_native
-from tests.kernels.sparse_batches import SparseBatch, make_sparse, make_store
+from tests.kernels.sparse_batches import SparseBatch, choosing_faults, make_sparse, make_store, of_one_value, permuted
 
-pytestmark = needs_native
+pytestmark = [needs_native, pytest.mark.usefixtures("nan_memory")]
 MIXED = ([77, 1, 96, 0, 21, 64, 130, 300], [1, 1, 30, 0, 21, 1, 3, 1])
 STORES = ("int8", "int4", "native", "evict")
+CHOOSE = kernel.choose_far
 
 
 def run(batch: SparseBatch, **changes: Any) -> torch.Tensor:
@@ -123,6 +124,33 @@ def test_sequences_that_see_nothing() -> None:
     assert not out[0].any() and out[1].any()
 
 
+@pytest.mark.parametrize("sinks", [0, 1, 3])
+@pytest.mark.parametrize("context", [19, 20, 21, 27, 28, 29, 35, 36, 37, 43, 44, 45, 51, 52, 53])
+def test_around_the_window_the_sinks_and_the_budget(context: int, sinks: int) -> None:
+    """A window of 20 tokens, and one to four blocks of 8 more."""
+    batch = make_sparse([context, context], [1, 3], sink_blocks=sinks, budget=2)
+    check_close(run(batch), batch.reference(), torch.float32)
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_permuting_physical_blocks_changes_nothing(store: str) -> None:
+    batch = make_sparse(*MIXED, store=store)
+    other = permuted(batch)
+    assert not torch.equal(other.near_tables, batch.near_tables) and torch.equal(run(other), run(batch))
+    if batch.choosing is not None and other.choosing is not None:
+        assert not torch.equal(other.choosing.tables, batch.choosing.tables)
+        for ours, theirs in zip(other.choosing.run(CHOOSE), batch.choosing.run(CHOOSE), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_constant_values_come_out_unchanged(store: str) -> None:
+    batch = make_sparse(*MIXED, store=store)
+    out, seen = run(of_one_value(batch)), batch.reference().abs().sum(dim=(1, 2)) > 0
+    assert seen.any()
+    torch.testing.assert_close(out[seen], torch.full_like(out[seen], 0.75), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("wrong", ["scale", "values", "choice", "window", "sinks", "count"])
 def test_teeth(wrong: str) -> None:
     """One planted fault at a time is seen by the same comparison."""
@@ -196,6 +224,17 @@ class TestChoosing:
         call = torch.tensor([0]), torch.tensor([10], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
         choices, _ = kernel.choose_far(torch.randn(1, 4, 4), far, tables, *call, sink_blocks=1, most=4)
         assert choices.tolist() == [[[1, 2, 3, -1]] * 2]
+
+    @pytest.mark.parametrize("store", ["int8", "int4", "native"])
+    def test_teeth(self, store: str) -> None:
+        """One planted fault at a time, in what each stage reads, is seen by the same comparison."""
+        call = make_sparse([400], [24], budget=3, refresh=1, store=store).choosing
+        assert call is not None and call.candidate_ends.max() > 2 * 4 * 3
+        expected = call.run()
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(call.run(CHOOSE), expected, strict=True))
+        for fault, wrong in choosing_faults(call).items():
+            found = wrong.run(CHOOSE)
+            assert not (torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])), fault
 
     def test_nothing_to_choose_from(self) -> None:
         call = make_sparse([5, 8], [1, 1]).choosing

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from service.kernels.workspace import Workspace
+from tests.kernels.conftest import untouched
 
 
 def test_buffers_are_reused_and_grow() -> None:
@@ -32,3 +33,10 @@ def test_each_thread_has_its_own() -> None:
     with ThreadPoolExecutor(1) as pool:
         theirs = pool.submit(lambda: workspace.take("scores", 4)).result()
     assert theirs.data_ptr() != mine
+
+
+def test_memory_that_tests_poison_is_poisoned(nan_memory: None) -> None:
+    workspace = Workspace()
+    assert workspace.take("scores", 4).zero_().any() == 0 and workspace.take("scores", 4).isnan().all()
+    assert torch.ones(2).new_empty(3).isnan().all() and torch.empty(3, dtype=torch.int32).eq(2**31 - 1).all()
+    assert untouched(1, dtype=torch.int32).shape == (1,)

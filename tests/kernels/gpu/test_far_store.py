@@ -16,8 +16,8 @@ pytest.importorskip("triton")
 from service.kernels import reference_sparse
 from service.kernels.gpu import choose_far, far_store
 from service.kernels.reference_sparse import FarBlocks
-from tests.kernels.gpu.conftest import DEVICE, DTYPES, FAR_BLOCK, FarApart, past_int32
-from tests.kernels.sparse_batches import make_sparse, make_store
+from tests.kernels.gpu.conftest import DEVICE, DTYPES, FAR_BLOCK, ON_DEVICE, FarApart, past_int32
+from tests.kernels.sparse_batches import choosing_faults, make_sparse, make_store, permuted
 
 
 def placed(store: FarBlocks) -> FarBlocks:
@@ -155,6 +155,32 @@ def test_choices_of_head_shapes(heads: int, kv_heads: int, size: int, store: str
     assert call is not None
     found, expected = choices_of(call), call.run()
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+# One fault for each kernel where they are interpreted, which takes a second each.
+FAULTS = ("bounds of blocks", "bounds of parts", "keys", "budgets")
+
+
+@pytest.mark.parametrize("store", ["int8", "int4", "native"] if ON_DEVICE else ["int4"])
+def test_a_fault_in_what_any_stage_reads_is_seen(store: str) -> None:
+    shape = {"budget": 3} if ON_DEVICE else {"budget": 2, "heads": 2, "kv_heads": 1}
+    call = make_sparse([400 if ON_DEVICE else 180], [24 if ON_DEVICE else 2], refresh=1, store=store, **shape).choosing
+    assert call is not None and call.candidate_ends.max() > 4 * call.most + 4
+    expected = call.run()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(choices_of(call), expected, strict=True))
+    for fault, wrong in choosing_faults(call).items():
+        if ON_DEVICE or fault in FAULTS:
+            found = choices_of(wrong)
+            assert not (torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])), fault
+
+
+@pytest.mark.parametrize("store", ["int8", "int4", "native"])
+def test_permuting_physical_blocks_changes_no_choice(store: str) -> None:
+    batch = make_sparse([150], [1], window=16, heads=2, kv_heads=1, store=store, dtype=torch.float16)
+    other = permuted(batch).choosing
+    assert batch.choosing is not None and other is not None and not torch.equal(other.tables, batch.choosing.tables)
+    for ours, theirs in zip(choices_of(other), choices_of(batch.choosing), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("store", ["int8", "int4", "native"])

@@ -16,7 +16,7 @@ from service.kernels import reference_sparse
 from service.kernels.gpu import paged_attention, window_sparse
 from service.kernels.gpu.paged_attention import FP8
 from tests.kernels.gpu.conftest import DEVICE, DTYPES, ON_DEVICE, FarApart, check_error, moved, past_int32, placed
-from tests.kernels.sparse_batches import SparseBatch, make_sparse
+from tests.kernels.sparse_batches import SparseBatch, make_sparse, of_one_value, permuted
 
 MIXED = ([150, 1, 70, 17, 40], [1, 1, 6, 17, 1])
 STORES = ("int8", "int4", "native", "evict")
@@ -83,7 +83,7 @@ def test_score_cap_sinks_and_wider_values(scoring: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("sink_blocks", [0, 1, 3])
-@pytest.mark.parametrize("context", [39, 40, 41, 55, 56, 57, 72, 73, 88, 89, 105])
+@pytest.mark.parametrize("context", [39, 40, 41, 55, 56, 57, 71, 72, 73, 87, 88, 89, 105])
 def test_around_the_window_and_the_sinks(context: int, sink_blocks: int) -> None:
     check(batch_of([context, context], [1, 3], sink_blocks=sink_blocks))
 
@@ -110,6 +110,21 @@ def test_what_an_earlier_sequence_left_is_not_read() -> None:
     stale = far._replace(choices=left, tables=tables[0])
     assert torch.equal(run(replace(batch, far=stale, near_tables=tables[1])), run(batch))
     assert not torch.equal(run(replace(batch, far=stale._replace(counts=(far.counts + 1).clamp(max=3)))), run(batch))
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_permuting_physical_blocks_changes_nothing(store: str) -> None:
+    batch = batch_of(*MIXED, store=store, heads=2, kv_heads=1, dtype=torch.float16)
+    other = permuted(batch)
+    assert not torch.equal(other.near_tables, batch.near_tables) and torch.equal(run(other), run(batch))
+    assert batch.far is None or (other.far is not None and not torch.equal(other.far.tables, batch.far.tables))
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_constant_values_come_out_unchanged(store: str) -> None:
+    batch = batch_of(*MIXED, store=store)
+    out = run(of_one_value(batch))
+    torch.testing.assert_close(out, torch.full_like(out, 0.75), rtol=1e-5, atol=0)
 
 
 def test_inside_the_window_it_equals_plain_dense_attention_bit_for_bit() -> None:
@@ -224,7 +239,7 @@ def test_planted_faults_are_seen(fault: str) -> None:
     assert batch.far is not None
     store = batch.far.blocks
     changes: dict[str, dict[str, Any]] = {
-        "window": {"window": batch.window + 16},
+        "window": {"window": batch.window - 16},
         "scale": {"scale": batch.scale * 1.02},
         "choice": {"far": placed(batch.far._replace(choices=(batch.far.choices - 1).clamp(min=1)))},
         "far scale": {"far": placed(batch.far._replace(blocks=store._replace(value_scales=store.value_scales * 1.02)))},
