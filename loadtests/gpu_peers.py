@@ -1,7 +1,7 @@
 """Attention of other libraries over the cache that ours reads, each where it can be imported; absence is its reason in a row.
 
-The form of these calls was looked up (FlashInfer 0.4, flash_attn 2.8 and its interface for Hopper, `flash_attn_interface`) and has not been
-run against any of them: whoever gives another result than ours is not timed, and its row says so. It does not know clocks or rows.
+The form of these calls was looked up (FlashInfer, flash_attn 2 and its interface for Hopper, `flash_attn_interface`) and has not been run
+against any of them: whoever gives another result than ours is not timed, and its row says so. It does not know clocks or rows.
 Invariant: queries are the last rows of each sequence, and what a library needs beside our blocks is laid out before it is timed.
 """
 
