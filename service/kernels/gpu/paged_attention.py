@@ -40,15 +40,14 @@ class Tile(NamedTuple):
 def tile_of(dtype: torch.dtype, head_dim: int, capability: int) -> Tile:
     """The prefill tile for queries of a type and head size on sm_`capability`: the widest that the compile gate finds free of spills.
 
-    Two accumulators are kept (see `prefill_kernel`), so 128 rows of 128 values would need 128 registers a thread for them alone.
+    128 rows are 64 for each of two warp groups, so each owns its rows. Two accumulators are kept (see `prefill_kernel`): 128 rows of 256
+    values would take all registers.
     """
     if dtype == torch.float32:
         return Tile(16, 8, 1)
-    if capability < 90:
-        return Tile(16, 8, 1) if head_dim > 128 else Tile(32, 8 if head_dim > 64 else 4, 3)
     if head_dim > 128:
-        return Tile(32, 8, 1)
-    return Tile(64, 8, 3) if head_dim > 64 else Tile(128, 8, 3)
+        return Tile(64 if capability >= 90 else 32, 8, 2)
+    return Tile(64 if head_dim > 64 and capability < 90 else 128, 8, 3)
 
 
 def decode_tile(dtype: torch.dtype, head_dim: int, group: int) -> Tile:
@@ -156,8 +155,7 @@ def paged_attention(
     work = plan.dense(query.shape[1] // key_blocks.shape[1], tile)
     out = query.new_empty(query.shape[0], query.shape[1], value_blocks.shape[3])
     options = attention_options(query, key_blocks, value_blocks, context_lengths.shape[0], (window, softcap, sink_logits))
-    sequences = context_lengths.shape[0]
-    numbers = (sequences, scale * LOG2_E, 1.0) if softcap is None else (sequences, scale / softcap, softcap * LOG2_E)
+    numbers = (context_lengths.shape[0], *score_factors(scale, softcap))
     strides = (*query.stride()[:2], *out.stride()[:2], block_tables.stride(0), *key_blocks.stride()[:3], *value_blocks.stride()[:3])
     tensors = (query, key_blocks, value_blocks, out, block_tables, query_starts, context_lengths)
     if work.tiles:
@@ -169,6 +167,13 @@ def paged_attention(
     if work.splits:
         _decode(tensors, work, sink_logits, numbers, strides, options)
     return out
+
+
+def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
+    """The factors `scale` and `cap` of the kernels, see `online_softmax`. Raises ValueError for a scale or cap that is not positive."""
+    if scale <= 0 or (softcap is not None and softcap <= 0):
+        raise ValueError(f"the scale of scores and their cap must be positive, not {scale} and {softcap}")
+    return (scale * LOG2_E, 1.0) if softcap is None else (scale / softcap, softcap * LOG2_E)
 
 
 def _decode(
