@@ -25,8 +25,8 @@ TYPES = (torch.bfloat16, torch.float16, torch.float32)
 FP8 = torch.float8_e4m3fn
 # Registers a thread may have: left to itself the assembler stops at 128 or 168 in small kernels and spills.
 REGISTERS = 255
-# Decode programs kept on one multiprocessor at once; each loops over the work that is left.
-PROGRAMS_PER_PROCESSOR = 4
+# Warps with that many that a multiprocessor has registers for.
+WARPS_PER_PROCESSOR = 8
 
 
 class Tile(NamedTuple):
@@ -189,7 +189,7 @@ def _decode(
     peaks, sums = query.new_empty((2, work.splits, heads), dtype=torch.float32)
     parts = query.new_empty((work.splits, heads, out.shape[2]), dtype=torch.float32)
     tile = decode_tile(query.dtype, max(query.shape[2], out.shape[2]), heads // kv_heads)
-    grid = (min(work.splits, -(-programs(query.device) // kv_heads)), kv_heads)
+    grid = (min(work.splits, -(-programs(query.device, tile.warps) // kv_heads)), kv_heads)
     decode_kernel[grid](
         *tensors, work.split_ends, sink_logits, peaks, sums, parts, *numbers, *strides,
         ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages, maxnreg=REGISTERS, **options,
@@ -223,11 +223,10 @@ def attention_options(
 
 
 @cache
-def programs(device: torch.device) -> int:
-    """Programs that a looping kernel starts with on a device; on none, where kernels are interpreted, few."""
-    if device.type != "cuda":
-        return PROGRAMS_PER_PROCESSOR
-    return PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+def programs(device: torch.device, warps: int) -> int:
+    """Programs of a looping kernel that a device has room for at once; on none, where kernels are interpreted, those of one processor."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return processors * max(1, WARPS_PER_PROCESSOR // warps)
 
 
 @cache

@@ -236,6 +236,13 @@ def test_what_cannot_be_computed_is_refused(change: dict[str, Any], complaint: s
         replace(batch_of([5], [1]), **change).run(kernel.paged_attention)
 
 
+def test_looping_programs_are_those_that_registers_hold() -> None:
+    """Of a thread's 255 registers a processor's 65,536 hold 8 warps, handed out in units of 8 a thread."""
+    assert kernel.WARPS_PER_PROCESSOR == 65536 // (32 * 8 * -(-kernel.REGISTERS // 8))
+    cpu = torch.device("cpu")
+    assert [kernel.programs(cpu, warps) for warps in (4, 8, 16)] == [2, 1, 1]
+
+
 def test_more_heads_than_a_tile_has_rows_are_refused() -> None:
     starts, lengths = torch.tensor([0, 2]), torch.tensor([2])
     with pytest.raises(ValueError, match="use at most 16"):
