@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from service.kernels.gpu.dense_tiles import attend_split, find_sequence
+from service.kernels.gpu.dense_tiles import find_sequence, walk_blocks
 from service.kernels.gpu.online_softmax import finish_rows, merge_rows, start_rows
 
 
@@ -32,8 +32,7 @@ def decode_kernel(
     m_rows, o_head = o_rows < GROUP, i_head * GROUP + o_rows
     m_out = m_rows[:, None] & (o_value < VALUE_DIM)[None, :]
     heads = tl.num_programs(1) * GROUP
-    i_total = tl.load(p_split_ends + sequences - 1)
-    i_item = tl.program_id(0)
+    i_total, i_item = tl.load(p_split_ends + sequences - 1), tl.program_id(0)
     while i_item < i_total:
         i_sequence, i_first = find_sequence(p_split_ends, i_item, sequences, SEQUENCES)
         splits = tl.load(p_split_ends + i_sequence) - i_first
@@ -45,12 +44,13 @@ def decode_kernel(
         i_end = tl.where(position < 0, 0, position // BLOCK_TOKENS + 1)
         i_start = tl.maximum(position - WINDOW + 1, 0) // BLOCK_TOKENS if WINDOW > 0 else 0
         i_split = i_start // SPLIT_BLOCKS + i_item - i_first
-        b_max, b_sum, b_acc = attend_split(
+        b_max, b_sum, b_acc = start_rows(ROWS, BLOCK_VALUE)
+        b_max, b_sum, b_acc, _, _, _ = walk_blocks(
             p_keys + i_head * stride_key_head, p_values + i_head * stride_value_head, p_tables + i_sequence.to(tl.int64) * stride_table,
-            b_query, tl.where(m_rows, position, -1), tl.maximum(i_split * SPLIT_BLOCKS, i_start),
-            tl.minimum((i_split + 1) * SPLIT_BLOCKS, i_end), position, position, scale, cap,
+            b_query, tl.where(m_rows, position, -1), position, position, b_max, b_sum, b_acc, b_max, b_sum, b_acc,
+            tl.maximum(i_split * SPLIT_BLOCKS, i_start), tl.minimum((i_split + 1) * SPLIT_BLOCKS, i_end), 0, scale, cap,
             stride_key_block, stride_key_token, stride_value_block, stride_value_token,
-            ROWS, KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, WINDOW, CAPPED, PRECISION,
+            KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, 0, WINDOW, CAPPED, PRECISION,
         )  # fmt: skip
         if splits == 1:
             b_sinks = tl.load(p_sinks + o_head, mask=m_rows, other=0.0) * 1.4426950408889634 if SINKS else 0.0

@@ -2,7 +2,8 @@
 
 It does not know tables, windows or where tiles come from. Invariant: a tile of which a row sees nothing leaves that row's state as it is,
 bit for bit, and a row's keys are always summed in the same order: tiles upwards inside a split, then splits upwards. So whether a row is
-computed in a prefill tile or as a decode row, alone or in a batch, in one slice or in many, its arithmetic is the same.
+computed in a prefill tile or as a decode row, alone or in a batch, in one slice or in many, its arithmetic is the same. What is multiplied
+and added in one operation is said (`fma`): left to a compiler, that differs between blocks with a mask and without, and between kernels.
 """
 
 from __future__ import annotations
@@ -21,32 +22,36 @@ def start_rows(ROWS: tl.constexpr, BLOCK_VALUE: tl.constexpr):
 
 
 @triton.jit
-def attend_tile(
-    b_query, b_keys, b_values, b_key_scale, b_value_scale, m_seen, b_max, b_sum, b_acc, scale, cap,
-    CAPPED: tl.constexpr, MASKED: tl.constexpr, QUANTISED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The state after one tile: query [M, D], keys [N, D], values [N, Dv], seen [M, N].
-
-    Scores are kept in units of log2: `scale` is the softmax scale times log2(e), with a cap the scale over the cap, and `cap` then the cap
-    times log2(e). Quantised keys and values have one scale a token, float32 [N]: they go into the scores and the weights, not the tiles.
-    """
-    b_scores = tl.dot(b_query, tl.trans(b_keys.to(b_query.dtype)), input_precision=PRECISION)  # [M, N]
+def score_tile(b_query, b_keys, b_key_scale, scale, CAPPED: tl.constexpr, QUANTISED: tl.constexpr, PRECISION: tl.constexpr):
+    """Scores [M, N] of query [M, D] and keys [N, D] before their last factor, see `add_tile`; quantised keys have one scale a token [N]."""
+    b_scores = tl.dot(b_query, tl.trans(b_keys.to(b_query.dtype)), input_precision=PRECISION)
     if QUANTISED:
         b_scores = b_scores * b_key_scale[None, :]
-    b_scores = b_scores * scale
     if CAPPED:
-        b_scores = (2.0 * tl.sigmoid(2.0 * b_scores) - 1.0) * cap
-    if MASKED:
-        b_scores = tl.where(m_seen, b_scores, float("-inf"))
-    b_new = tl.maximum(b_max, tl.max(b_scores, 1))
+        b_scores = 2.0 * tl.sigmoid(2.0 * (b_scores * scale)) - 1.0
+    return b_scores
+
+
+@triton.jit
+def add_tile(
+    b_scores, b_values, b_value_scale, b_max, b_sum, b_acc, scale, cap,
+    CAPPED: tl.constexpr, QUANTISED: tl.constexpr, PRECISION: tl.constexpr, TYPE: tl.constexpr,
+):  # fmt: skip
+    """The state after one tile: its scores [M, N], −inf where a row does not see, and values [N, Dv], multiplied in TYPE.
+
+    Scores times their last factor, which is positive, are in units of log2. It is `scale`, the softmax scale times log2(e), or with a cap
+    `cap`, the cap times log2(e); `scale` then is the softmax scale over the cap. Quantised values have one scale a token, float32 [N].
+    """
+    factor = cap if CAPPED else scale
+    b_new = tl.maximum(b_max, tl.max(b_scores, 1) * factor)
     # Rows that have seen nothing yet: exp2(−inf − 0) is 0, exp2(−inf + inf) would be NaN.
-    b_peak = tl.where(b_new == float("-inf"), 0.0, b_new) if MASKED else b_new
-    b_weights = tl.exp2(b_scores - b_peak[:, None])  # [M, N]
+    b_peak = tl.where(b_new == float("-inf"), 0.0, b_new)
+    b_weights = tl.exp2(tl.fma(b_scores, factor, -b_peak[:, None]))  # [M, N]
     b_shrink = tl.exp2(b_max - b_peak)
-    b_sum = b_sum * b_shrink + tl.sum(b_weights, 1)
+    b_sum = tl.fma(b_sum, b_shrink, tl.sum(b_weights, 1))
     if QUANTISED:
         b_weights = b_weights * b_value_scale[None, :]
-    b_acc = tl.dot(b_weights.to(b_query.dtype), b_values.to(b_query.dtype), b_acc * b_shrink[:, None], input_precision=PRECISION)
+    b_acc = tl.dot(b_weights.to(TYPE), b_values.to(TYPE), b_acc * b_shrink[:, None], input_precision=PRECISION)
     return b_new, b_sum, b_acc
 
 
@@ -56,8 +61,7 @@ def merge_rows(b_max, b_sum, b_acc, b_split_max, b_split_sum, b_split_acc):
     b_new = tl.maximum(b_max, b_split_max)
     b_peak = tl.where(b_new == float("-inf"), 0.0, b_new)
     b_old, b_add = tl.exp2(b_max - b_peak), tl.exp2(b_split_max - b_peak)
-    b_acc = b_acc * b_old[:, None] + b_split_acc * b_add[:, None]
-    return b_new, b_sum * b_old + b_split_sum * b_add, b_acc
+    return b_new, tl.fma(b_sum, b_old, b_split_sum * b_add), tl.fma(b_acc, b_old[:, None], b_split_acc * b_add[:, None])
 
 
 @triton.jit
@@ -66,6 +70,6 @@ def finish_rows(b_max, b_sum, b_acc, b_sinks, SINKS: tl.constexpr):
     if SINKS:
         b_peak = tl.maximum(b_max, b_sinks)
         b_shrink = tl.exp2(b_max - b_peak)
-        b_sum = b_sum * b_shrink + tl.exp2(b_sinks - b_peak)
+        b_sum = tl.fma(b_sum, b_shrink, tl.exp2(b_sinks - b_peak))
         b_acc = b_acc * b_shrink[:, None]
     return b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]

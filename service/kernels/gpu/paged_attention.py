@@ -25,8 +25,8 @@ TYPES = (torch.bfloat16, torch.float16, torch.float32)
 FP8 = torch.float8_e4m3fn
 # Registers a thread may have: left to itself the assembler stops at 128 or 168 in small kernels and spills.
 REGISTERS = 255
-# Decode programs kept on one multiprocessor at once; each loops over the work that is left.
-PROGRAMS_PER_PROCESSOR = 4
+# Warps with that many that a multiprocessor has registers for.
+WARPS_PER_PROCESSOR = 8
 
 
 class Tile(NamedTuple):
@@ -40,15 +40,14 @@ class Tile(NamedTuple):
 def tile_of(dtype: torch.dtype, head_dim: int, capability: int) -> Tile:
     """The prefill tile for queries of a type and head size on sm_`capability`: the widest that the compile gate finds free of spills.
 
-    Two accumulators are kept (see `prefill_kernel`), so 128 rows of 128 values would need 128 registers a thread for them alone.
+    128 rows are 64 for each of two warp groups, so each owns its rows. Two accumulators are kept (see `prefill_kernel`): 128 rows of 256
+    values would take all registers.
     """
     if dtype == torch.float32:
         return Tile(16, 8, 1)
-    if capability < 90:
-        return Tile(16, 8, 1) if head_dim > 128 else Tile(32, 8 if head_dim > 64 else 4, 3)
     if head_dim > 128:
-        return Tile(32, 8, 1)
-    return Tile(64, 8, 3) if head_dim > 64 else Tile(128, 8, 3)
+        return Tile(64 if capability >= 90 else 32, 8, 2)
+    return Tile(64 if head_dim > 64 and capability < 90 else 128, 8, 3)
 
 
 def decode_tile(dtype: torch.dtype, head_dim: int, group: int) -> Tile:
@@ -156,8 +155,7 @@ def paged_attention(
     work = plan.dense(query.shape[1] // key_blocks.shape[1], tile)
     out = query.new_empty(query.shape[0], query.shape[1], value_blocks.shape[3])
     options = attention_options(query, key_blocks, value_blocks, context_lengths.shape[0], (window, softcap, sink_logits))
-    sequences = context_lengths.shape[0]
-    numbers = (sequences, scale * LOG2_E, 1.0) if softcap is None else (sequences, scale / softcap, softcap * LOG2_E)
+    numbers = (context_lengths.shape[0], *score_factors(scale, softcap))
     strides = (*query.stride()[:2], *out.stride()[:2], block_tables.stride(0), *key_blocks.stride()[:3], *value_blocks.stride()[:3])
     tensors = (query, key_blocks, value_blocks, out, block_tables, query_starts, context_lengths)
     if work.tiles:
@@ -169,6 +167,13 @@ def paged_attention(
     if work.splits:
         _decode(tensors, work, sink_logits, numbers, strides, options)
     return out
+
+
+def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
+    """The factors `scale` and `cap` of the kernels, see `online_softmax`. Raises ValueError for a scale or cap that is not positive."""
+    if scale <= 0 or (softcap is not None and softcap <= 0):
+        raise ValueError(f"the scale of scores and their cap must be positive, not {scale} and {softcap}")
+    return (scale * LOG2_E, 1.0) if softcap is None else (scale / softcap, softcap * LOG2_E)
 
 
 def _decode(
@@ -184,7 +189,7 @@ def _decode(
     peaks, sums = query.new_empty((2, work.splits, heads), dtype=torch.float32)
     parts = query.new_empty((work.splits, heads, out.shape[2]), dtype=torch.float32)
     tile = decode_tile(query.dtype, max(query.shape[2], out.shape[2]), heads // kv_heads)
-    grid = (min(work.splits, -(-programs(query.device) // kv_heads)), kv_heads)
+    grid = (min(work.splits, -(-programs(query.device, tile.warps) // kv_heads)), kv_heads)
     decode_kernel[grid](
         *tensors, work.split_ends, sink_logits, peaks, sums, parts, *numbers, *strides,
         ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages, maxnreg=REGISTERS, **options,
@@ -218,11 +223,10 @@ def attention_options(
 
 
 @cache
-def programs(device: torch.device) -> int:
-    """Programs that a looping kernel starts with on a device; on none, where kernels are interpreted, few."""
-    if device.type != "cuda":
-        return PROGRAMS_PER_PROCESSOR
-    return PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+def programs(device: torch.device, warps: int) -> int:
+    """Programs of a looping kernel that a device has room for at once; on none, where kernels are interpreted, those of one processor."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return processors * max(1, WARPS_PER_PROCESSOR // warps)
 
 
 @cache

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from service.kernels.gpu.dense_tiles import find_sequence, walk_blocks
-from service.kernels.gpu.online_softmax import attend_tile, finish_rows, merge_rows, start_rows
+from service.kernels.gpu.online_softmax import add_tile, finish_rows, merge_rows, score_tile, start_rows
 
 
 @triton.jit
@@ -19,44 +19,49 @@ def load_far(p_block, o_tokens, stride_token, DIM: tl.constexpr, BLOCK_DIM: tl.c
     """One head's [BLOCK_TOKENS, BLOCK_DIM] of a far block as stored; 4-bit values, two a byte, come back as int8."""
     if NIBBLES:
         o_dim = tl.arange(0, BLOCK_DIM // 2)
-        b_packed = tl.load(p_block + o_tokens[:, None] * stride_token + o_dim[None, :], mask=(o_dim < DIM // 2)[None, :], other=0)
+        o_block = (o_tokens[:, None] * stride_token + o_dim[None, :]).to(tl.uint32)
+        b_packed = tl.load(p_block + o_block, mask=(o_dim < DIM // 2)[None, :], other=0)
         b_low, b_high = (b_packed & 15).to(tl.int8), (b_packed >> 4).to(tl.int8)
         b_block = tl.interleave((b_low ^ 8) - 8, (b_high ^ 8) - 8)
     else:
         o_dim = tl.arange(0, BLOCK_DIM)
-        if DIM == BLOCK_DIM:
-            b_block = tl.load(p_block + o_tokens[:, None] * stride_token + o_dim[None, :])
-        else:
-            b_block = tl.load(p_block + o_tokens[:, None] * stride_token + o_dim[None, :], mask=(o_dim < DIM)[None, :], other=0)
+        o_block = (o_tokens[:, None] * stride_token + o_dim[None, :]).to(tl.uint32)
+        b_block = tl.load(p_block + o_block) if DIM == BLOCK_DIM else tl.load(p_block + o_block, mask=(o_dim < DIM)[None, :], other=0)
     return b_block
 
 
 @triton.jit
 def walk_far(
-    p_keys, p_values, p_key_scales, p_value_scales, p_table, p_choices, b_query, b_max, b_sum, b_acc, i_from, i_to, scale, cap,
-    stride_key_block, stride_key_token, stride_value_block, stride_value_token, stride_scale_block,
+    p_keys, p_values, p_key_scales, p_value_scales, p_table, p_choices, b_query, b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc,
+    i_from, i_to, i_list, scale, cap, stride_key_block, stride_key_token, stride_value_block, stride_value_token, stride_scale_block,
     KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
-    CAPPED: tl.constexpr, QUANTISED: tl.constexpr, NIBBLES: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT_BLOCKS: tl.constexpr, CAPPED: tl.constexpr, QUANTISED: tl.constexpr, NIBBLES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The rows' state after choices i_from … i_to − 1, each a whole block that all rows see; the next block's id is loaded one ahead."""
+    """The rows' states after choices i_from … i_to − 1, each a whole block that all rows see, as `walk_blocks` has them."""
     o_tokens = tl.arange(0, BLOCK_TOKENS)
-    i_index = tl.load(p_choices + i_from, mask=i_from < i_to, other=0)
-    i_next = tl.load(p_table + i_index, mask=i_from < i_to, other=0).to(tl.int64)
+    # The next block's id and the index after it are loaded while this one is computed.
+    i_next = tl.load(p_table + tl.load(p_choices + i_from, mask=i_from < i_to, other=0), mask=i_from < i_to, other=0)
+    i_index = tl.load(p_choices + i_from + 1, mask=i_from + 1 < i_to, other=0)
     for i_choice in tl.range(i_from, i_to, disable_licm=True):
-        i_block = i_next
-        i_index = tl.load(p_choices + i_choice + 1, mask=i_choice + 1 < i_to, other=0)
-        i_next = tl.load(p_table + i_index, mask=i_choice + 1 < i_to, other=0).to(tl.int64)
+        i_block = i_next.to(tl.int64)
+        i_next = tl.load(p_table + i_index, mask=i_choice + 1 < i_to, other=0)
+        i_index = tl.load(p_choices + i_choice + 2, mask=i_choice + 2 < i_to, other=0)
         b_keys = load_far(p_keys + i_block * stride_key_block, o_tokens, stride_key_token, KEY_DIM, BLOCK_KEY, NIBBLES)
         b_values = load_far(p_values + i_block * stride_value_block, o_tokens, stride_value_token, VALUE_DIM, BLOCK_VALUE, NIBBLES)
         b_key_scale, b_value_scale = 1.0, 1.0
         if QUANTISED:
             b_key_scale = tl.load(p_key_scales + i_block * stride_scale_block + o_tokens).to(tl.float32)  # [B]
             b_value_scale = tl.load(p_value_scales + i_block * stride_scale_block + o_tokens).to(tl.float32)
-        b_max, b_sum, b_acc = attend_tile(
-            b_query, b_keys, b_values, b_key_scale, b_value_scale, True, b_max, b_sum, b_acc, scale, cap,
-            CAPPED, False, QUANTISED, PRECISION,
-        )  # fmt: skip
-    return b_max, b_sum, b_acc
+        b_scores = score_tile(b_query, b_keys, b_key_scale, scale, CAPPED, QUANTISED, PRECISION)
+        m_split = (i_choice + i_list) % SPLIT_BLOCKS == 0 if SPLIT_BLOCKS > 0 else False
+        if m_split:
+            b_scores += 0.0  # So that the branch comes after them, as in `walk_blocks`.
+            b_all_max, b_all_sum, b_all_acc = merge_rows(b_all_max, b_all_sum, b_all_acc, b_max, b_sum, b_acc)
+            b_max = tl.full(b_max.shape, float("-inf"), tl.float32)
+        b_max, b_sum, b_acc = add_tile(
+            b_scores, b_values, b_value_scale, b_max, b_sum, b_acc, scale, cap, CAPPED, QUANTISED, PRECISION, b_query.dtype
+        )
+    return b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc
 
 
 @triton.jit
@@ -66,38 +71,35 @@ def attend_list(
     stride_key_block, stride_key_token, stride_value_block, stride_value_token,
     stride_far_key_block, stride_far_key_token, stride_far_value_block, stride_far_value_token, stride_scale_block,
     ROWS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, CAPPED: tl.constexpr, QUANTISED: tl.constexpr, NIBBLES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, SPLIT_BLOCKS: tl.constexpr, CAPPED: tl.constexpr, QUANTISED: tl.constexpr, NIBBLES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The state of rows at first_position … last_position, all in one block, after entries i_from … i_to − 1 of their list.
 
-    Entries below `sinks` are sink blocks, the next `chosen` are choices, the others the near blocks from i_start on.
+    Entries below `sinks` are sink blocks, the next `chosen` are choices, the others the near blocks from i_start on. SPLIT_BLOCKS as in
+    `walk_blocks`.
     """
     b_max, b_sum, b_acc = start_rows(ROWS, BLOCK_VALUE)
-    b_max, b_sum, b_acc = walk_blocks(
-        p_keys, p_values, p_table, b_query, o_position, first_position, last_position, b_max, b_sum, b_acc,
-        i_from, tl.minimum(i_to, sinks), scale, cap, stride_key_block, stride_key_token, stride_value_block, stride_value_token,
-        KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, 0, CAPPED, True, PRECISION,
+    b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc = walk_blocks(
+        p_keys, p_values, p_table, b_query, o_position, first_position, last_position, b_max, b_sum, b_acc, b_max, b_sum, b_acc,
+        i_from, tl.minimum(i_to, sinks), 0, scale, cap, stride_key_block, stride_key_token, stride_value_block, stride_value_token,
+        KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, SPLIT_BLOCKS, 0, CAPPED, PRECISION,
     )  # fmt: skip
-    b_max, b_sum, b_acc = walk_far(
-        p_far_keys, p_far_values, p_key_scales, p_value_scales, p_far_table, p_choices, b_query, b_max, b_sum, b_acc,
-        tl.maximum(i_from - sinks, 0), tl.minimum(i_to - sinks, chosen), scale, cap,
+    b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc = walk_far(
+        p_far_keys, p_far_values, p_key_scales, p_value_scales, p_far_table, p_choices, b_query,
+        b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc,
+        tl.maximum(i_from - sinks, 0), tl.minimum(i_to - sinks, chosen), sinks, scale, cap,
         stride_far_key_block, stride_far_key_token, stride_far_value_block, stride_far_value_token, stride_scale_block,
-        KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, CAPPED, QUANTISED, NIBBLES, PRECISION,
+        KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, SPLIT_BLOCKS, CAPPED, QUANTISED, NIBBLES, PRECISION,
     )  # fmt: skip
     i_near = i_start - sinks - chosen
-    i_whole, i_end = tl.maximum(i_from + i_near, i_start), i_to + i_near
-    i_cut = tl.maximum(tl.minimum((first_position + 1) // BLOCK_TOKENS, i_end), i_whole)
-    b_max, b_sum, b_acc = walk_blocks(
-        p_keys, p_values, p_table, b_query, o_position, first_position, last_position, b_max, b_sum, b_acc, i_whole, i_cut, scale, cap,
+    b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc = walk_blocks(
+        p_keys, p_values, p_table, b_query, o_position, first_position, last_position, b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc,
+        tl.maximum(i_from + i_near, i_start), i_to + i_near, -i_near, scale, cap,
         stride_key_block, stride_key_token, stride_value_block, stride_value_token,
-        KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, 0, CAPPED, False, PRECISION,
+        KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, SPLIT_BLOCKS, 0, CAPPED, PRECISION,
     )  # fmt: skip
-    b_max, b_sum, b_acc = walk_blocks(
-        p_keys, p_values, p_table, b_query, o_position, first_position, last_position, b_max, b_sum, b_acc, i_cut, i_end, scale, cap,
-        stride_key_block, stride_key_token, stride_value_block, stride_value_token,
-        KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, 0, CAPPED, True, PRECISION,
-    )  # fmt: skip
-    return b_max, b_sum, b_acc
+    return merge_rows(b_all_max, b_all_sum, b_all_acc, b_max, b_sum, b_acc) if SPLIT_BLOCKS > 0 else (b_max, b_sum, b_acc)
 
 
 @triton.jit
@@ -126,9 +128,9 @@ def find_rows(
     """
     i_sequence, i_first = find_sequence(p_ends, tl.program_id(0), sequences, SEQUENCES)
     i_item = tl.program_id(0) - i_first
-    i_row = tl.load(p_query_starts + i_sequence)
-    count = tl.load(p_query_starts + i_sequence + 1) - i_row
-    shift = tl.load(p_context_lengths + i_sequence) - count  # position = token + shift
+    i_row = tl.load(p_query_starts + i_sequence, volatile=True)
+    count = tl.load(p_query_starts + i_sequence + 1, volatile=True) - i_row
+    shift = tl.load(p_context_lengths + i_sequence, volatile=True) - count  # position = token + shift
     first_position, last_position = shift, shift
     if not SPLIT:
         i_run = (tl.maximum(shift, 0) // TOKENS + i_item) * TOKENS
@@ -158,37 +160,37 @@ def sparse_kernel(
     HAS_FAR: tl.constexpr, QUANTISED: tl.constexpr, NIBBLES: tl.constexpr, SPLIT: tl.constexpr, CAPPED: tl.constexpr,
     SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program owns one K/V head and a run of TOKENS positions in one block with one anchor: TOKENS times GROUP rows. It walks their
-    list split by split; queries and two accumulators stay in registers. With SPLIT it owns one split of a decode row and leaves peaks, sums
-    and parts in float32 for `reduce_kernel`, empty where the list is shorter."""
+    """One program owns one K/V head and a run of TOKENS positions in one block with one anchor (TOKENS · GROUP rows) and walks their list;
+    with SPLIT one split of a decode row, whose peaks, sums and parts are left for `reduce_kernel`, empty where the list is shorter."""
     i_head = tl.program_id(1).to(tl.int64)
     i_sequence, i_item, i_origin, first_position, last_position = find_rows(
         p_ends, p_query_starts, p_context_lengths, sequences, SEQUENCES, TOKENS, SPLIT
     )
     o_rows, o_key, o_value = tl.arange(0, ROWS), tl.arange(0, BLOCK_KEY), tl.arange(0, BLOCK_VALUE)
     o_position, o_head = first_position + o_rows // GROUP, i_head * GROUP + o_rows % GROUP
-    m_rows = o_position <= last_position
-    o_token = (i_origin + o_position).to(tl.int64)
+    m_rows, o_token = o_position <= last_position, (i_origin + o_position).to(tl.int64)
     o_query = (o_token * stride_query_token + o_head * stride_query_head)[:, None] + o_key[None, :]
     b_query = tl.load(p_query + o_query, mask=m_rows[:, None] & (o_key < KEY_DIM)[None, :], other=0.0)  # [ROWS, BLOCK_KEY]
     i_start, sinks, chosen, i_anchor, entries = find_list(
         p_anchors, p_counts, i_origin + first_position, first_position, HAS_FAR, WINDOW, REFRESH, SINK_BLOCKS, BLOCK_TOKENS
     )
-    i_from, i_to = (i_item, tl.minimum(i_item + 1, tl.cdiv(entries, SPLIT_BLOCKS))) if SPLIT else (0, tl.cdiv(entries, SPLIT_BLOCKS))
-    p_choice = p_choices + i_anchor * stride_choice_anchor + i_head * stride_choice_head
-    b_max, b_sum, b_acc = start_rows(ROWS, BLOCK_VALUE)
-    for i_split in range(i_from, i_to):
-        b_split_max, b_split_sum, b_split_acc = attend_list(
-            p_keys + i_head * stride_key_head, p_values + i_head * stride_value_head, p_tables + i_sequence.to(tl.int64) * stride_table,
-            p_far_keys + i_head * stride_far_key_head, p_far_values + i_head * stride_far_value_head,
-            p_key_scales + i_head * stride_scale_head, p_value_scales + i_head * stride_scale_head,
-            p_far_tables + i_sequence.to(tl.int64) * stride_far_table, p_choice, b_query, tl.where(m_rows, o_position, -1),
-            first_position, last_position, i_split * SPLIT_BLOCKS, tl.minimum((i_split + 1) * SPLIT_BLOCKS, entries), sinks, chosen,
-            i_start, scale, cap, stride_key_block, stride_key_token, stride_value_block, stride_value_token, stride_far_key_block,
-            stride_far_key_token, stride_far_value_block, stride_far_value_token, stride_scale_block, ROWS, KEY_DIM, VALUE_DIM,
-            BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, CAPPED, QUANTISED, NIBBLES, PRECISION,
-        )  # fmt: skip
-        b_max, b_sum, b_acc = merge_rows(b_max, b_sum, b_acc, b_split_max, b_split_sum, b_split_acc)
+    i_from, i_to = (i_item * SPLIT_BLOCKS, tl.minimum((i_item + 1) * SPLIT_BLOCKS, entries)) if SPLIT else (0, entries)
+    b_max, b_sum, b_acc = attend_list(
+        p_keys + i_head * stride_key_head, p_values + i_head * stride_value_head, p_tables + i_sequence.to(tl.int64) * stride_table,
+        p_far_keys + i_head * stride_far_key_head, p_far_values + i_head * stride_far_value_head,
+        p_key_scales + i_head * stride_scale_head, p_value_scales + i_head * stride_scale_head,
+        p_far_tables + i_sequence.to(tl.int64) * stride_far_table,
+        p_choices + i_anchor * stride_choice_anchor + i_head * stride_choice_head,
+        b_query, tl.where(m_rows, o_position, -1), first_position, last_position, i_from, i_to, sinks, chosen, i_start, scale, cap,
+        stride_key_block, stride_key_token, stride_value_block, stride_value_token,
+        stride_far_key_block, stride_far_key_token, stride_far_value_block, stride_far_value_token, stride_scale_block,
+        ROWS, KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, 0 if SPLIT else SPLIT_BLOCKS, CAPPED, QUANTISED, NIBBLES, PRECISION,
+    )  # fmt: skip
+    _, _, i_origin, first_position, last_position = find_rows(
+        p_ends, p_query_starts, p_context_lengths, sequences, SEQUENCES, TOKENS, SPLIT
+    )
+    o_position = first_position + o_rows // GROUP
+    m_rows, o_token = o_position <= last_position, (i_origin + o_position).to(tl.int64)
     m_out = m_rows[:, None] & (o_value < VALUE_DIM)[None, :]
     if SPLIT:
         store_part(p_peaks, p_sums, p_parts, b_max, b_sum, b_acc, GROUP, o_head, o_value, m_rows, m_out, VALUE_DIM)

@@ -13,8 +13,15 @@ import triton
 from torch import Tensor
 
 from service.kernels.gpu.dense_rows import reduce_kernel
-from service.kernels.gpu.online_softmax import LOG2_E
-from service.kernels.gpu.paged_attention import REGISTERS, AttentionPlan, Tile, attention_options, capability, check_attention
+from service.kernels.gpu.paged_attention import (
+    REGISTERS,
+    AttentionPlan,
+    Tile,
+    attention_options,
+    capability,
+    check_attention,
+    score_factors,
+)
 from service.kernels.gpu.sparse_tiles import sparse_kernel
 from service.kernels.reference_sparse import ChosenFar
 from service.kernels.splits import SPLIT_TOKENS
@@ -28,11 +35,14 @@ def sparse_tile(dtype: torch.dtype, head_dim: int, group: int, refresh: int, blo
     """
     if refresh & (refresh - 1):
         raise ValueError(f"refresh must be a power of two, not {refresh}")
-    most = 16 if dtype == torch.float32 or head_dim > 64 else 64 if chip >= 90 else 32
+    small = head_dim <= 64 and dtype != torch.float32
+    most = 16 if dtype == torch.float32 or head_dim > 128 else 128 if small and chip >= 90 else 32
     tokens = min(refresh, block_tokens, 1 << max(most // group, 1).bit_length() - 1)
     rows = max(16, triton.next_power_of_2(tokens * group))
-    narrow = rows == 16 and head_dim <= 64 and dtype != torch.float32
-    return Tile(rows, 4, 3) if narrow else Tile(rows, 8, 1 if head_dim > 128 else 2), tokens
+    if small and rows == 16:
+        return Tile(rows, 4, 3), tokens
+    # Warp groups take 64 rows each: two of them would compute the scores of 64 twice.
+    return Tile(rows, 4 if rows == 64 else 8, 1 if head_dim > 128 else 2), tokens
 
 
 def plan_sparse(
@@ -138,8 +148,7 @@ def _launch(
 ) -> None:
     """One launch over all items of `lists`; tensors are query, keys, values, out, tables, starts, lengths."""
     query, keys, values, out, tables, _, lengths = tensors
-    scale, softcap = scoring
-    numbers = (lengths.shape[0], scale * LOG2_E, 1.0) if softcap is None else (lengths.shape[0], scale / softcap, softcap * LOG2_E)
+    numbers = (lengths.shape[0], *score_factors(*scoring))
     strides = (*query.stride()[:2], *out.stride()[:2], tables.stride(0), *keys.stride()[:3], *values.stride()[:3])
     far_tensors, far_strides, far_options = _far_arguments(far, keys, tables)
     sparse_kernel[(items, keys.shape[1])](*tensors, *lists, *far_tensors, *numbers, *strides, *far_strides, **options, **far_options)

@@ -32,8 +32,9 @@ ROUNDING = 12582912
 
 
 class Compiled(NamedTuple):
-    """What ptxas made of one kernel: registers a thread, bytes of stack (spills), shared bytes, whether it multiplies by warp group, and
-    whether the sum that rounds half to even is fused with a product, which would round otherwise."""
+    """What was made of one kernel: registers a thread, bytes of stack (spills), shared bytes, whether it multiplies by warp group, whether
+    the sum that rounds half to even is fused with a product, which would round otherwise, how often its most repeated matrix product is
+    computed (see `repeats`), and whether each product of a warp group waits for the one before."""
 
     name: str
     capability: int
@@ -44,6 +45,8 @@ class Compiled(NamedTuple):
     wgmma: bool
     mma: bool
     fused_rounding: bool
+    repeats: int
+    serialized: bool
 
 
 def compile_shape(shape: Shape, capability: int) -> Compiled:
@@ -58,9 +61,30 @@ def compile_shape(shape: Shape, capability: int) -> Compiled:
         options["maxnreg"] = REGISTERS
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     cubin, ptx = made.asm["cubin"], made.asm["ptx"]
-    fused = re.search(rf"FFMA.* {ROUNDING}", dumped(cubin, "--dump-sass")) is not None
+    code = dumped(cubin, "--dump-sass")
+    fused = re.search(rf"FFMA.* {ROUNDING}", code) is not None
     kinds = "wgmma.mma_async" in ptx, "mma.sync" in ptx
-    return Compiled(shape.name, capability, *resource_usage(cubin), made.metadata.shared, *kinds, fused)
+    used = *resource_usage(cubin), made.metadata.shared
+    return Compiled(shape.name, capability, *used, *kinds, fused, repeats(made.asm["ttgir"]), serialized(code))
+
+
+def repeats(ttgir: str) -> int:
+    """How often a program computes its most repeated matrix product: warps laid beyond its rows or columns compute again what others do."""
+    layouts = {
+        name: [int(number) for number in numbers]
+        for name, *numbers in re.findall(r"(#mma\d*) = .*warpsPerCTA = \[(\d+), (\d+)\], instrShape = \[(\d+), (\d+)", ttgir)
+    }
+    found = 1
+    for rows, columns, name in re.findall(r"(?:tt\.dot|warp_group_dot) .*-> tensor<(\d+)x(\d+)x\w+, (#mma\d*)>", ttgir):
+        down, across, height, width = layouts[name]
+        found = max(found, max(1, down * height // int(rows)) * max(1, across * width // int(columns)))
+    return found
+
+
+def serialized(code: str) -> bool:
+    """Whether ptxas put a wait behind every product of a warp group, which it does where it cannot follow their accumulators."""
+    products, waits = len(re.findall(r"[HIQ]GMMA", code)), code.count("WARPGROUP.DEPBAR")
+    return products > 1 and waits >= products
 
 
 def dumped(cubin: bytes, what: str) -> str:

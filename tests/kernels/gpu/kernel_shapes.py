@@ -21,7 +21,7 @@ from service.kernels.reference_sparse import FIRST_STAGE, SECOND_STAGE
 
 # Stack that a float32 kernel may use: its products are not those of tensor cores, and it is the path to compare with, not to serve on.
 FLOAT32_STACK = 1024
-# And far blocks of 8 and 4 bits at head_dim 256: in demotion, which comes once a block, and in prefill on sm_80.
+# And demotion to 8 bits at head_dim 256, which comes once a block.
 WIDE_STACK = 128
 TORCH_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Types of a far store's blocks and of its scales.
@@ -92,7 +92,7 @@ def dense_shapes() -> list[Shape]:
         ("fp32", 64, 4, 0, {}),
         ("fp32", 128, 1, 0, {}),
     ]
-    cases += [("bf16", 128, 8, 0, {"CAPPED": True, "SINKS": True})]
+    cases += [("bf16", 128, 8, window, {"CAPPED": True, "SINKS": True}) for window in (0, 2048)]
     for (kind, dim, group, window, extra), chip in product(cases, ALL):
         name = f"{kind}-d{dim}-g{group}-w{window}" + "".join(f"-{key.lower()}" for key in extra)
         constants = attention_constants(dim, group, window, **extra, **({"PRECISION": "ieee"} if kind == "fp32" else {}))
@@ -101,18 +101,22 @@ def dense_shapes() -> list[Shape]:
             ("prefill", "dense_tiles", tile_of(TORCH_TYPES[kind], dim, chip)),
             ("decode", "dense_rows", decode_tile(TORCH_TYPES[kind], dim, group)),
         ):
-            rows = {"ROWS": tile.rows}
-            shapes.append(
-                Shape(f"{kernel}-{name}", module, f"{kernel}_kernel", types, constants | rows, *tile[1:], stack, tile.rows >= 64, (chip,))
-            )
-    for dim in (64, 128):
-        types = attention_types("bf16") | dict.fromkeys(("p_keys", "p_values"), "*fp8e4nv")
-        constants, wide, row = attention_constants(dim, 4, 0), tile_of(torch.bfloat16, dim, 90), decode_tile(torch.bfloat16, dim, 4)
+            options = (types, constants | {"ROWS": tile.rows}, *tile[1:], stack, tile.rows >= 64, (chip,))
+            shapes.append(Shape(f"{kernel}-{name}", module, f"{kernel}_kernel", *options))
+    reduced = Shape("reduce-d128", "dense_rows", "reduce_kernel", attention_types("bf16"), attention_constants(128, 4, 0), 1, 3)
+    return [*shapes, *eight_bit_shapes(), reduced]
+
+
+def eight_bit_shapes() -> list[Shape]:
+    """Dense attention over keys and values of 8 bits; windows and groups that divide no tile take most registers."""
+    shapes = []
+    types = attention_types("bf16") | dict.fromkeys(("p_keys", "p_values"), "*fp8e4nv")
+    for dim, group, window in ((64, 4, 0), (128, 4, 0), (128, 7, 2048)):
+        wide, row = tile_of(torch.bfloat16, dim, 90), decode_tile(torch.bfloat16, dim, group)
+        constants, name = attention_constants(dim, group, window), f"fp8-d{dim}" + (f"-g{group}-w{window}" if window else "")
         widest, lone = constants | {"ROWS": wide.rows}, constants | {"ROWS": row.rows}
-        shapes.append(Shape(f"prefill-fp8-d{dim}", "dense_tiles", "prefill_kernel", types, widest, *wide[1:], 0, True, (90,)))
-        shapes.append(Shape(f"decode-fp8-d{dim}", "dense_rows", "decode_kernel", types, lone, *row[1:], 0, False, (90,)))
-    reduce_types = attention_types("bf16")
-    shapes.append(Shape("reduce-d128", "dense_rows", "reduce_kernel", reduce_types, attention_constants(128, 4, 0), 1, 3))
+        shapes.append(Shape(f"prefill-{name}", "dense_tiles", "prefill_kernel", types, widest, *wide[1:], 0, True, (90,)))
+        shapes.append(Shape(f"decode-{name}", "dense_rows", "decode_kernel", types, lone, *row[1:], 0, False, (90,)))
     return shapes
 
 
@@ -158,6 +162,7 @@ def sparse_shapes() -> list[Shape]:
     """Attention over two stores, decode and prefill, over formats of the far store and head sizes; one of each over 8-bit near blocks."""
     runs = ((1, True), (1, False), (64, False))
     cases = [("bf16", dim, store, *run, chip) for dim, store, run, chip in product((64, 128), STORES, runs, ALL)]
+    cases += [("bf16", 64, store, 16, False, chip) for store, chip in product(STORES, ALL)]
     cases += [("fp16", 128, "int8", *run, chip) for run, chip in product(runs, ALL)]
     # Rows of 80 and 96 values are padded to 128: half a row of nibbles is a mask of its own.
     others = ((80, "int4"), (96, "int8"), (256, "int8"), (256, "int4"), (256, "native"))
@@ -169,8 +174,7 @@ def sparse_shapes() -> list[Shape]:
         constants |= {"HAS_FAR": True, "QUANTISED": store != "native", "NIBBLES": store == "int4", "SPLIT": split}
         types = attention_types(kind) | sparse_types(*STORES[store])
         name = f"sparse-{'decode' if split else 'prefill'}-{kind}-d{dim}-{store}-r{refresh}"
-        stack = WIDE_STACK if dim > 128 and store != "native" and not split and chip == 80 else 0
-        shapes.append(Shape(name, "sparse_tiles", "sparse_kernel", types, constants, *tile[1:], stack, tile.rows >= 64, (chip,)))
+        shapes.append(Shape(name, "sparse_tiles", "sparse_kernel", types, constants, *tile[1:], 0, tile.rows >= 64, (chip,)))
     tile, tokens = sparse_tile(torch.bfloat16, 128, 4, 1, 64, 90)
     rule = {"ROWS": tile.rows, "TOKENS": tokens, "REFRESH": 1, "SINK_BLOCKS": 1, "HAS_FAR": True, "QUANTISED": True, "NIBBLES": False}
     types = attention_types("bf16") | sparse_types(*STORES["int8"]) | dict.fromkeys(("p_keys", "p_values"), "*fp8e4nv")

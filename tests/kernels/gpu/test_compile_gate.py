@@ -14,13 +14,24 @@ import pytest
 pytest.importorskip("triton")
 
 from tests.house.source import ROOT
-from tests.kernels.gpu.compile_gate import SHARED_BYTES
+from tests.kernels.gpu.compile_gate import SHARED_BYTES, repeats, serialized
 from tests.kernels.gpu.kernel_shapes import SHAPES, Shape
 
 # Registers of one multiprocessor.
 REGISTER_FILE = 65536
 # Enough to see that kernels still compile in the quick suite; all of them are built by `make test-all`.
 QUICK = ("decode-bf16-d64-g4-w0", "prefill-bf16-d128-g4-w2048", "quantise-rows")
+
+
+# What Triton made of a prefill tile of 64 rows and 128 values for two warp groups: both compute all of its scores.
+TWICE = """
+#mma = #ttg.nvidia_mma<{versionMajor = 3, versionMinor = 0, warpsPerCTA = [8, 1], instrShape = [16, 32, 16]}>
+#mma1 = #ttg.nvidia_mma<{versionMajor = 3, versionMinor = 0, warpsPerCTA = [4, 2], instrShape = [16, 64, 16]}>
+%b_scores_177 = ttng.warp_group_dot %b_query_59, %b_scores, %cst_5 {isAsync = true} : !ttg.memdesc<64x128xbf16, #shared, #smem> \
+* !ttg.memdesc<128x64xbf16, #shared1, #smem, mutable> -> tensor<64x64xf32, #mma> loc(#loc339)
+%b_acc_195 = ttng.warp_group_dot %b_acc_194, %b_values_176, %b_acc_193 {isAsync = true} : tensor<64x64xbf16, #ttg.dot_op<{opIdx = 0}>> \
+* !ttg.memdesc<64x128xbf16, #shared, #smem, mutable> -> tensor<64x128xf32, #mma1> loc(#loc353)
+"""
 
 
 @cache
@@ -43,6 +54,10 @@ def faults(shape: Shape, row: dict[str, Any]) -> list[str]:
         found.append(f"{shape.name}: {row['registers']} registers in each of {shape.warps} warps")
     if shape.wgmma and row["capability"] == 90 and not row["wgmma"]:
         found.append(f"{shape.name}: no wgmma")
+    if row["repeats"] > 1:
+        found.append(f"{shape.name}: a product is computed {row['repeats']} times")
+    if row["serialized"]:
+        found.append(f"{shape.name}: each product of a warp group waits for the one before")
     if row["fused_rounding"]:
         found.append(f"{shape.name}: what is rounded is fused with the product before it")
     return found
@@ -67,10 +82,24 @@ def test_a_few_kernels_fit_hopper(name: str) -> None:
 def test_the_gate_sees_faults() -> None:
     shape = next(shape for shape in SHAPES if shape.wgmma)
     assert shape.warps == 8
-    nothing = dict.fromkeys(("stack_bytes", "local_bytes", "fused_rounding"), 0)
-    sound = nothing | {"registers": 255, "shared_bytes": 1000, "capability": 90, "wgmma": True}
+    nothing = dict.fromkeys(("stack_bytes", "local_bytes", "fused_rounding", "serialized"), 0)
+    sound = nothing | {"registers": 255, "shared_bytes": 1000, "capability": 90, "wgmma": True, "repeats": 1}
     assert faults(shape, sound) == []
     changes: dict[str, Any] = {"stack_bytes": 8, "local_bytes": 4, "shared_bytes": 228 << 10, "registers": 257, "wgmma": False}
-    for name, value in (changes | {"fused_rounding": True}).items():
+    changes |= {"fused_rounding": True, "serialized": True, "repeats": 2}
+    for name, value in changes.items():
         assert len(faults(shape, sound | {name: value})) == 1
     assert faults(shape, sound | {"wgmma": False, "capability": 80}) == []
+
+
+def test_scores_that_are_computed_twice_are_seen() -> None:
+    once = TWICE.replace("warpsPerCTA = [8, 1]", "warpsPerCTA = [4, 2]")
+    rows, columns = TWICE.replace("<64x64xf32, #mma>", "<32x64xf32, #mma>"), TWICE.replace("<64x128xf32", "<64x64xf32")
+    assert [repeats(text) for text in (TWICE, once, rows, columns, "")] == [2, 1, 4, 2, 1]
+
+
+def test_products_that_wait_for_each_other_are_seen() -> None:
+    product, wait = "HGMMA.64x64x16.F32.BF16 R88, gdesc[UR12], R88 ;\n", "WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n"
+    codes = ((product + wait) * 3, product * 3 + wait, product + wait, "HMMA.16816.F32 R4, R8, R12, R4 ;", "")
+    found = [serialized(code) for code in codes]
+    assert found == [True, False, False, False, False]

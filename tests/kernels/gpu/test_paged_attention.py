@@ -114,6 +114,21 @@ def test_slices_equal_one_pass_bit_for_bit(size: int, window: int | None, dtype:
     assert torch.equal(torch.cat(parts), expected[:end])
 
 
+@pytest.mark.parametrize("dtype", DTYPES if ON_DEVICE else DTYPES[:1])
+@pytest.mark.parametrize("scoring", [{}, {"softcap": 1.5, "sink_logits": torch.tensor([0.5, -3.0, 4.0, 0.0])}])
+@pytest.mark.parametrize("window", [None, 31, 32, 33, 70])
+def test_a_tile_that_crosses_many_splits_has_the_bits_of_decoded_rows(
+    window: int | None, scoring: dict[str, Any], dtype: torch.dtype, rows_apart: None
+) -> None:
+    """Seven splits, of which a window leaves two to four; tiles that begin in the midst of one, and rows on both sides of a border."""
+    batch = batch_of([200], [60], poison=1.0, window=window, dtype=dtype, **scoring)
+    check(batch)
+    expected = run(batch)
+    for row in (0, 7, 18, 19, 20, 51, 52, 59):
+        one = {"query_starts": torch.tensor([0, 1], dtype=torch.int32), "context_lengths": torch.tensor([141 + row], dtype=torch.int32)}
+        assert torch.equal(run(replace(batch, query=batch.query[row : row + 1], **one)), expected[row : row + 1])
+
+
 def test_alone_equals_in_a_batch_bit_for_bit() -> None:
     batch = batch_of(*MIXED, window=18)
     together = run(batch)
@@ -212,11 +227,20 @@ def test_planted_faults_are_seen(fault: str) -> None:
         ({"key_blocks": torch.zeros(4, 2, 8, 16)}, "must agree and hold"),
         ({"query": torch.zeros(1, 3, 16)}, "does not divide"),
         ({"query": torch.zeros(1, 4, 32)[..., ::2]}, "contiguous"),
+        ({"scale": -1.0}, "must be positive"),
+        ({"softcap": 0.0}, "must be positive"),
     ],
 )
-def test_what_cannot_be_computed_is_refused(change: dict[str, Tensor], complaint: str) -> None:
+def test_what_cannot_be_computed_is_refused(change: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         replace(batch_of([5], [1]), **change).run(kernel.paged_attention)
+
+
+def test_looping_programs_are_those_that_registers_hold() -> None:
+    """Of a thread's 255 registers a processor's 65,536 hold 8 warps, handed out in units of 8 a thread."""
+    assert kernel.WARPS_PER_PROCESSOR == 65536 // (32 * 8 * -(-kernel.REGISTERS // 8))
+    cpu = torch.device("cpu")
+    assert [kernel.programs(cpu, warps) for warps in (4, 8, 16)] == [2, 1, 1]
 
 
 def test_more_heads_than_a_tile_has_rows_are_refused() -> None:

@@ -249,9 +249,11 @@ def test_planted_faults_are_seen(fault: str) -> None:
 
 
 def test_tiles_fit_one_anchor_and_one_block() -> None:
-    assert window_sparse.sparse_tile(torch.bfloat16, 64, 4, 64, 64, 90)[1] == 16
+    assert window_sparse.sparse_tile(torch.bfloat16, 64, 4, 64, 64, 90) == (paged_attention.Tile(128, 8, 2), 32)
+    assert window_sparse.sparse_tile(torch.bfloat16, 64, 4, 16, 64, 90) == (paged_attention.Tile(64, 4, 2), 16)
     assert window_sparse.sparse_tile(torch.bfloat16, 64, 4, 8, 64, 90)[1] == 8
-    assert window_sparse.sparse_tile(torch.bfloat16, 64, 7, 64, 64, 90) == (paged_attention.Tile(64, 8, 2), 8)
+    assert window_sparse.sparse_tile(torch.bfloat16, 64, 7, 64, 64, 90) == (paged_attention.Tile(128, 8, 2), 16)
+    assert window_sparse.sparse_tile(torch.bfloat16, 128, 4, 64, 64, 90) == (paged_attention.Tile(32, 8, 2), 8)
     assert window_sparse.sparse_tile(torch.bfloat16, 128, 32, 64, 64, 90)[1] == 1
     with pytest.raises(ValueError, match="power of two"):
         window_sparse.sparse_tile(torch.bfloat16, 64, 4, 3, 64, 90)
