@@ -89,8 +89,9 @@ def sparse_cases(layers: Layers, context: int, store: str) -> list[Case]:
     stored = torch.uint8 if store == "int4" else torch.int8
     kept = [large(blocks + 1, KV_HEADS, BLOCK, SIZE // per_byte, dtype=stored) for _ in range(2)]
     scales = [torch.rand(blocks + 1, KV_HEADS, BLOCK).mul_(0.02).half() for _ in range(2)]
-    bounds = large(blocks + 1, KV_HEADS, 1 + BLOCK // 16, 2, SIZE, dtype=torch.int8)
-    far = FarBlocks(*kept, *scales, bounds, torch.rand(blocks + 1, KV_HEADS).half())
+    bounds = large(KV_HEADS, blocks + 1, 2, SIZE, dtype=torch.int8).transpose(0, 1)
+    parts = large(blocks + 1, KV_HEADS, BLOCK // 16, 2, SIZE, dtype=torch.int8)
+    far = FarBlocks(*kept, *scales, bounds, parts, torch.rand(KV_HEADS, blocks + 1).half().T)
     most = 16 if context < 32768 else 32
     anchor = (context - 1) // REFRESH * REFRESH
     ends = torch.tensor([(anchor - WINDOW + 1) // BLOCK], dtype=torch.int32)

@@ -334,8 +334,9 @@ def empty_store(place: Place, shape: torch.Size, store: str) -> FarBlocks:
 
     data = [empty(kind, blocks, heads, tokens, width) for _ in range(2)]
     scales = [None if store == "native" else empty(torch.float16, blocks, heads, tokens) for _ in range(2)]
-    bounds = empty(torch.int8, blocks, heads, 1 + SUB_BLOCKS, 2, size)
-    return FarBlocks(*data, *scales, bounds, empty(torch.float16, blocks, heads))
+    bounds = empty(torch.int8, heads, blocks, 2, size).transpose(0, 1)
+    parts = empty(torch.int8, blocks, heads, SUB_BLOCKS, 2, size)
+    return FarBlocks(*data, *scales, bounds, parts, empty(torch.float16, heads, blocks).T)
 
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {

@@ -2,7 +2,8 @@
 
 `python -m loadtests.sparse_decode DIR [--contexts 16384 131072] [--quantize int8 --kv_cache_dtype bfloat16] [--keep]`: DIR is a checkpoint
 directory (`loadtests.shapes` writes random ones). The context is not computed: blocks are filled with random keys and values, which take
-the same time to read. It does not know HTTP or schedulers. Invariant: both sides take turns, a step each, over weights that each loads.
+the same time to read. It does not know HTTP or schedulers. Invariant: both sides of all contexts take turns, a step each, over weights that
+each loads.
 """
 
 from __future__ import annotations
@@ -94,29 +95,38 @@ def sides_of(asked: argparse.Namespace, manifest: Manifest, context: int) -> dic
     return sides
 
 
-def measured(asked: argparse.Namespace, manifest: Manifest, context: int) -> dict[str, Any]:
-    """The row of one context."""
-    sides = sides_of(asked, manifest, context)
-    for side in sides.values():
+def measured(asked: argparse.Namespace, manifest: Manifest) -> list[dict[str, Any]]:
+    """A row for each context; `of_shortest` is how fast a sparse step is there, the shortest context's being 1."""
+    sides = {context: sides_of(asked, manifest, context) for context in sorted(asked.contexts)}
+    every = [(context, name, side) for context, found in sides.items() for name, side in found.items()]
+    for *_, side in every:
         side.step_ms()
-    times: dict[str, list[float]] = {name: [] for name in sides}
+    times: dict[tuple[int, str], list[float]] = {(context, name): [] for context, name, _ in every}
     for _ in range(asked.steps):
-        for name, side in sides.items():
-            times[name].append(side.step_ms())
-    ratios = [dense / sparse for dense, sparse in zip(times.get("dense", []), times["sparse"], strict=False)]
-    return {
-        "what": "sparse_decode",
-        "model": asked.directory.name,
-        "quantize": asked.quantize,
-        "kv_cache_dtype": asked.kv_cache_dtype,
-        "context": context,
-        "threads": asked.threads,
-        **{f"{name}_ms": spread(found) for name, found in times.items()},
-        **({"ratio": spread(ratios)} if ratios else {}),
-        "kv_bytes": {name: side.kv_bytes for name, side in sides.items()},
-        "dispatch": chosen(),
-        **surroundings(),
-    }
+        for context, name, side in every:
+            times[context, name].append(side.step_ms())
+    shortest = times[min(sides), "sparse"]
+
+    def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
+        return spread([other / mine for mine, other in zip(ours, theirs, strict=True)])
+
+    return [
+        {
+            "what": "sparse_decode",
+            "model": asked.directory.name,
+            "quantize": asked.quantize,
+            "kv_cache_dtype": asked.kv_cache_dtype,
+            "context": context,
+            "threads": asked.threads,
+            **{f"{name}_ms": spread(times[context, name]) for name in found},
+            **({"ratio": ratio(times[context, "sparse"], times[context, "dense"])} if "dense" in found else {}),
+            "of_shortest": ratio(times[context, "sparse"], shortest),
+            "kv_bytes": {name: side.kv_bytes for name, side in found.items()},
+            "dispatch": chosen(),
+            **surroundings(),
+        }
+        for context, found in sides.items()
+    ]
 
 
 def main() -> None:
@@ -133,8 +143,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     manifest = read_manifest(asked.directory)
-    for context in asked.contexts:
-        row = measured(asked, manifest, context)
+    for row in measured(asked, manifest):
         print({key: value for key, value in row.items() if key not in ("dispatch",)}, flush=True)
         if asked.keep:
             keep("sparse_decode", row)

@@ -73,8 +73,9 @@ class Sides:
         shape, scales = (total, layer.kv_heads, BLOCK, layer.size), (total, layer.kv_heads, BLOCK)
         integers = [torch.empty(shape, dtype=torch.int8) for _ in range(2)]
         units = [torch.empty(scales, dtype=torch.float16) for _ in range(2)]
-        bounds = torch.empty(total, layer.kv_heads, 1 + PARTS, 2, layer.size, dtype=torch.int8)
-        return FarBlocks(*integers, *units, bounds, torch.empty(total, layer.kv_heads, dtype=torch.float16))
+        bounds = torch.empty(layer.kv_heads, total, 2, layer.size, dtype=torch.int8).transpose(0, 1)
+        parts = torch.empty(total, layer.kv_heads, PARTS, 2, layer.size, dtype=torch.int8)
+        return FarBlocks(*integers, *units, bounds, parts, torch.empty(layer.kv_heads, total, dtype=torch.float16).T)
 
     def _anchors(self) -> None:
         layer, first = self.layer, self.layer.context - self.rows

@@ -90,7 +90,8 @@ class KvPool:
         store = self._far[group]
         key_scales = None if store.key_scales is None else store.key_scales[at]
         value_scales = None if store.value_scales is None else store.value_scales[at]
-        blocks = FarBlocks(store.keys[at], store.values[at], key_scales, value_scales, store.bounds[at], store.bound_scales[at])
+        bounds = store.bounds[at], store.part_bounds[at], store.bound_scales[at]
+        blocks = FarBlocks(store.keys[at], store.values[at], key_scales, value_scales, *bounds)
         return FarLayer(blocks, group, at)
 
     def demote(self, group: int, sources: Tensor, targets: Tensor) -> None:
@@ -156,10 +157,15 @@ class _Empty(NamedTuple):
     def __call__(self, *shape: int, kind: torch.dtype | None = None) -> Tensor:
         return torch.empty((*self.heads, *shape), dtype=kind or self.dtype, device=self.device)
 
+    def by_head(self, *shape: int, kind: torch.dtype) -> Tensor:
+        """The same, with the blocks of a head one after the other in memory."""
+        layers, blocks, heads = self.heads
+        return torch.empty((layers, heads, blocks, *shape), dtype=kind, device=self.device).transpose(1, 2)
+
 
 def _far_blocks(group: KvGroup, spec: FarSpec, tokens: int, empty: _Empty) -> FarBlocks:
-    parts = 1 + tokens // spec.sub_block_tokens
-    bounds = empty(parts, 2, group.key_dim, kind=torch.int8), empty(kind=torch.float16)
+    parts = empty(tokens // spec.sub_block_tokens, 2, group.key_dim, kind=torch.int8)
+    bounds = empty.by_head(2, group.key_dim, kind=torch.int8), parts, empty.by_head(kind=torch.float16)
     if spec.store is FarStore.NATIVE:
         return FarBlocks(empty(tokens, group.key_dim), empty(tokens, group.value_dim), None, None, *bounds)
     kind, share = (torch.uint8, 2) if spec.store is FarStore.INT4 else (torch.int8, 1)

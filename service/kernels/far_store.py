@@ -24,8 +24,9 @@ def demote(key_blocks: Tensor, value_blocks: Tensor, far: FarBlocks, near_ids: T
     keys = _store(near_rows(key_blocks, near_ids), far.keys, far.key_scales, far_ids)
     _store(near_rows(value_blocks, near_ids), far.values, far.value_scales, far_ids)
     count, heads, tokens, size = keys.shape
-    bounds, scales = key_bounds(keys.view(count * heads, tokens, size), far.bounds.shape[2] - 1)
-    far.bounds[far_ids] = bounds.view(count, heads, *bounds.shape[1:])
+    bounds, scales = key_bounds(keys.view(count * heads, tokens, size), far.part_bounds.shape[2])
+    bounds = bounds.view(count, heads, *bounds.shape[1:])
+    far.bounds[far_ids], far.part_bounds[far_ids] = bounds[:, :, 0], bounds[:, :, 1:]
     far.bound_scales[far_ids] = scales.view(count, heads)
 
 
@@ -125,7 +126,7 @@ def _block_scores(signed: Tensor, call: _Deciding) -> Tensor:
         tables = call.tables[call.sequences[rows], :width] if alone else call.tables[call.sequences[rows[:1]], :width]
         widest = valid if alone else valid.any(dim=0, keepdim=True)
         ids = torch.where(widest, tables, 0).long()
-        bounds = call.far.bounds[:, :, 0].flatten(2)[ids].float()  # [S, C, Hkv, 2 · D], S = 1 for a slice
+        bounds = call.far.bounds[ids].flatten(3).float()  # [S, C, Hkv, 2 · D], S = 1 for a slice
         units = call.far.bound_scales[ids].float().permute(0, 2, 1)
         asked = signed[rows] if alone else signed[rows].transpose(0, 1).flatten(1, 2).unsqueeze(0)
         found = torch.matmul(asked, bounds.permute(0, 2, 3, 1))  # [S, Hkv, G or rows · G, C]
@@ -149,7 +150,7 @@ def _spans(kept: Tensor, floats: int, call: _Deciding) -> Iterator[tuple[slice, 
 
 def _sub_block_scores(signed: Tensor, kept: Tensor, call: _Deciding) -> Tensor:
     """The highest bound of any sub-block of the kept candidates [A, Hkv, K], float32."""
-    rows = call.far.bounds.flatten(3).flatten(0, 1)[:, 1:]
+    rows = call.far.part_bounds.flatten(3).flatten(0, 1)
     units = call.far.bound_scales.flatten()
     scores = signed.new_empty(kept.shape)
     for span, flat in _spans(kept, rows[0].numel(), call):

@@ -24,8 +24,9 @@ class FarBlocks(NamedTuple):
 
     `keys` [F, Hkv, B, D] and `values` [F, Hkv, B, Dv] are int8; or uint8 with two 4-bit values a byte ([…, D / 2], the even index in the
     low nibble); or the near store's type, then without scales. `key_scales` and `value_scales` float16 [F, Hkv, B]. `bounds` int8
-    [F, Hkv, 1 + subs, 2, D]: the largest and the smallest key of each feature, of the block (entry 0) and of each of its equal
-    sub-blocks, in units of `bound_scales` float16 [F, Hkv], rounded outward.
+    [F, Hkv, 2, D]: the largest and the smallest key of each feature in the block; `part_bounds` int8 [F, Hkv, subs, 2, D]: in each of its
+    equal sub-blocks; both in units of `bound_scales` float16 [F, Hkv], rounded outward. A choice reads `bounds` and their scales of all
+    candidates, so `kv_pool` lays these out with a head's blocks side by side; kernels take them in any strides of blocks and heads.
     """
 
     keys: Tensor
@@ -33,6 +34,7 @@ class FarBlocks(NamedTuple):
     key_scales: Tensor | None
     value_scales: Tensor | None
     bounds: Tensor
+    part_bounds: Tensor
     bound_scales: Tensor
 
 
@@ -134,7 +136,8 @@ def demote(key_blocks: Tensor, value_blocks: Tensor, far: FarBlocks, near_ids: T
             units, scales[target] = quantise(rows, 7 if packed else 127)
             stored[target] = pack_nibbles(units) if packed else units
         keys = dequantise(far.keys[target], None if far.key_scales is None else far.key_scales[target])
-        far.bounds[target], far.bound_scales[target] = key_bounds(keys, far.bounds.shape[2] - 1)
+        bounds, far.bound_scales[target] = key_bounds(keys, far.part_bounds.shape[2])
+        far.bounds[target], far.part_bounds[target] = bounds[:, 0], bounds[:, 1:]
 
 
 def near_rows(blocks: Tensor, ids: Tensor | int) -> Tensor:
@@ -145,7 +148,7 @@ def near_rows(blocks: Tensor, ids: Tensor | int) -> Tensor:
 def bound_scores(query: Tensor, far: FarBlocks, block: int, head: int) -> Tensor:
     """Upper bounds of the product of any query of [G, D] with any key of each part of a far block's K/V head: [1 + subs] float32."""
     positive, negative = query.float().clamp(min=0), (-query.float()).clamp(min=0)
-    bounds = far.bounds[block, head].float()
+    bounds = torch.cat((far.bounds[block, head, None], far.part_bounds[block, head])).float()
     return (bounds[:, 0] @ positive.T - bounds[:, 1] @ negative.T).amax(dim=1) * far.bound_scales[block, head].float()
 
 

@@ -81,8 +81,8 @@ def stored(key: Tensor, value: Tensor) -> FarBlocks:
     count, heads, _, size = keys.shape
     integers = [torch.empty(x.shape, dtype=torch.int8) for x in (keys, values)]
     scales = [torch.empty(count, heads, BLOCK, dtype=torch.float16) for _ in range(2)]
-    bounds = torch.empty(count, heads, 5, 2, size, dtype=torch.int8)
-    far = FarBlocks(*integers, *scales, bounds, torch.empty(count, heads, dtype=torch.float16))
+    bounds = [torch.empty(count, heads, *parts, 2, size, dtype=torch.int8) for parts in ((), (4,))]
+    far = FarBlocks(*integers, *scales, *bounds, torch.empty(count, heads, dtype=torch.float16))
     reference_sparse.demote(keys, values, far, torch.arange(count), torch.arange(count))
     return far
 

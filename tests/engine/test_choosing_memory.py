@@ -36,7 +36,7 @@ def made_bytes(spec: FarSpec, slices: list[Slice]) -> int:
     far_tables = torch.zeros(len(slices), 15, dtype=torch.int32)
     step = StepChoices(anchors, 1, FarChoices(layout, ROWS, CPU), tables.batch(slices), far_tables, choose)
     for layer in (0, 1):
-        step.of(layer, torch.zeros(sum(piece.length for piece in slices), 4, 4), FarBlocks(*[torch.zeros(0)] * 6), 1)
+        step.of(layer, torch.zeros(sum(piece.length for piece in slices), 4, 4), FarBlocks(*[torch.zeros(0)] * 7), 1)
     return step.made_bytes
 
 

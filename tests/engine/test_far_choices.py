@@ -77,7 +77,7 @@ def test_a_choice_lasts_until_the_next_anchor_and_only_if_the_step_succeeded() -
         slices = [Slice(3, start, length, 0)]
         anchors, tables = anchors_of(layout, slices)
         chosen = StepChoices(anchors, 1, kept, tables.batch(slices), torch.zeros(1, 15, dtype=torch.int32), choose)
-        blocks = FarBlocks(*[torch.zeros(0)] * 6)
+        blocks = FarBlocks(*[torch.zeros(0)] * 7)
         far = chosen.of(1, torch.zeros(length, 4, 4), blocks, 1)
         if succeed:
             chosen.keep()

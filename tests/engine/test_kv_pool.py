@@ -49,6 +49,8 @@ def test_far_groups_take_their_bytes_and_are_filled_from_near_blocks(store: FarS
     pool.demote(2, torch.tensor([3, 1]), torch.tensor([2, 4]))
     for layer in (0, 2):
         far, (keys, values) = pool.far_of(layer), pool.blocks_of(layer)
+        # What a choice reads of all candidates lies side by side: a head's blocks one after the other.
+        assert far.bounds[:, 1].is_contiguous() and far.bound_scales[:, 1].is_contiguous()
         for source, target in ((3, 2), (1, 4)):
             for stored, scales, blocks in ((far.keys, far.key_scales, keys), (far.values, far.value_scales, values)):
                 back = dequantise(stored[target], None if scales is None else scales[target])

@@ -127,11 +127,11 @@ def of_one_value(batch: SparseBatch) -> SparseBatch:
 
 def choosing_faults(call: Choosing) -> dict[str, Choosing]:
     """Calls with one fault each: every stage's input is wrong in one of them. `call` has more candidates than any stage keeps."""
-    store, whole, parts, odd = call.blocks, call.blocks.bounds.clone(), call.blocks.bounds.clone(), call.query.clone()
-    whole[:, :, 0], parts[:, :, 1:], odd[:, -1] = 0, 0, -odd[:, -1]
+    store, odd = call.blocks, call.query.clone()
+    odd[:, -1] = -odd[:, -1]
     blocks = {
-        "bounds of blocks": store._replace(bounds=whole),
-        "bounds of parts": store._replace(bounds=parts),
+        "bounds of blocks": store._replace(bounds=torch.zeros_like(store.bounds)),
+        "bounds of parts": store._replace(part_bounds=torch.zeros_like(store.part_bounds)),
         "scales of bounds": store._replace(bound_scales=store.bound_scales.roll(1, 0)),
         "keys": store._replace(keys=torch.zeros_like(store.keys)),
     }
@@ -170,8 +170,10 @@ def make_store(
     blocks: int, kv_heads: int, tokens: int, sizes: tuple[int, int], store: str, sub_blocks: int, dtype: torch.dtype
 ) -> FarBlocks:
     """A far store full of garbage: scales NaN, integers at their limits."""
-    shape, subs = (blocks, kv_heads, tokens), (blocks, kv_heads, 1 + sub_blocks, 2, sizes[0])
-    bounds = torch.full(subs, 127, dtype=torch.int8), torch.full((blocks, kv_heads), torch.nan, dtype=torch.float16)
+    shape, pairs = (blocks, kv_heads, tokens), (2, sizes[0])
+    whole = torch.full((kv_heads, blocks, *pairs), 127, dtype=torch.int8).transpose(0, 1)
+    parts = torch.full((blocks, kv_heads, sub_blocks, *pairs), 127, dtype=torch.int8)
+    bounds = whole, parts, torch.full((kv_heads, blocks), torch.nan, dtype=torch.float16).T
     if store == "native":
         keys, values = (torch.full((*shape, size), torch.nan, dtype=dtype) for size in sizes)
         return FarBlocks(keys, values, None, None, *bounds)

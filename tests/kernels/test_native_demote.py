@@ -29,7 +29,7 @@ Demote = Callable[[Tensor, Tensor, FarBlocks, Tensor, Tensor], None]
 def same(one: FarBlocks, other: FarBlocks) -> bool:
     """Whether both stores hold the same bytes, NaN and untouched garbage included."""
     pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
-    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
+    return all(torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)) for a, b in pairs)
 
 
 def rows_of(size: int, tokens: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

@@ -76,4 +76,4 @@ def test_demotion() -> None:
     reference_sparse.demote(keys, values, expected, near, target)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours is not None and theirs is not None
-        assert torch.equal(ours[FIRST:].view(torch.uint8), theirs.view(torch.uint8))
+        assert torch.equal(ours[FIRST:].reshape(-1).view(torch.uint8), theirs.reshape(-1).view(torch.uint8))

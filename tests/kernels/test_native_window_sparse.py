@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from service.kernels.native import attention
 from service.kernels.native import window_sparse as kernel
-from service.kernels.reference_sparse import demote
+from service.kernels.reference_sparse import choose_far, demote
 from tests.kernels.conftest import check_close, multiplies_pairs, needs_native
 from tests.kernels.sparse_batches import SparseBatch, choosing_faults, make_sparse, make_store, of_one_value, permuted
 
@@ -224,6 +225,32 @@ class TestChoosing:
         call = torch.tensor([0]), torch.tensor([10], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
         choices, _ = kernel.choose_far(torch.randn(1, 4, 4), far, tables, *call, sink_blocks=1, most=4)
         assert choices.tolist() == [[[1, 2, 3, -1]] * 2]
+
+    @pytest.mark.parametrize("levels", [0, 2, 40, 1000])
+    @pytest.mark.parametrize("budget", [1, 20, 90, 149, 150, 599])
+    def test_among_many_candidates_with_many_ties(self, budget: int, levels: int, instructions: str) -> None:
+        """Keys of a block are all its strength, so blocks of one strength tie; every stage drops some at the lower budgets."""
+        generator = torch.Generator().manual_seed(levels)
+        strengths = torch.randint(-levels, levels + 1, (600,), generator=generator)
+        far = make_store(601, 1, 4, (16, 16), "native", 2, torch.float32)
+        keys, ids = strengths.float()[:, None, None, None].expand(600, 1, 4, 16), torch.arange(600)
+        demote(keys, keys, far, ids, ids + 1)
+        tables, heads = (ids + 1).flip(0).to(torch.int32)[None], torch.randn(3, 6, 16, generator=generator)
+        ends, budgets = torch.tensor([600, 555, 600]), torch.full((3,), budget)
+        call = heads, far, tables, torch.zeros(3, dtype=torch.int64), ends.to(torch.int32), budgets.to(torch.int32)
+        for found, expected in zip(*(choose(*call, sink_blocks=1, most=budget) for choose in (CHOOSE, choose_far)), strict=True):
+            assert torch.equal(found, expected)
+
+    @pytest.mark.parametrize("value", [0.0, 1e-44, 1e-30, float("nan"), float("inf")])
+    def test_queries_without_a_unit_choose_something_there(self, value: float, instructions: str) -> None:
+        """Zeros tie and take the first; of what is not finite only the order and the range of the choice are told."""
+        call = make_sparse([400, 300], [1, 1], budget=3).choosing
+        assert call is not None
+        query = torch.full_like(call.query, value)
+        choices, _ = replace(call, query=query).run(CHOOSE)
+        assert (choices.diff() > 0).all() and (choices >= 1).all() and (choices[..., -1] < call.candidate_ends[:, None]).all()
+        if value == 0.0:
+            assert choices.tolist() == [[[1, 2, 3]] * 2] * 2
 
     @pytest.mark.parametrize("store", ["int8", "int4", "native"])
     def test_teeth(self, store: str) -> None:

@@ -63,7 +63,10 @@ def test_demoted_blocks_and_their_bounds(store: str, dtype: torch.dtype) -> None
             units, scales = sparse.quantise(keys[near], LEVELS[store])
             assert torch.equal(back, units.float() * scales.float()[..., None])
             assert (back_values - values[near].float()).abs().max() < values[near].float().abs().max() / LEVELS[store]
-        bounds = far.bounds[target].float() * far.bound_scales[target].float()[:, None, None, None]
+        bounds = (
+            torch.cat((far.bounds[target, :, None], far.part_bounds[target]), dim=1).float()
+            * far.bound_scales[target].float()[:, None, None, None]
+        )
         parts = torch.cat((back.float().amax(1, keepdim=True), back.float().view(2, 4, 4, 8).amax(2)), dim=1)
         floors = torch.cat((back.float().amin(1, keepdim=True), back.float().view(2, 4, 4, 8).amin(2)), dim=1)
         unit = far.bound_scales[target].float()[:, None, None]
@@ -84,7 +87,7 @@ def test_bounds_are_true_for_any_scale(seed: int, factor: float) -> None:
     real = bounds.double() * scales.double()[:, None, None, None]
     assert (real[:, 0, 0] >= keys.double().amax(1)).all() and (real[:, 0, 1] <= keys.double().amin(1)).all()
     query = torch.randn(3, 5, generator=generator)
-    far = sparse.FarBlocks(keys[None], keys[None], None, None, bounds[None], scales[None])
+    far = sparse.FarBlocks(keys[None], keys[None], None, None, bounds[None, :, 0], bounds[None, :, 1:], scales[None])
     products = (query.double() @ keys[0].double().T).amax(0)
     highest = torch.cat((products.max()[None], products.view(2, 4).amax(1)))
     assert (sparse.bound_scores(query, far, 0, 0).double() >= highest - 1e-5 * highest.abs()).all()

@@ -22,8 +22,8 @@ SCORED_BLOCKS = 32
 def score_part(
     p_query, stride_head, p_bounds, p_scales, i_blocks, m_blocks, i_part, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr
 ):  # fmt: skip
-    """Scores [C] float32 of part i_part of the blocks whose bounds begin at p_bounds + i_blocks [C] and whose scales are p_scales [C], for
-    the GROUP heads at p_query that share a K/V head: the highest of theirs."""
+    """Scores [C] float32 of part i_part of the blocks whose bounds [parts, 2, DIM] begin at p_bounds + i_blocks [C] and whose scales are
+    p_scales [C], for the GROUP heads at p_query that share a K/V head: the highest of theirs."""
     o_dim = tl.arange(0, BLOCK_DIM)
     o_at = i_blocks[:, None] + i_part * (2 * DIM) + o_dim[None, :]
     m_at = m_blocks[:, None] & (o_dim < DIM)[None, :]
@@ -40,7 +40,8 @@ def score_part(
 @triton.jit
 def score_kernel(
     p_query, p_bounds, p_bound_scales, p_tables, p_sequences, p_ends, p_scores, width,
-    stride_query_anchor, stride_query_head, stride_bound_block, stride_bound_head, stride_bound_scale, stride_table,
+    stride_query_anchor, stride_query_head, stride_bound_block, stride_bound_head,
+    stride_bound_scale_block, stride_bound_scale_head, stride_table,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, SINK_BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """One program owns CANDIDATES candidates of one anchor and K/V head: it stores their blocks' scores in p_scores [A, Hkv, width]."""
@@ -53,7 +54,7 @@ def score_kernel(
         p_table = p_tables + tl.load(p_sequences + i_anchor).to(tl.int64) * stride_table
         i_blocks = tl.load(p_table + SINK_BLOCKS + o_candidate, mask=m_candidate, other=0).to(tl.int64)
         o_bounds = i_blocks * stride_bound_block + i_head * stride_bound_head
-        p_scales = p_bound_scales + i_blocks * stride_bound_scale + i_head
+        p_scales = p_bound_scales + i_blocks * stride_bound_scale_block + i_head * stride_bound_scale_head
         b_scores = score_part(p_heads, stride_query_head, p_bounds, p_scales, o_bounds, m_candidate, 0, GROUP, DIM, BLOCK_DIM)
         tl.store(p_scores + (i_anchor * tl.num_programs(1) + i_head) * width + o_candidate, b_scores, mask=m_candidate)
 
@@ -80,8 +81,9 @@ def best_of(b_scores, m_valid, count):
 
 @triton.jit
 def select_kernel(
-    p_query, p_bounds, p_bound_scales, p_tables, p_sequences, p_ends, p_budgets, p_scores, p_kept, p_choices, width, most,
-    stride_query_anchor, stride_query_head, stride_bound_block, stride_bound_head, stride_bound_scale, stride_table,
+    p_query, p_part_bounds, p_bound_scales, p_tables, p_sequences, p_ends, p_budgets, p_scores, p_kept, p_choices, width, most,
+    stride_query_anchor, stride_query_head, stride_part_block, stride_part_head,
+    stride_bound_scale_block, stride_bound_scale_head, stride_table,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, SINK_BLOCKS: tl.constexpr, SUBS: tl.constexpr,
     FIRST: tl.constexpr, SECOND: tl.constexpr, CANDIDATES: tl.constexpr, KEPT: tl.constexpr, SCORED: tl.constexpr,
 ):  # fmt: skip
@@ -110,11 +112,11 @@ def select_kernel(
         m_scored = o_scored < kept
         b_index = tl.load(p_kept + i_pair * KEPT + o_scored, mask=m_scored, other=0)
         i_blocks = tl.load(p_table + b_index, mask=m_scored, other=0).to(tl.int64)
-        o_bounds = i_blocks * stride_bound_block + i_head * stride_bound_head
-        p_scales = p_bound_scales + i_blocks * stride_bound_scale + i_head
+        o_bounds = i_blocks * stride_part_block + i_head * stride_part_head
+        p_scales = p_bound_scales + i_blocks * stride_bound_scale_block + i_head * stride_bound_scale_head
         b_best = tl.full([SCORED], float("-inf"), tl.float32)
-        for i_part in range(1, SUBS + 1):
-            b_part = score_part(p_heads, stride_query_head, p_bounds, p_scales, o_bounds, m_scored, i_part, GROUP, DIM, BLOCK_DIM)
+        for i_part in range(SUBS):
+            b_part = score_part(p_heads, stride_query_head, p_part_bounds, p_scales, o_bounds, m_scored, i_part, GROUP, DIM, BLOCK_DIM)
             b_best = tl.maximum(b_best, b_part)
         tl.store(p_scores + i_pair * width + o_scored, b_best, mask=m_scored)
     tl.debug_barrier()
@@ -257,15 +259,16 @@ def _keep_by_bounds(asked: _Asked) -> Tensor:
     first = triton.next_power_of_2(FIRST_STAGE * asked.compared // SECOND_STAGE)
     indices = torch.empty((*pairs, first), dtype=torch.int32, device=query.device)
     kept = torch.empty((*pairs, asked.compared), dtype=torch.int32, device=query.device)
-    strides = (*query.stride()[:2], *far.bounds.stride()[:2], far.bound_scales.stride(0), tables.stride(0))
-    tensors = (query, far.bounds, far.bound_scales, tables, asked.sequences, asked.ends)
+    whose, strides = (far.bound_scales, tables, asked.sequences, asked.ends), (*far.bound_scales.stride(), tables.stride(0))
     score_kernel[(*pairs, triton.cdiv(width, SCORED_BLOCKS))](
-        *tensors, scores, width, *strides, CANDIDATES=SCORED_BLOCKS, num_warps=4, **asked.options
-    )
+        query, far.bounds, *whose, scores, width, *query.stride()[:2], *far.bounds.stride()[:2], *strides,
+        CANDIDATES=SCORED_BLOCKS, num_warps=4, **asked.options,
+    )  # fmt: skip
     candidates = max(triton.next_power_of_2(width), 2)
     select_kernel[pairs](
-        *tensors, asked.budgets, scores, indices, kept, width, asked.compared, *strides,
-        SUBS=far.bounds.shape[2] - 1, FIRST=FIRST_STAGE, SECOND=SECOND_STAGE, CANDIDATES=candidates, KEPT=first,
+        query, far.part_bounds, *whose, asked.budgets, scores, indices, kept, width, asked.compared,
+        *query.stride()[:2], *far.part_bounds.stride()[:2], *strides,
+        SUBS=far.part_bounds.shape[2], FIRST=FIRST_STAGE, SECOND=SECOND_STAGE, CANDIDATES=candidates, KEPT=first,
         SCORED=min(SCORED_BLOCKS, first), num_warps=_select_warps(candidates), **asked.options,
     )  # fmt: skip
     return kept

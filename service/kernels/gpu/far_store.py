@@ -53,21 +53,23 @@ def whole_units(b_x, b_unit, m_usable):
 
 
 @triton.jit
-def store_bounds(p_bounds, b_high, b_low, b_unit, m_usable, o_parts, m_parts, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+def store_bounds(p_bounds, b_high, b_low, b_unit, m_usable, o_parts, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
     """Store the bounds of parts o_parts [P] of a block, highest and lowest keys [P, BLOCK_DIM], as int8 [part, 2, DIM]."""
     o_dim = tl.arange(0, BLOCK_DIM)
     o_at = o_parts[:, None] * (2 * DIM) + o_dim[None, :]
-    m_at = m_parts[:, None] & (o_dim < DIM)[None, :]
+    m_at = (o_dim < DIM)[None, :]
     tl.store(p_bounds + o_at, whole_units(b_high, b_unit, m_usable), mask=m_at)
     tl.store(p_bounds + o_at + DIM, -whole_units(-b_low, b_unit, m_usable), mask=m_at)
 
 
 @triton.jit
 def demote_kernel(
-    p_keys, p_values, p_far_keys, p_far_values, p_key_scales, p_value_scales, p_bounds, p_bound_scales, p_near_ids, p_far_ids,
+    p_keys, p_values, p_far_keys, p_far_values, p_key_scales, p_value_scales,
+    p_bounds, p_part_bounds, p_bound_scales, p_near_ids, p_far_ids,
     stride_key_block, stride_key_head, stride_key_token, stride_value_block, stride_value_head, stride_value_token,
     stride_far_key_block, stride_far_key_head, stride_far_key_token, stride_far_value_block, stride_far_value_head, stride_far_value_token,
-    stride_scale_block, stride_scale_head, stride_bound_block, stride_bound_head, stride_bound_scale,
+    stride_scale_block, stride_scale_head, stride_bound_block, stride_bound_head, stride_part_block, stride_part_head,
+    stride_bound_scale_block, stride_bound_scale_head,
     KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     SUBS: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
@@ -98,15 +100,16 @@ def demote_kernel(
     b_scale = tl.math.div_rn(tl.zeros([1], tl.float32) + largest, 127.0).to(tl.float16)  # [1]
     b_above = (b_scale.to(tl.int16, bitcast=True) + 1).to(tl.float16, bitcast=True)
     b_scale = tl.where(b_scale.to(tl.float32) * 127.0 < largest, b_above, b_scale)
-    tl.store(p_bound_scales + i_far * stride_bound_scale + i_head + tl.arange(0, 1), b_scale)
+    o_whole, o_subs = tl.arange(0, 1), tl.arange(0, SUBS)
+    tl.store(p_bound_scales + i_far * stride_bound_scale_block + i_head * stride_bound_scale_head + o_whole, b_scale)
     b_unit = b_scale.to(tl.float32)[:, None]
     m_usable = (b_unit > 0) & (b_unit < float("inf"))
-    p_bound = p_bounds + i_far * stride_bound_block + i_head * stride_bound_head
+    p_part = p_part_bounds + i_far * stride_part_block + i_head * stride_part_head
     b_parts = tl.reshape(b_keys, [SUBS, BLOCK_TOKENS // SUBS, BLOCK_KEY])
-    o_subs, o_whole = 1 + tl.arange(0, SUBS), tl.arange(0, 1)
-    store_bounds(p_bound, tl.max(b_parts, 1), tl.min(b_parts, 1), b_unit, m_usable, o_subs, o_subs > 0, KEY_DIM, BLOCK_KEY)
+    store_bounds(p_part, tl.max(b_parts, 1), tl.min(b_parts, 1), b_unit, m_usable, o_subs, KEY_DIM, BLOCK_KEY)
     b_high, b_low = tl.max(b_keys, 0)[None, :], tl.min(b_keys, 0)[None, :]
-    store_bounds(p_bound, b_high, b_low, b_unit, m_usable, o_whole, o_whole == 0, KEY_DIM, BLOCK_KEY)
+    p_bound = p_bounds + i_far * stride_bound_block + i_head * stride_bound_head
+    store_bounds(p_bound, b_high, b_low, b_unit, m_usable, o_whole, KEY_DIM, BLOCK_KEY)
 
 
 def demote(key_blocks: Tensor, value_blocks: Tensor, far: FarBlocks, near_ids: Tensor, far_ids: Tensor) -> None:
@@ -115,7 +118,8 @@ def demote(key_blocks: Tensor, value_blocks: Tensor, far: FarBlocks, near_ids: T
     All tensors on one device, ids integers, bounds contiguous within a head. Reads each block once; at D = Dv = 64 and 8 bits it writes 142
     bytes a token and K/V head. Raises ValueError for another layout.
     """
-    if far.bounds[0, 0].is_contiguous() is False or far.bound_scales.stride(1) != 1 or key_blocks.stride(3) != 1 or far.keys.stride(3) != 1:
+    plain = far.bounds[0, 0].is_contiguous() and far.part_bounds[0, 0].is_contiguous()
+    if not plain or key_blocks.stride(3) != 1 or far.keys.stride(3) != 1:
         raise ValueError("bounds, keys and values of both stores must be contiguous within a head")
     count, kv_heads, tokens, size = near_ids.shape[0], *key_blocks.shape[1:]
     value_size = value_blocks.shape[3]
@@ -124,9 +128,9 @@ def demote(key_blocks: Tensor, value_blocks: Tensor, far: FarBlocks, near_ids: T
     scale_strides = far.key_scales.stride()[:2] if far.key_scales is not None else (0, 0)
     if count:
         demote_kernel[(count, kv_heads)](
-            key_blocks, value_blocks, far.keys, far.values, *scales, far.bounds, far.bound_scales, near_ids, far_ids,
+            key_blocks, value_blocks, far.keys, far.values, *scales, far.bounds, far.part_bounds, far.bound_scales, near_ids, far_ids,
             *key_blocks.stride()[:3], *value_blocks.stride()[:3], *far.keys.stride()[:3], *far.values.stride()[:3],
-            *scale_strides, *far.bounds.stride()[:2], far.bound_scales.stride(0),
+            *scale_strides, *far.bounds.stride()[:2], *far.part_bounds.stride()[:2], *far.bound_scales.stride(),
             KEY_DIM=size, VALUE_DIM=value_size, BLOCK_KEY=triton.next_power_of_2(size), BLOCK_VALUE=triton.next_power_of_2(value_size),
-            BLOCK_TOKENS=tokens, SUBS=far.bounds.shape[2] - 1, LEVELS=levels, num_warps=8,
+            BLOCK_TOKENS=tokens, SUBS=far.part_bounds.shape[2], LEVELS=levels, num_warps=8,
         )  # fmt: skip

@@ -197,39 +197,37 @@ EXPORTED int64_t native_window_sparse_attention(ATTENTION_ARGUMENTS, int64_t ref
 
 struct choosing_batch {
     const struct choosing *choosing;
-    int64_t *keys;
-    int64_t keys_each;
-    float *query;
-    int64_t query_each;
+    char *memory;
+    int64_t each, widest;
 };
 
 static void choose_task(void *context, int64_t index, int thread) {
     struct choosing_batch *b = context;
-    native_kernels->choose_far(b->choosing, index / b->choosing->kv_heads, index % b->choosing->kv_heads, b->keys + thread * b->keys_each,
-                               b->query + thread * b->query_each);
+    const int64_t heads = b->choosing->kv_heads;
+    native_kernels->choose_far(b->choosing, index / heads, index % heads, b->memory + thread * b->each, b->widest);
 }
 
-/* See `choose_far` in reference_sparse.py. `widest` is at least every number of candidates; the workspace holds, for each thread,
- * native_choose_bytes: candidates, the queries in three forms, and `struct products` of choosing.h. */
+/* What a thread holds while it chooses: keys of candidates twice, their indices, the queries in two forms, and `struct products` of choosing.h. */
 EXPORTED int64_t native_choose_bytes(int64_t widest, int64_t group, int64_t size, int64_t block_tokens) {
     const int64_t columns = (block_tokens + 15) / 16 * 16, products = (size + 15) / 16 * 16 * (columns * 4 + 2 * group) + 2 * group * (columns + 2) * 4;
-    return ((2 * widest * 8 + 3 * group * size * 4 + products) / 64 + 2) * 64;
+    return ((2 * widest * 8 + (widest + 1) * 4 + group * (signed_columns(size) * 2 + size * 4) + products) / 64 + 2) * 64;
 }
 
+/* See `choose_far` in reference_sparse.py. `widest` is at least every number of candidates. */
 EXPORTED void native_choose_far(int query_type, const void *query, int64_t query_row, int64_t query_head, int far_type, const void *keys,
-                                const void *key_scales, const void *bounds, const void *bound_scales, const int32_t *tables,
-                                int64_t table_stride, const int64_t *sequences, const int32_t *ends, const int32_t *budgets, int32_t *choices,
+                                const void *key_scales, const struct far_bounds *bounds, const int32_t *tables, int64_t table_stride,
+                                const int64_t *sequences, const int32_t *ends, const int32_t *budgets, int32_t *choices,
                                 int64_t anchors, int64_t kv_heads, int64_t group, int64_t size, int64_t block_tokens, int64_t key_size,
-                                int64_t parts, int64_t sink_blocks, int64_t most, int64_t first_stage, int64_t second_stage, int64_t widest,
+                                int64_t sink_blocks, int64_t most, int64_t first_stage, int64_t second_stage, int64_t widest,
                                 void *workspace, int threads) {
     struct choosing choosing = {
         .query_type = query_type, .query = query, .query_strides = {query_row, query_head}, .far_type = far_type, .keys = keys,
-        .key_scales = key_scales, .bounds = bounds, .bound_scales = bound_scales, .tables = tables, .table_stride = table_stride,
+        .key_scales = key_scales, .bounds = *bounds, .tables = tables, .table_stride = table_stride,
         .sequences = sequences, .ends = ends, .budgets = budgets, .choices = choices, .kv_heads = kv_heads, .group = group, .size = size,
-        .block_tokens = block_tokens, .key_size = key_size, .parts = parts, .sink_blocks = sink_blocks, .most = most,
+        .block_tokens = block_tokens, .key_size = key_size, .sink_blocks = sink_blocks, .most = most,
         .first_stage = first_stage, .second_stage = second_stage,
     };
     int64_t each = native_choose_bytes(widest, group, size, block_tokens);
-    struct choosing_batch batch = {&choosing, workspace, each / 8, (float *)((char *)workspace + 2 * widest * 8), each / 4};
+    struct choosing_batch batch = {&choosing, workspace, each, widest};
     native_parallel(choose_task, &batch, anchors * kv_heads, threads);
 }

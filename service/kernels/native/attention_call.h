@@ -93,21 +93,24 @@ void run_attention_task(const struct batch *batch, int64_t index, int64_t after,
 void cut_attention(struct attention *a);
 
 /* One call that chooses far blocks. query [A, kv_heads * group, size]; far blocks' keys [F, kv_heads, block_tokens, key_size], which counts
- * elements, of integers bytes, with scales float16 [F, kv_heads, block_tokens] or NULL; bounds int8 [F, kv_heads, 1 + parts, 2, size] with scales float16
- * [F, kv_heads]; sequences [A], ends and budgets [A]; choices [A, kv_heads, most]. Candidates are the entries sink_blocks .. end - 1. Anchor a asks by row
- * query_rows[a] and its choices come to places[a]; NULL for a itself. */
+ * elements, of integers bytes, with scales float16 [F, kv_heads, block_tokens] or NULL; see struct far_bounds; sequences [A], ends and budgets [A];
+ * choices [A, kv_heads, most]. Candidates are the entries sink_blocks .. end - 1. Anchor a asks by row query_rows[a] and its choices come to places[a];
+ * NULL for a itself. */
 struct choosing {
     enum element query_type, far_type;
     const void *query, *keys;
     const uint16_t *key_scales;
-    const int8_t *bounds;
-    const uint16_t *bound_scales;
+    struct far_bounds bounds;
     const int32_t *tables, *ends, *budgets;
     const int64_t *sequences;
     int32_t *choices;
-    int64_t query_strides[2], table_stride, kv_heads, group, size, block_tokens, key_size, parts, sink_blocks, most, first_stage, second_stage;
+    int64_t query_strides[2], table_stride, kv_heads, group, size, block_tokens, key_size, sink_blocks, most, first_stage, second_stage;
     const int64_t *query_rows, *places;
 };
+
+/* Positive and negative parts of a query [size], as choosing multiplies them with bounds: padded to what one step takes. */
+#define BOUND_STEPS 32
+INLINE int64_t signed_columns(int64_t size) { return (2 * size + BOUND_STEPS - 1) / BOUND_STEPS * BOUND_STEPS; }
 
 /* Bytes that choosing needs for each thread; `widest` is at least every number of candidates. */
 EXPORTED int64_t native_choose_bytes(int64_t widest, int64_t group, int64_t size, int64_t block_tokens);

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 # What `NATIVE_ABI` in native.h has to be.
-ABI = 14
+ABI = 15
 # Instruction sets by level, as `native_choose` takes them.
 LEVELS = ("baseline", "avx2", "avxvnni", "avx512", "amx", "dotprod")
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -60,8 +60,8 @@ SIGNATURES: dict[str, tuple[object, ...]] = {
     "native_choose_far": (
         *(_int, _pointer, _size, _size),
         *(_int, _pointer, _pointer),
-        *(_pointer, _pointer, _pointer, _size, _pointer, _pointer, _pointer, _pointer),
-        *(_size,) * 12,
+        *(_pointer, _pointer, _size, _pointer, _pointer, _pointer, _pointer),
+        *(_size,) * 11,
         *(_pointer, _int),
     ),
     "native_demote_scratch": (_int, _size, _size, _size, _size),
@@ -69,8 +69,8 @@ SIGNATURES: dict[str, tuple[object, ...]] = {
         *(_int, _int),
         *(_pointer, _size, _size, _size),
         *(_pointer, _size, _size, _size),
-        *(_pointer,) * 8,
-        *(_size,) * 8,
+        *(_pointer,) * 7,
+        *(_size,) * 7,
         *(_pointer, _int),
     ),
 }

@@ -1,44 +1,9 @@
 /* Which far blocks an anchor's query reads: bounds of blocks, the best of them, bounds of their sub-blocks, the best of those, their keys.
  *
- * A candidate's score bounds the product of any query head of a K/V head with any key of the part: positive queries meet the largest
- * keys, negative ones the smallest. Invariant: ties are decided by the index, so a choice depends on its query alone.
+ * Invariant: ties are decided by the index, so a choice depends on its query alone.
  */
-#include "attention_call.h"
+#include "bounds.h"
 #include "panels_int8.h"
-
-/* Query heads that share what is read of the bounds. */
-#define BOUND_HEADS 4
-
-/* The largest of the sums of x [heads, count] float32 times y [count] int8, heads being BOUND_HEADS at most and known when compiled. */
-INLINE float bound_of(const float *x, const int8_t *y, int64_t count, int heads) {
-    vfloat sums[BOUND_HEADS];
-    for (int g = 0; g < heads; g++) sums[g] = splat(0.0f);
-    int64_t whole = count / WIDTH * WIDTH;
-    for (int64_t i = 0; i < whole; i += WIDTH) {
-        vfloat wide = widen_bytes(y + i);
-        for (int g = 0; g < heads; g++) sums[g] += load_float(x + g * count + i) * wide;
-    }
-    float best = -INFINITY;
-    for (int g = 0; g < heads; g++) {
-        float total = whole ? sum_lanes(sums[g]) : 0.0f;
-        for (int64_t i = whole; i < count; i++) total += x[g * count + i] * (float)y[i];
-        best = total > best ? total : best;
-    }
-    return best;
-}
-
-/* The same of any number of heads. */
-INLINE float bound_score(const float *x, const int8_t *y, int64_t count, int64_t heads) {
-    float best = -INFINITY;
-    for (; heads > 0; heads -= BOUND_HEADS, x += BOUND_HEADS * count) {
-        float score = heads >= 4   ? bound_of(x, y, count, 4)
-                      : heads == 3 ? bound_of(x, y, count, 3)
-                      : heads == 2 ? bound_of(x, y, count, 2)
-                                   : bound_of(x, y, count, 1);
-        best = score > best ? score : best;
-    }
-    return best;
-}
 
 /* A number that orders scores as floats, then lower indices first; greater is better. */
 INLINE int64_t rank_key(float score, int64_t index) {
@@ -67,26 +32,45 @@ static void keep_best(int64_t *keys, int64_t count, int64_t keep) {
         if (keys[i] > keys[0]) sink_key(keys, keep, 0, keys[i]);
 }
 
-/* Queries of one anchor and K/V head -> of each its positive part [size], then its negative one; behind all of these the queries [group, size]. */
-INLINE void sign_queries(const struct choosing *c, int64_t anchor, int64_t head, float *out) {
+/* Where the heap's steps, each a guess of the processor, would cost more than two passes over all keys. */
+#define MANY_KEYS 256
+#define BUCKETS 256
+
+/* The same of many: only those that share a bucket of scores with the last one kept are compared with each other. Behind keys there is room for as
+ * many once more. */
+static void keep_best_of_many(int64_t *keys, int64_t count, int64_t keep) {
+    if (count <= MANY_KEYS || count <= keep) {
+        keep_best(keys, count, keep);
+        return;
+    }
+    int64_t least = INT64_MAX, greatest = INT64_MIN, above = 0, level = 0, shift = 0, bucket = BUCKETS;
+    for (int64_t i = 0; i < count; i++) {
+        least = keys[i] < least ? keys[i] : least;
+        greatest = keys[i] > greatest ? keys[i] : greatest;
+    }
+    const uint64_t range = (uint64_t)greatest - (uint64_t)least;
+    while (range >> shift >= BUCKETS) shift++;
+    int32_t sizes[BUCKETS] = {0};
+    for (int64_t i = 0; i < count; i++) sizes[((uint64_t)keys[i] - (uint64_t)least) >> shift]++;
+    while (above + sizes[bucket - 1] <= keep) above += sizes[--bucket];
+    int64_t *level_keys = keys + count, taken = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t key = keys[i], in = (int64_t)(((uint64_t)key - (uint64_t)least) >> shift);
+        keys[taken] = key, level_keys[level] = key;
+        taken += in >= bucket, level += in == bucket - 1;
+    }
+    keep_best(level_keys, level, keep - above);
+    memcpy(keys + taken, level_keys, (keep - above) * sizeof *keys);
+}
+
+/* Queries of one anchor and K/V head -> [group, size] float32. */
+INLINE void take_queries(const struct choosing *c, int64_t anchor, int64_t head, float *out) {
     for (int64_t g = 0; g < c->group; g++)
         for (int64_t i = 0; i < c->size; i += WIDTH) {
             int64_t count = c->size - i < WIDTH ? c->size - i : WIDTH;
             int64_t at = (c->query_rows ? c->query_rows[anchor] : anchor) * c->query_strides[0] + (head * c->group + g) * c->query_strides[1] + i;
-            vfloat x = load_some(c->query_type, c->query, at, count), zero = splat(0.0f);
-            for (int half = 0; half < 2; half++)
-                store_some(FLOAT32, out + (2 * g + half) * c->size + i, 0, half ? pick(x > zero, zero, x) : pick(x < zero, zero, x), count);
-            store_some(FLOAT32, out + (2 * c->group + g) * c->size + i, 0, x, count);
+            store_some(FLOAT32, out + g * c->size + i, 0, load_some(c->query_type, c->query, at, count), count);
         }
-}
-
-/* How many candidates ahead of its score the bounds of a block are fetched: they lie apart, and nothing else tells where. */
-#define AHEAD 16
-
-/* Fetch the bounds of `parts` of a block, from `first` on. */
-INLINE void fetch_bounds(const struct choosing *c, const int32_t *table, int64_t head, int64_t index, int64_t first, int64_t parts) {
-    const int8_t *bounds = c->bounds + ((table[index] * c->kv_heads + head) * (1 + c->parts) + first) * 2 * c->size;
-    for (int64_t line = 0; line < parts * 2 * c->size; line += 64) __builtin_prefetch(bounds + line, 0, 2);
 }
 
 /* Where the keys of a block lie, and how many bytes they have. */
@@ -99,8 +83,8 @@ INLINE const char *keys_of(const struct choosing *c, int64_t at, int64_t *bytes)
 /* Scales of WIDTH tokens from `token` on, those past the last being the last token's. */
 INLINE vfloat scales_from(const uint16_t *scales, int64_t token, int64_t tokens) {
     if (tokens - token >= WIDTH) return load_some(FLOAT16, scales, token, WIDTH);
-    vfloat x = splat(load_some(FLOAT16, scales, tokens - 1, 1)[0]);
-    for (int64_t i = token; i < tokens; i++) x[i - token] = load_some(FLOAT16, scales, i, 1)[0];
+    vfloat x = splat(widen_half(scales[tokens - 1]));
+    for (int64_t i = token; i < tokens; i++) x[i - token] = widen_half(scales[i]);
     return x;
 }
 
@@ -131,6 +115,7 @@ INLINE int multiply_keys(const struct choosing *c, int64_t at, int64_t next, con
     int64_t bytes;
     const char *keys = keys_of(c, at, &bytes);
     struct upcoming ahead = {keys_of(c, next, &bytes), (bytes + 63) / 64};
+    if (c->key_scales) fetch_bytes(c->key_scales + next * c->block_tokens, c->block_tokens * 2);
 #if HAS_STEPS
     if (c->far_type == STORED_INT8) {
         pack_key_steps(keys, c->key_size, c->block_tokens, size, (uint32_t *)p->panel, columns, &ahead);
@@ -182,37 +167,49 @@ INLINE void keep_best_products(const struct choosing *c, const int32_t *table, i
     keep_best(keys, count, budget);
 }
 
-static void choose_far(const struct choosing *c, int64_t anchor, int64_t head, int64_t *keys, float *query) {
+/* The best `keep` of candidates indices [count] by these bounds of their blocks -> keys, in no order. Behind keys [count] there is room for as many. */
+INLINE void rank_by_bounds(const struct choosing *c, const struct bounded *b, int64_t head, const int16_t *steps, float unit, int64_t keep,
+                           int64_t *keys) {
+    int32_t *products = (int32_t *)(keys + b->count);
+    score_bounds(b, steps, c->size, c->group, products);
+    const uint16_t *scales = c->bounds.scales + head * c->bounds.scale_strides[1];
+    for (int64_t i = 0; i < b->count; i++) {
+        float scale = unit * widen_half(scales[b->table[b->indices[i]] * c->bounds.scale_strides[0]]);
+        keys[i] = rank_key((float)products[i] * scale, b->indices[i]);
+    }
+    keep_best_of_many(keys, b->count, keep);
+}
+
+/* See struct choosing. `memory` holds native_choose_bytes. */
+static void choose_far(const struct choosing *c, int64_t anchor, int64_t head, char *memory, int64_t widest) {
     const int32_t *table = c->tables + c->sequences[anchor] * c->table_stride;
     int32_t *out = c->choices + ((c->places ? c->places[anchor] : anchor) * c->kv_heads + head) * c->most;
-    int64_t candidates = c->ends[anchor] - c->sink_blocks, budget = c->budgets[anchor], part = 2 * c->size;
+    int64_t candidates = c->ends[anchor] - c->sink_blocks, budget = c->budgets[anchor];
     candidates = candidates > 0 ? candidates : 0;
     int64_t chosen = candidates < budget ? candidates : budget;
     for (int64_t i = 0; i < c->most; i++) out[i] = i < chosen ? (int32_t)(c->sink_blocks + i) : -1;
     if (candidates <= budget || budget == 0) return;
-    sign_queries(c, anchor, head, query);
-    for (int64_t i = 0; i < candidates; i++) {
-        int64_t at = table[c->sink_blocks + i] * c->kv_heads + head;
-        fetch_bounds(c, table, head, c->sink_blocks + (i + AHEAD < candidates ? i + AHEAD : candidates - 1), 0, 1);
-        float scale = load_some(FLOAT16, c->bound_scales, at, 1)[0];
-        keys[i] = rank_key(bound_score(query, c->bounds + at * (1 + c->parts) * part, part, c->group) * scale, c->sink_blocks + i);
-    }
-    int64_t kept = c->first_stage * budget < candidates ? c->first_stage * budget : candidates;
-    keep_best(keys, candidates, kept);
-    for (int64_t i = 0; i < kept; i++) {
-        int64_t index = ranked_index(keys[i]), at = table[index] * c->kv_heads + head;
-        const int8_t *bounds = c->bounds + at * (1 + c->parts) * part;
-        fetch_bounds(c, table, head, ranked_index(keys[i + AHEAD / 4 < kept ? i + AHEAD / 4 : kept - 1]), 1, c->parts);
-        float best = -INFINITY;
-        for (int64_t p = 1; p <= c->parts; p++) {
-            float score = bound_score(query, bounds + p * part, part, c->group);
-            best = score > best ? score : best;
-        }
-        keys[i] = rank_key(best * load_some(FLOAT16, c->bound_scales, at, 1)[0], index);
-    }
-    int64_t left = c->second_stage * budget < kept ? c->second_stage * budget : kept;
-    keep_best(keys, kept, left);
-    keep_best_products(c, table, head, keys, left, budget, query + 2 * c->group * c->size, query + 3 * c->group * c->size);
+
+    int64_t *keys = (int64_t *)memory;
+    int32_t *indices = (int32_t *)(keys + 2 * widest);
+    int16_t *steps = (int16_t *)(indices + 2 * ((widest + 1) / 2));
+    float *query = (float *)(steps + c->group * signed_columns(c->size));
+    take_queries(c, anchor, head, query);
+    const float unit = sign_queries(query, c->group, c->size, steps);
+
+    const struct far_bounds *f = &c->bounds;
+    struct bounded bounds = {f->blocks + head * f->block_strides[1], f->block_strides[0], 1, table, indices, candidates};
+    for (int64_t i = 0; i < candidates; i++) indices[i] = (int32_t)(c->sink_blocks + i);
+    const int64_t kept = c->first_stage * budget < candidates ? c->first_stage * budget : candidates;
+    rank_by_bounds(c, &bounds, head, steps, unit, kept, keys);
+
+    const int64_t bytes = f->count * 2 * c->size;
+    bounds = (struct bounded){f->parts + head * bytes, c->kv_heads * bytes, f->count, table, indices, kept};
+    for (int64_t i = 0; i < kept; i++) indices[i] = (int32_t)ranked_index(keys[i]);
+    const int64_t left = c->second_stage * budget < kept ? c->second_stage * budget : kept;
+    rank_by_bounds(c, &bounds, head, steps, unit, left, keys);
+
+    keep_best_products(c, table, head, keys, left, budget, query, query + c->group * c->size);
     for (int64_t i = 0; i < budget; i++) {
         int32_t index = (int32_t)ranked_index(keys[i]);
         int64_t to = i;

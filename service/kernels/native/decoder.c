@@ -31,13 +31,12 @@ struct layer {
     int64_t far_group, far_place;
 };
 
-/* Blocks [F, kv_heads, block_tokens, size] of a layer's far store; the sizes count elements, of integers bytes. See struct choosing for bounds. */
+/* Blocks [F, kv_heads, block_tokens, size] of a layer's far store; the sizes count elements, of integers bytes. */
 struct far_store {
-    int64_t type, key_size, value_size, parts;
+    int64_t type, key_size, value_size;
     const void *keys, *values;
     const uint16_t *key_scales, *value_scales;
-    const int8_t *bounds;
-    const uint16_t *bound_scales;
+    struct far_bounds bounds;
 };
 
 /* What the rows of a step read of a far group: tables [sequences, stride]; of each layer choices [anchors, kv_heads, most], `layer_choices`
@@ -249,16 +248,15 @@ static void choose_blocks(const struct run *run, struct team *team, const struct
     const struct far_store *store = l->store;
     struct choosing choosing = {
         .query_type = FLOAT32, .query = run->memory.qkv, .far_type = store->type, .keys = store->keys, .key_scales = store->key_scales,
-        .key_size = store->key_size, .block_tokens = run->step->block_tokens, .bounds = store->bounds, .bound_scales = store->bound_scales,
+        .key_size = store->key_size, .block_tokens = run->step->block_tokens, .bounds = store->bounds,
         .tables = far->table, .ends = far->ends, .budgets = far->budgets, .sequences = far->sequences, .choices = choices_of(run->step, l),
         .query_strides = {(l->heads + 2 * l->kv_heads) * l->head_dim, l->head_dim}, .table_stride = far->stride, .kv_heads = l->kv_heads,
-        .group = l->heads / l->kv_heads, .size = l->head_dim, .parts = store->parts, .sink_blocks = l->sink_blocks, .most = far->most,
+        .group = l->heads / l->kv_heads, .size = l->head_dim, .sink_blocks = l->sink_blocks, .most = far->most,
         .first_stage = run->step->first_stage, .second_stage = run->step->second_stage, .query_rows = far->query_rows, .places = far->places,
     };
     char *memory = run->memory.choosing + thread * run->memory.choosing_bytes;
     SHARE_STAGE(task, far->fresh * l->kv_heads)
-        native_kernels->choose_far(&choosing, task / l->kv_heads, task % l->kv_heads, (int64_t *)memory,
-                                   (float *)(memory + 2 * far->stride * 8));
+        native_kernels->choose_far(&choosing, task / l->kv_heads, task % l->kv_heads, memory, far->stride);
     end_stage(team, threads);
 }
 

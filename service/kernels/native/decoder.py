@@ -17,6 +17,7 @@ from torch import Tensor
 from service.kernels.kv_store import row_size
 from service.kernels.native.attention import NO_WINDOW
 from service.kernels.native.binding import KEPT, STORED, functions
+from service.kernels.native.far_store import FarBounds, has_plain_bounds
 from service.kernels.native.linear import OrderedLinear
 from service.kernels.native.quantised import NativeQuantisedLinear
 from service.kernels.reference_sparse import FIRST_STAGE, SECOND_STAGE, FarBlocks
@@ -118,17 +119,18 @@ class _FarStore(ctypes.Structure):
     """`struct far_store` of decoder.c."""
 
     _fields_ = (
-        *((name, _size) for name in ("type", "key_size", "value_size", "parts")),
-        *((name, _pointer) for name in ("keys", "values", "key_scales", "value_scales", "bounds", "bound_scales")),
+        *((name, _size) for name in ("type", "key_size", "value_size")),
+        *((name, _pointer) for name in ("keys", "values", "key_scales", "value_scales")),
+        ("bounds", FarBounds),
     )
 
     @classmethod
     def of(cls, blocks: FarBlocks) -> _FarStore:
         """The store of one layer, which must stay where it is. Raises ValueError for one that is not contiguous."""
-        if not all(tensor is None or tensor.is_contiguous() for tensor in blocks):
+        if not has_plain_bounds(blocks) or not all(tensor is None or tensor.is_contiguous() for tensor in blocks[:4]):
             raise ValueError("far blocks of whole layers must be contiguous")
-        pointers = (None if tensor is None else tensor.data_ptr() for tensor in blocks)
-        return cls(STORED[blocks.keys.dtype], blocks.keys.shape[3], blocks.values.shape[3], blocks.bounds.shape[2] - 1, *pointers)
+        pointers = (None if tensor is None else tensor.data_ptr() for tensor in blocks[:4])
+        return cls(STORED[blocks.keys.dtype], blocks.keys.shape[3], blocks.values.shape[3], *pointers, FarBounds.of(blocks))
 
 
 class _FarGroup(ctypes.Structure):

@@ -33,19 +33,18 @@ EXPORTED int64_t native_demote_scratch(int near_type, int64_t block_tokens, int6
 /* See `demote` in reference_sparse.py. Gives 0, and writes nothing, where an id is not one of the near_blocks or far_blocks. */
 EXPORTED int native_demote(int near_type, int far_type, const void *keys, int64_t key_block, int64_t key_head, int64_t key_token,
                            const void *values, int64_t value_block, int64_t value_head, int64_t value_token, void *far_keys,
-                           void *far_values, void *key_scales, void *value_scales, void *bounds, void *bound_scales,
+                           void *far_values, void *key_scales, void *value_scales, const struct far_bounds *bounds,
                            const int64_t *near_ids, const int64_t *far_ids, int64_t count, int64_t near_blocks, int64_t far_blocks,
-                           int64_t kv_heads, int64_t block_tokens, int64_t parts, int64_t key_size, int64_t value_size, float *workspace,
-                           int threads) {
+                           int64_t kv_heads, int64_t block_tokens, int64_t key_size, int64_t value_size, float *workspace, int threads) {
     struct demoting demoting = {
         .near_type = near_type, .far_type = far_type,
         .keys = {keys, {key_block, key_head, key_token}, far_keys, key_scales, key_size},
         .values = {values, {value_block, value_head, value_token}, far_values, value_scales, value_size},
-        .bounds = bounds, .bound_scales = bound_scales, .near_ids = near_ids, .far_ids = far_ids,
-        .kv_heads = kv_heads, .block_tokens = block_tokens, .parts = parts,
+        .bounds = *bounds, .near_ids = near_ids, .far_ids = far_ids,
+        .kv_heads = kv_heads, .block_tokens = block_tokens,
     };
     if (!all_below(near_ids, count, near_blocks) || !all_below(far_ids, count, far_blocks)) return 0;
-    struct demoting_batch batch = {&demoting, workspace, native_demote_scratch(near_type, block_tokens, parts, key_size, value_size)};
+    struct demoting_batch batch = {&demoting, workspace, native_demote_scratch(near_type, block_tokens, bounds->count, key_size, value_size)};
     int64_t elements = count * kv_heads * block_tokens * (key_size + value_size);
     native_parallel(demote_task, &batch, count * kv_heads, elements < GRAIN_ELEMENTS ? 1 : threads);
     return 1;

@@ -98,7 +98,7 @@ INLINE vfloat count_units(vfloat x, vfloat unit, float levels) {
  * back [1 + parts, 2, columns], the block being the first part; gives the largest magnitude of all then. */
 INLINE float store_rows(enum element type, enum element far_type, const struct demoting *d, const struct demoted *s, int64_t from,
                         int64_t to, float *units, float *extremes, int64_t columns) {
-    const int64_t size = s->size, tokens = d->block_tokens, parts = extremes ? d->parts : 1, stride = s->strides[2];
+    const int64_t size = s->size, tokens = d->block_tokens, parts = extremes ? d->bounds.count : 1, stride = s->strides[2];
     const int64_t bytes = far_type == STORED_INT8 ? size : far_type == STORED_INT4 ? size / 2 : size * (type == FLOAT32 ? 4 : 2);
     const int copied = far_type == type;
     const float levels = far_type == STORED_INT4 ? 7.0f : 127.0f;
@@ -141,7 +141,7 @@ INLINE float store_rows(enum element type, enum element far_type, const struct d
 INLINE uint16_t bound_scale(float largest) {
     uint16_t scale;
     store_some(FLOAT16, &scale, 0, splat(largest / 127.0f), 1);
-    return (uint16_t)(scale + (load_some(FLOAT16, &scale, 0, 1)[0] * 127.0f < largest));
+    return (uint16_t)(scale + (widen_half(scale) * 127.0f < largest));
 }
 
 /* The least whole number of units that is not below x, also where the quotient was rounded down. */
@@ -151,14 +151,14 @@ INLINE vfloat upward(vfloat x, vfloat unit) {
     return count + pick(count * unit < x, one, none);
 }
 
-/* extremes [1 + parts, 2, columns] -> bounds [1 + parts, 2, size] in units of `scale`; zeros where that is 0 or not finite. */
+/* extremes [parts, 2, columns] -> bounds [parts, 2, size] in units of `scale`; zeros where that is 0 or not finite. */
 INLINE void store_bounds(const float *extremes, int64_t columns, int64_t size, int64_t parts, uint16_t scale, int8_t *bounds) {
-    float unit = load_some(FLOAT16, &scale, 0, 1)[0];
+    float unit = widen_half(scale);
     if (!(unit > 0.0f && unit < INFINITY)) {
-        memset(bounds, 0, (1 + parts) * 2 * size);
+        memset(bounds, 0, parts * 2 * size);
         return;
     }
-    for (int64_t row = 0; row < 2 * (1 + parts); row++)
+    for (int64_t row = 0; row < 2 * parts; row++)
         for (int64_t i = 0; i < size; i += WIDTH) {
             vfloat x = load_float(extremes + row * columns + i);
             vfloat count = row % 2 ? -upward(-x, splat(unit)) : upward(x, splat(unit));
@@ -167,13 +167,16 @@ INLINE void store_bounds(const float *extremes, int64_t columns, int64_t size, i
 }
 
 INLINE void demote_rows(enum element type, enum element far_type, const struct demoting *d, int64_t block, int64_t head, float *units) {
-    const int64_t near = d->near_ids[block], to = d->far_ids[block] * d->kv_heads + head, size = d->keys.size;
+    const struct far_bounds *b = &d->bounds;
+    const int64_t near = d->near_ids[block], far = d->far_ids[block], to = far * d->kv_heads + head, size = d->keys.size;
     const int64_t *keys = d->keys.strides, *values = d->values.strides;
     const int64_t columns = (size + 15) / 16 * 16;
     float *extremes = units + (d->block_tokens + 15) / 16 * 16;
     float largest = store_rows(type, far_type, d, &d->keys, near * keys[0] + head * keys[1], to, units, extremes, columns);
-    d->bound_scales[to] = bound_scale(largest);
-    store_bounds(extremes, columns, size, d->parts, d->bound_scales[to], d->bounds + to * (1 + d->parts) * 2 * size);
+    const uint16_t scale = bound_scale(largest);
+    b->scales[far * b->scale_strides[0] + head * b->scale_strides[1]] = scale;
+    store_bounds(extremes, columns, size, 1, scale, b->blocks + far * b->block_strides[0] + head * b->block_strides[1]);
+    store_bounds(extremes + 2 * columns, columns, size, b->count, scale, b->parts + to * b->count * 2 * size);
     store_rows(type, far_type, d, &d->values, near * values[0] + head * values[1], to, units, NULL, 0);
 }
 
@@ -200,7 +203,7 @@ static void widen_near(const struct demoting *d, const struct demoted *s, int64_
 
 static void demote_wide(const struct demoting *d, int64_t block, int64_t head, float *memory) {
     struct demoting wide = *d;
-    float *rows = memory + demoting_floats(d->block_tokens, d->parts, d->keys.size, 0);
+    float *rows = memory + demoting_floats(d->block_tokens, d->bounds.count, d->keys.size, 0);
     struct demoted *both[] = {&wide.keys, &wide.values};
     for (int i = 0; i < 2; i++) {
         widen_near(d, both[i], block, head, rows);

@@ -15,15 +15,13 @@ struct demoted {
 };
 
 /* One call: near blocks near_ids [n] become the far blocks far_ids [n]. `far_type` is STORED_INT8, STORED_INT4 or that of the near blocks, which
- * then are not STORED_INT8.
- * bounds int8 [F, kv_heads, 1 + parts, 2, key size] with scales float16 [F, kv_heads]; `parts` divides block_tokens. */
+ * then are not STORED_INT8. The count of parts of `bounds` divides block_tokens. */
 struct demoting {
     enum element near_type, far_type;
     struct demoted keys, values;
-    int8_t *bounds;
-    uint16_t *bound_scales;
+    struct far_bounds bounds;
     const int64_t *near_ids, *far_ids;
-    int64_t kv_heads, block_tokens, parts;
+    int64_t kv_heads, block_tokens;
 };
 
 /* Floats that a thread needs: a scale for each token, the extremes of each part of the keys in whole vectors, and `widened` floats of rows. */

@@ -6,6 +6,8 @@ any number of threads.
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,28 @@ from service.kernels.reference_sparse import FarBlocks
 from service.kernels.workspace import Workspace
 
 _WORKSPACE = Workspace()
+
+
+class FarBounds(ctypes.Structure):
+    """`struct far_bounds` of native.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("blocks", "parts", "scales")),
+        *((name, ctypes.c_int64 * 2) for name in ("block_strides", "scale_strides")),
+        ("count", ctypes.c_int64),
+    )
+
+    @classmethod
+    def of(cls, far: FarBlocks) -> FarBounds:
+        """The bounds of a store that `has_plain_bounds`, which must stay where it is."""
+        pointers = (tensor.data_ptr() for tensor in (far.bounds, far.part_bounds, far.bound_scales))
+        strides = ((ctypes.c_int64 * 2)(*tensor.stride()[:2]) for tensor in (far.bounds, far.bound_scales))
+        return cls(*pointers, *strides, far.part_bounds.shape[2])
+
+
+def has_plain_bounds(far: FarBlocks) -> bool:
+    """Whether bounds are contiguous within a block and head, and those of parts altogether."""
+    return far.bounds[0, 0].is_contiguous() and far.part_bounds.is_contiguous()
 
 
 def demote(key_blocks: Tensor, value_blocks: Tensor, far: FarBlocks, near_ids: Tensor, far_ids: Tensor) -> None:
@@ -33,12 +57,15 @@ def _fits(key_blocks: Tensor, value_blocks: Tensor, far: FarBlocks) -> bool:
     """Whether the kernel reads and writes such blocks: rows are contiguous in the near store, everything is in the far one."""
     (_, heads, tokens), size, value_size = key_blocks.shape[:3], row_size(key_blocks), row_size(value_blocks)
     quantised = far.key_scales is not None or far.value_scales is not None
-    kind, blocks, parts = far.keys.dtype if quantised else key_blocks.dtype, far.keys.shape[0], far.bounds.shape[2] - 1
+    kind, blocks, parts = far.keys.dtype if quantised else key_blocks.dtype, far.keys.shape[0], far.part_bounds.shape[2]
     per_byte, rows = 2 if kind == torch.uint8 else 1, (blocks, heads, tokens)
     expected: list[tuple[Tensor | None, torch.dtype, tuple[int, ...]]] = [
         (far.keys, kind, (*rows, size // per_byte)),
         (far.values, kind, (*rows, value_size // per_byte)),
-        (far.bounds, torch.int8, (blocks, heads, 1 + parts, 2, size)),
+    ]
+    bounds = [
+        (far.bounds, torch.int8, (blocks, heads, 2, size)),
+        (far.part_bounds, torch.int8, (blocks, heads, parts, 2, size)),
         (far.bound_scales, torch.float16, (blocks, heads)),
     ]
     if quantised:
@@ -52,23 +79,25 @@ def _fits(key_blocks: Tensor, value_blocks: Tensor, far: FarBlocks) -> bool:
         and size % per_byte == value_size % per_byte == 0
         and parts > 0
         and tokens % parts == 0
-        and all(t is not None and t.dtype == dtype and t.shape == shape and t.is_contiguous() for t, dtype, shape in expected)
+        and has_plain_bounds(far)
+        and all(t is not None and t.is_contiguous() for t, _, _ in expected)
+        and all(t is not None and t.dtype == dtype and t.shape == shape for t, dtype, shape in (*expected, *bounds))
     )
 
 
 def _demote(key_blocks: Tensor, value_blocks: Tensor, far: FarBlocks, near: Tensor, target: Tensor) -> bool:
     """Call the kernel; False where an id is none of its store's, and nothing was written."""
     (_, heads, tokens), sizes = key_blocks.shape[:3], (row_size(key_blocks), row_size(value_blocks))
-    parts, threads, kind = far.bounds.shape[2] - 1, torch.get_num_threads(), KEPT[key_blocks.dtype]
+    parts, threads, kind = far.part_bounds.shape[2], torch.get_num_threads(), KEPT[key_blocks.dtype]
     workspace = _WORKSPACE.take("demoting", threads * functions().native_demote_scratch(kind, tokens, parts, *sizes))
     done: int = functions().native_demote(
         *(kind, STORED[far.keys.dtype]),
         *(key_blocks.data_ptr(), *key_blocks.stride()[:3]),
         *(value_blocks.data_ptr(), *value_blocks.stride()[:3]),
         *(None if tensor is None else tensor.data_ptr() for tensor in (far.keys, far.values, far.key_scales, far.value_scales)),
-        *(far.bounds.data_ptr(), far.bound_scales.data_ptr(), near.data_ptr(), target.data_ptr()),
+        *(ctypes.byref(FarBounds.of(far)), near.data_ptr(), target.data_ptr()),
         *(len(near), key_blocks.shape[0], far.keys.shape[0]),
-        *(heads, tokens, parts, *sizes),
+        *(heads, tokens, *sizes),
         *(workspace.data_ptr(), threads),
     )
     return bool(done)

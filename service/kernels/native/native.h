@@ -17,11 +17,20 @@
 #define INLINE static inline __attribute__((always_inline))
 
 /* Counted up whenever an exported function changes; binding.py names the one it speaks to. */
-#define NATIVE_ABI 14
+#define NATIVE_ABI 15
 
 /* The last two only in the cache: integers with a scale for each token, INT4 two in a byte, the even index in the low half. Of far blocks
  * the scales lie apart, in float16; a near block has INT8 only, and behind each token's integers their scale in float32. */
 enum element { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, STORED_INT8 = 3, STORED_INT4 = 4 };
+
+/* Bounds of the keys of far blocks, the largest and then the smallest of each feature, in units of a scale for each block and K/V head: of whole blocks int8
+ * [2, size] and the scales float16, both by strides [block, head], so that a head's can lie one after the other; of `count` equal parts of each block int8
+ * [F, kv_heads, count, 2, size]. */
+struct far_bounds {
+    int8_t *blocks, *parts;
+    uint16_t *scales;
+    int64_t block_strides[2], scale_strides[2], count;
+};
 
 /* Memory that is read soon, fetched line by line while something else is computed: what no hardware prefetcher follows, and a burst of
  * fetches would stall. */
@@ -140,8 +149,8 @@ struct kernels {
     int64_t (*attention_scratch)(const struct attention *attention);
     int64_t (*attention_partial)(const struct attention *attention, const struct tile *tile);
     void (*attention_share)(const struct attention *attention, const struct share *share, const struct share *after, float *memory);
-    /* Choose far blocks for one anchor and K/V head, see choosing.h. */
-    void (*choose_far)(const struct choosing *choosing, int64_t anchor, int64_t head, int64_t *keys, float *query);
+    /* Choose far blocks for one anchor and K/V head, see choosing.h; no anchor has more than `widest` candidates. */
+    void (*choose_far)(const struct choosing *choosing, int64_t anchor, int64_t head, char *memory, int64_t widest);
     /* Move one near block of a K/V head into the far store, see demoting.h; `memory` is demoting_floats. */
     void (*demote)(const struct demoting *demoting, int64_t block, int64_t head, float *memory);
 };

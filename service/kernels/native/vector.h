@@ -101,6 +101,9 @@ INLINE vhalf narrow_float16(vfloat x) {
 #endif
 }
 
+/* One of them, in registers: what is stored in pieces and loaded as a whole has to be waited for. */
+INLINE float widen_half(uint16_t h) { return widen_float16((vhalf){h})[0]; }
+
 /* Written out for x86: of the conversion of a whole vector GCC 12 makes one of each byte. */
 INLINE vfloat widen_bytes(const int8_t *p) {
 #if defined(ISA_AVX512)

@@ -7,11 +7,14 @@ row gets depends on its position and its choice alone, never on the batch, the s
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
 from service.kernels.native.attention import compute, prepare
 from service.kernels.native.binding import ELEMENTS, STORED, functions
+from service.kernels.native.far_store import FarBounds, has_plain_bounds
 from service.kernels.reference_sparse import FIRST_STAGE, SECOND_STAGE, ChosenFar, FarBlocks
 from service.kernels.workspace import Workspace
 
@@ -71,9 +74,11 @@ def choose_far(
     most: int,
 ) -> tuple[Tensor, Tensor]:
     """See `reference_sparse.choose_far`; scores are summed in an order of their own, so near ties may fall otherwise."""
-    (anchors, heads, size), (kv_heads, parts) = query.shape, far.bounds.shape[1:3]
+    (anchors, heads, size), kv_heads = query.shape, far.bounds.shape[1]
     query = query if query.stride(-1) == 1 else query.contiguous()
-    bounds, scales, tables = far.bounds.contiguous(), far.bound_scales.contiguous(), far_tables.contiguous()
+    tables = far_tables.contiguous()
+    if not has_plain_bounds(far):
+        far = far._replace(bounds=far.bounds.contiguous(), part_bounds=far.part_bounds.contiguous())
     keys, key_scales = far.keys.contiguous(), None if far.key_scales is None else far.key_scales.contiguous()
     block_tokens, key_size = keys.shape[2:]
     owners, ends, limits = sequences.to(torch.int64).contiguous(), *(t.to(torch.int32).contiguous() for t in (candidate_ends, budgets))
@@ -84,9 +89,9 @@ def choose_far(
     functions().native_choose_far(
         *(ELEMENTS[query.dtype], query.data_ptr(), *query.stride()[:2]),
         *(STORED[keys.dtype], keys.data_ptr(), None if key_scales is None else key_scales.data_ptr()),
-        *(bounds.data_ptr(), scales.data_ptr(), tables.data_ptr(), tables.shape[1]),
+        *(ctypes.byref(FarBounds.of(far)), tables.data_ptr(), tables.shape[1]),
         *(owners.data_ptr(), ends.data_ptr(), limits.data_ptr(), choices.data_ptr()),
-        *(anchors, kv_heads, heads // kv_heads, size, block_tokens, key_size, parts - 1, sink_blocks, most),
+        *(anchors, kv_heads, heads // kv_heads, size, block_tokens, key_size, sink_blocks, most),
         *(FIRST_STAGE, SECOND_STAGE, widest),
         *(workspace.data_ptr(), threads),
     )

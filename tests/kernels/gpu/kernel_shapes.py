@@ -212,10 +212,21 @@ def sparse_types(far: str, scales: str) -> dict[str, str]:
     types = dict.fromkeys(("p_far_keys", "p_far_values"), far) | dict.fromkeys(("p_key_scales", "p_value_scales"), f"*{scales}")
     types |= dict.fromkeys(("p_far_tables", "p_choices", "p_counts", "p_ends", "p_budgets", "p_kept"), "*i32")
     types |= dict.fromkeys(("p_anchors", "p_near_ids", "p_far_ids", "p_sequences"), "*i64")
-    types |= {"p_bounds": "*i8", "p_bound_scales": "*fp16", "p_scores": "*fp32", "width": "i32", "most": "i32", "compared": "i32"}
+    types |= {
+        "p_bounds": "*i8",
+        "p_part_bounds": "*i8",
+        "p_bound_scales": "*fp16",
+        "p_scores": "*fp32",
+        "width": "i32",
+        "most": "i32",
+        "compared": "i32",
+    }
     parts = tuple(f"far_{store}_{part}" for store in ("key", "value") for part in ("block", "head", "token"))
     parts += ("scale_block", "scale_head", "far_table", "choice_anchor", "choice_head", "query_anchor")
-    return types | {f"stride_{part}": "i32" for part in (*parts, "bound_block", "bound_head", "bound_scale")}
+    return types | {
+        f"stride_{part}": "i32"
+        for part in (*parts, "bound_block", "bound_head", "part_block", "part_head", "bound_scale_block", "bound_scale_head")
+    }
 
 
 def linear_shapes() -> list[Shape]:

@@ -124,7 +124,7 @@ def test_nothing_to_demote_and_other_layouts() -> None:
     keys, none = torch.zeros(2, 1, 16, 16, device=DEVICE), torch.zeros(0, dtype=torch.int64, device=DEVICE)
     far_store.demote(keys, keys, store, none, none)
     with pytest.raises(ValueError, match="contiguous"):
-        far_store.demote(keys, keys, store._replace(bounds=store.bounds.transpose(3, 4)), none, none)
+        far_store.demote(keys, keys, store._replace(bounds=store.bounds.transpose(2, 3)), none, none)
 
 
 def choices_of(call: Any) -> tuple[Tensor, Tensor]:
