@@ -241,6 +241,22 @@ class TestChoosing:
         for found, expected in zip(*(choose(*call, sink_blocks=1, most=budget) for choose in (CHOOSE, choose_far)), strict=True):
             assert torch.equal(found, expected)
 
+    @pytest.mark.parametrize("store", ["int8", "int4", "native"])
+    def test_anchors_choose_the_same_alone_and_together(self, store: str, instructions: str) -> None:
+        """Anchors of a sequence share what is packed: as many as come together, which the number of threads decides."""
+        call = make_sparse([400, 260, 90], [70, 9, 1], heads=6, budget=3, refresh=1, store=store).choosing
+        assert call is not None and len(call.query) == 80
+        together, threads = call.run(CHOOSE), torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(call.run(CHOOSE), together, strict=True))
+        finally:
+            torch.set_num_threads(threads)
+        for at in range(len(call.query)):
+            one = {name: getattr(call, name)[at : at + 1] for name in ("query", "sequences", "candidate_ends", "budgets")}
+            choices, counts = replace(call, **one).run(CHOOSE)
+            assert torch.equal(choices[0], together[0][at]) and counts[0] == together[1][at]
+
     @pytest.mark.parametrize("value", [0.0, 1e-44, 1e-30, float("nan"), float("inf")])
     def test_queries_without_a_unit_choose_something_there(self, value: float, instructions: str) -> None:
         """Zeros tie and take the first; of what is not finite only the order and the range of the choice are told."""

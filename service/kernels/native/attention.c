@@ -197,37 +197,44 @@ EXPORTED int64_t native_window_sparse_attention(ATTENTION_ARGUMENTS, int64_t ref
 
 struct choosing_batch {
     const struct choosing *choosing;
+    int64_t anchors, together;
     char *memory;
-    int64_t each, widest;
+    int64_t each;
 };
 
 static void choose_task(void *context, int64_t index, int thread) {
     struct choosing_batch *b = context;
-    const int64_t heads = b->choosing->kv_heads;
-    native_kernels->choose_far(b->choosing, index / heads, index % heads, b->memory + thread * b->each, b->widest);
+    const int64_t heads = b->choosing->kv_heads, begin = index / heads * b->together;
+    const int64_t end = begin + b->together < b->anchors ? begin + b->together : b->anchors;
+    native_kernels->choose_far(b->choosing, begin, end, index % heads, b->memory + thread * b->each);
 }
 
-/* What a thread holds while it chooses: keys of candidates twice, their indices, the queries in two forms, and `struct products` of choosing.h. */
-EXPORTED int64_t native_choose_bytes(int64_t widest, int64_t group, int64_t size, int64_t block_tokens) {
-    const int64_t columns = (block_tokens + 15) / 16 * 16, products = (size + 15) / 16 * 16 * (columns * 4 + 2 * group) + 2 * group * (columns + 2) * 4;
-    return ((2 * widest * 8 + (widest + 1) * 4 + group * (signed_columns(size) * 2 + size * 4) + products) / 64 + 2) * 64;
+/* What choose_far of choosing.h takes, vectors being as wide as they come. */
+EXPORTED int64_t native_choose_bytes(int64_t widest, int64_t compared, int64_t group, int64_t size, int64_t block_tokens) {
+    const int64_t columns = (block_tokens + 15) / 16 * 16, vectors = (size + 15) / 16 * 16;
+    const int64_t shared = whole_lines(2 * widest * 8) + 2 * whole_lines(widest * 4) + whole_lines(group * signed_columns(size) * 2) +
+                           whole_lines(vectors * columns * 4) + whole_lines(2 * group * columns * 4);
+    const int64_t own = whole_lines(compared * 8) + whole_lines(group * size * 4) + 2 * whole_lines(2 * group * 4) +
+                        whole_lines(2 * group * vectors);
+    return shared + CHOSEN_TOGETHER * own;
 }
 
-/* See `choose_far` in reference_sparse.py. `widest` is at least every number of candidates. */
+/* See `choose_far` in reference_sparse.py. */
 EXPORTED void native_choose_far(int query_type, const void *query, int64_t query_row, int64_t query_head, int far_type, const void *keys,
                                 const void *key_scales, const struct far_bounds *bounds, const int32_t *tables, int64_t table_stride,
-                                const int64_t *sequences, const int32_t *ends, const int32_t *budgets, int32_t *choices,
-                                int64_t anchors, int64_t kv_heads, int64_t group, int64_t size, int64_t block_tokens, int64_t key_size,
-                                int64_t sink_blocks, int64_t most, int64_t first_stage, int64_t second_stage, int64_t widest,
-                                void *workspace, int threads) {
+                                const int64_t *sequences, const int32_t *ends, const int32_t *budgets, int32_t *choices, int64_t anchors,
+                                int64_t kv_heads, int64_t group, int64_t size, int64_t block_tokens, int64_t key_size, int64_t sink_blocks,
+                                int64_t most, int64_t first_stage, int64_t second_stage, int64_t widest, void *workspace, int threads) {
     struct choosing choosing = {
         .query_type = query_type, .query = query, .query_strides = {query_row, query_head}, .far_type = far_type, .keys = keys,
-        .key_scales = key_scales, .bounds = *bounds, .tables = tables, .table_stride = table_stride,
-        .sequences = sequences, .ends = ends, .budgets = budgets, .choices = choices, .kv_heads = kv_heads, .group = group, .size = size,
-        .block_tokens = block_tokens, .key_size = key_size, .sink_blocks = sink_blocks, .most = most,
-        .first_stage = first_stage, .second_stage = second_stage,
+        .key_scales = key_scales, .bounds = *bounds, .tables = tables, .table_stride = table_stride, .sequences = sequences, .ends = ends,
+        .budgets = budgets, .choices = choices, .kv_heads = kv_heads, .group = group, .size = size, .block_tokens = block_tokens,
+        .key_size = key_size, .sink_blocks = sink_blocks, .most = most, .widest = widest, .first_stage = first_stage,
+        .second_stage = second_stage,
     };
-    int64_t each = native_choose_bytes(widest, group, size, block_tokens);
-    struct choosing_batch batch = {&choosing, workspace, each, widest};
-    native_parallel(choose_task, &batch, anchors * kv_heads, threads);
+    /* Four tasks a thread, so that none waits long for the last. */
+    int64_t together = anchors * kv_heads / (4 * threads);
+    together = together < 1 ? 1 : together < CHOSEN_TOGETHER ? together : CHOSEN_TOGETHER;
+    struct choosing_batch batch = {&choosing, anchors, together, workspace, native_choose_bytes(widest, second_stage * most, group, size, block_tokens)};
+    native_parallel(choose_task, &batch, (anchors + together - 1) / together * kv_heads, threads);
 }

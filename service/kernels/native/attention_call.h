@@ -95,7 +95,7 @@ void cut_attention(struct attention *a);
 /* One call that chooses far blocks. query [A, kv_heads * group, size]; far blocks' keys [F, kv_heads, block_tokens, key_size], which counts
  * elements, of integers bytes, with scales float16 [F, kv_heads, block_tokens] or NULL; see struct far_bounds; sequences [A], ends and budgets [A];
  * choices [A, kv_heads, most]. Candidates are the entries sink_blocks .. end - 1. Anchor a asks by row query_rows[a] and its choices come to places[a];
- * NULL for a itself. */
+ * NULL for a itself. `widest` is at least every number of candidates. */
 struct choosing {
     enum element query_type, far_type;
     const void *query, *keys;
@@ -104,7 +104,8 @@ struct choosing {
     const int32_t *tables, *ends, *budgets;
     const int64_t *sequences;
     int32_t *choices;
-    int64_t query_strides[2], table_stride, kv_heads, group, size, block_tokens, key_size, sink_blocks, most, first_stage, second_stage;
+    int64_t query_strides[2], table_stride, kv_heads, group, size, block_tokens, key_size, sink_blocks, most, widest, first_stage,
+        second_stage;
     const int64_t *query_rows, *places;
 };
 
@@ -112,7 +113,10 @@ struct choosing {
 #define BOUND_STEPS 32
 INLINE int64_t signed_columns(int64_t size) { return (2 * size + BOUND_STEPS - 1) / BOUND_STEPS * BOUND_STEPS; }
 
-/* Bytes that choosing needs for each thread; `widest` is at least every number of candidates. */
-EXPORTED int64_t native_choose_bytes(int64_t widest, int64_t group, int64_t size, int64_t block_tokens);
+/* The most anchors that choose together. */
+#define CHOSEN_TOGETHER 16
+
+/* Bytes that choosing needs for each thread, `compared` candidates of an anchor being compared by their keys at most. */
+EXPORTED int64_t native_choose_bytes(int64_t widest, int64_t compared, int64_t group, int64_t size, int64_t block_tokens);
 
 #endif

@@ -56,7 +56,7 @@ SIGNATURES: dict[str, tuple[object, ...]] = {
         *(_pointer, _size, _pointer, _size, _pointer, _pointer),
         *(_pointer, _size, _int),
     ),
-    "native_choose_bytes": (_size, _size, _size, _size),
+    "native_choose_bytes": (_size, _size, _size, _size, _size),
     "native_choose_far": (
         *(_int, _pointer, _size, _size),
         *(_int, _pointer, _pointer),

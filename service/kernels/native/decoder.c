@@ -89,10 +89,14 @@ struct run {
 };
 
 static int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
-static int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 /* Whether some row of the step reads far blocks in this layer. */
 static int reads_far(const struct step *s, const struct layer *l) { return l->store && s->far_groups[l->far_group].anchors; }
+
+static int64_t choosing_bytes_of(const struct step *s, const struct layer *l) {
+    const struct far_group *far = s->far_groups + l->far_group;
+    return native_choose_bytes(far->stride, s->second_stage * far->most, l->heads / l->kv_heads, l->head_dim, s->block_tokens);
+}
 
 static int32_t *choices_of(const struct step *s, const struct layer *l) {
     const struct far_group *far = s->far_groups + l->far_group;
@@ -146,7 +150,7 @@ static int64_t place_memory(struct run *run, char *workspace, int64_t bytes, int
         const struct weights *products[] = {l->qkv, l->out, l->gate_up, l->down};
         for (int p = 0; p < 4; p++) quantised = largest(quantised, (int64_t)quantised_bytes(products[p], s->rows));
         if (reads_far(s, l))
-            choosing = largest(choosing, native_choose_bytes(s->far_groups[l->far_group].stride, l->heads / l->kv_heads, l->head_dim, s->block_tokens));
+            choosing = largest(choosing, choosing_bytes_of(s, l));
         attention = largest(attention, lay_out_layer(run, l, threads));
     }
     char *at = (char *)(((uintptr_t)workspace + 63) / 64 * 64), *begin = at;
@@ -251,12 +255,12 @@ static void choose_blocks(const struct run *run, struct team *team, const struct
         .key_size = store->key_size, .block_tokens = run->step->block_tokens, .bounds = store->bounds,
         .tables = far->table, .ends = far->ends, .budgets = far->budgets, .sequences = far->sequences, .choices = choices_of(run->step, l),
         .query_strides = {(l->heads + 2 * l->kv_heads) * l->head_dim, l->head_dim}, .table_stride = far->stride, .kv_heads = l->kv_heads,
-        .group = l->heads / l->kv_heads, .size = l->head_dim, .sink_blocks = l->sink_blocks, .most = far->most,
+        .group = l->heads / l->kv_heads, .size = l->head_dim, .sink_blocks = l->sink_blocks, .most = far->most, .widest = far->stride,
         .first_stage = run->step->first_stage, .second_stage = run->step->second_stage, .query_rows = far->query_rows, .places = far->places,
     };
     char *memory = run->memory.choosing + thread * run->memory.choosing_bytes;
     SHARE_STAGE(task, far->fresh * l->kv_heads)
-        native_kernels->choose_far(&choosing, task / l->kv_heads, task % l->kv_heads, memory, far->stride);
+        native_kernels->choose_far(&choosing, task / l->kv_heads, task / l->kv_heads + 1, task % l->kv_heads, memory);
     end_stage(team, threads);
 }
 

@@ -16,6 +16,9 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
+/* So many bytes in whole lines of the caches. */
+INLINE int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
 /* Counted up whenever an exported function changes; binding.py names the one it speaks to. */
 #define NATIVE_ABI 15
 
@@ -149,8 +152,8 @@ struct kernels {
     int64_t (*attention_scratch)(const struct attention *attention);
     int64_t (*attention_partial)(const struct attention *attention, const struct tile *tile);
     void (*attention_share)(const struct attention *attention, const struct share *share, const struct share *after, float *memory);
-    /* Choose far blocks for one anchor and K/V head, see choosing.h; no anchor has more than `widest` candidates. */
-    void (*choose_far)(const struct choosing *choosing, int64_t anchor, int64_t head, char *memory, int64_t widest);
+    /* Choose far blocks for anchors begin .. end - 1 and a K/V head, see choosing.h. */
+    void (*choose_far)(const struct choosing *choosing, int64_t begin, int64_t end, int64_t head, char *memory);
     /* Move one near block of a K/V head into the far store, see demoting.h; `memory` is demoting_floats. */
     void (*demote)(const struct demoting *demoting, int64_t block, int64_t head, float *memory);
 };

@@ -13,7 +13,6 @@
 /* Rows of the largest group that is weighed together. */
 #define GROUP_ROWS 16
 
-INLINE int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 INLINE int64_t whole_words(int64_t size) { return (size + 3) / 4 * 4; }
 
 #if defined(ISA_AVX512)

@@ -85,7 +85,8 @@ def choose_far(
     choices = torch.empty(anchors, kv_heads, most, dtype=torch.int32)
     counts = torch.minimum((ends - sink_blocks).clamp_(min=0), limits)
     widest, threads = max(tables.shape[1], 1), torch.get_num_threads()
-    workspace = _WORKSPACE.take("choosing", threads * functions().native_choose_bytes(widest, heads // kv_heads, size, block_tokens) // 4)
+    each = functions().native_choose_bytes(widest, SECOND_STAGE * most, heads // kv_heads, size, block_tokens)
+    workspace = _WORKSPACE.take("choosing", threads * each // 4)
     functions().native_choose_far(
         *(ELEMENTS[query.dtype], query.data_ptr(), *query.stride()[:2]),
         *(STORED[keys.dtype], keys.data_ptr(), None if key_scales is None else key_scales.data_ptr()),
