@@ -232,9 +232,7 @@ EXPORTED void native_choose_far(int query_type, const void *query, int64_t query
         .key_size = key_size, .sink_blocks = sink_blocks, .most = most, .widest = widest, .first_stage = first_stage,
         .second_stage = second_stage,
     };
-    /* Four tasks a thread, so that none waits long for the last. */
-    int64_t together = anchors * kv_heads / (4 * threads);
-    together = together < 1 ? 1 : together < CHOSEN_TOGETHER ? together : CHOSEN_TOGETHER;
+    const int64_t together = chosen_together(anchors, kv_heads, threads);
     struct choosing_batch batch = {&choosing, anchors, together, workspace, native_choose_bytes(widest, second_stage * most, group, size, block_tokens)};
     native_parallel(choose_task, &batch, (anchors + together - 1) / together * kv_heads, threads);
 }

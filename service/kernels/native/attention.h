@@ -24,56 +24,78 @@ struct place {
 
 INLINE int64_t element_bytes(enum element type) { return type == FLOAT32 ? 4 : type == STORED_INT8 || type == STORED_INT4 ? 1 : 2; }
 
-/* Tokens of a tile from `token` on that read one entry of its list together: all of them a near one, those that chose one block a far one. */
+/* A block that rows of a tile read together, by its table index: a near one, all of them, or a far one, the tokens that chose it. A split's far blocks
+ * come upwards once for all tokens, each of which has them in that order too, from `entry` on. */
 struct visit {
-    int64_t entry, token, tokens;
+    int64_t entry, block;
+    int far;
 };
-
-INLINE int is_far(const struct tile *tile, int64_t entry) { return entry >= tile->sinks && entry - tile->sinks < tile->far_count; }
 
 /* The table index of the block that a far entry is for one token. */
 INLINE int64_t chosen_block(const struct attention *a, const struct tile *tile, int64_t head, int64_t entry, int64_t token) {
     return tile->choices[(tile->anchors[token] * a->kv_heads + head) * a->choices_stride + entry - tile->sinks];
 }
 
-INLINE struct visit visit_from(const struct attention *a, const struct tile *tile, int64_t head, int64_t entry, int64_t token) {
-    struct visit visit = {entry, token, tile->tokens - token};
-    if (is_far(tile, entry)) {
-        int64_t block = chosen_block(a, tile, head, entry, token), end = token + 1;
-        while (end < tile->tokens && chosen_block(a, tile, head, entry, end) == block) end++;
-        visit.tokens = end - token;
+/* The visit at which an entry is begun. */
+INLINE struct visit visit_at(const struct attention *a, const struct tile *tile, int64_t head, int64_t entry) {
+    const int64_t beyond = entry - tile->sinks;
+    if (beyond < 0) return (struct visit){entry, entry, 0};
+    if (beyond >= tile->far_count) return (struct visit){entry, tile->near_start + beyond - tile->far_count, 0};
+    struct visit visit = {entry, INT64_MAX, 1};
+    for (int64_t token = 0; token < tile->tokens; token++) {
+        int64_t block = chosen_block(a, tile, head, entry, token);
+        visit.block = block < visit.block ? block : visit.block;
     }
     return visit;
 }
 
-INLINE struct visit visit_after(const struct attention *a, const struct tile *tile, int64_t head, struct visit visit) {
-    int64_t token = visit.token + visit.tokens;
-    return token < tile->tokens ? visit_from(a, tile, head, visit.entry, token) : visit_from(a, tile, head, visit.entry + 1, 0);
+/* Move the tokens that chose a far block on to their next entries, of s->cursors; their runs (first token and how many) -> s->runs; gives how many
+ * there are. */
+INLINE int64_t take_runs(const struct attention *a, struct scratch *s, const struct tile *tile, int64_t head, struct visit visit, int64_t end) {
+    int64_t runs = 0, last = -2;
+    for (int64_t token = 0; token < tile->tokens; token++) {
+        if (s->cursors[token] >= end || chosen_block(a, tile, head, s->cursors[token], token) != visit.block) continue;
+        s->cursors[token]++;
+        if (token != last + 1) s->runs[2 * runs] = (int32_t)token, s->runs[2 * runs++ + 1] = 0;
+        s->runs[2 * runs - 1]++;
+        last = token;
+    }
+    return runs;
 }
 
-/* What a visit reads: sinks, then the chosen far blocks, then near blocks from near_start on. */
+/* The visit after one whose runs are taken; far entries of the split end at `end`. */
+INLINE struct visit visit_after(const struct attention *a, const struct scratch *s, const struct tile *tile, int64_t head, struct visit visit,
+                                int64_t end) {
+    if (!visit.far) return visit_at(a, tile, head, visit.entry + 1);
+    visit.block = INT64_MAX;
+    for (int64_t token = 0; token < tile->tokens; token++) {
+        int64_t block = s->cursors[token] < end ? chosen_block(a, tile, head, s->cursors[token], token) : INT64_MAX;
+        visit.block = block < visit.block ? block : visit.block;
+    }
+    return visit.block < INT64_MAX ? visit : visit_at(a, tile, head, end);
+}
+
+/* Where the block of a visit lies. */
 INLINE struct place find_place(const struct attention *a, const struct tile *tile, int64_t head, struct visit visit) {
-    int64_t index = visit.entry, chosen = index - tile->sinks;
-    if (is_far(tile, index)) {
-        int64_t block = chosen_block(a, tile, head, index, visit.token), at = tile->far_table[block] * a->kv_heads + head;
-        int64_t bytes = element_bytes(a->far_type), tokens = at * a->block_tokens;
+    if (visit.far) {
+        int64_t at = tile->far_table[visit.block] * a->kv_heads + head, bytes = element_bytes(a->far_type), tokens = at * a->block_tokens;
         int scaled = a->far_type == STORED_INT8 || a->far_type == STORED_INT4;
         return (struct place){a->far_type,
                               (const char *)a->far_keys + tokens * a->far_key_size * bytes,
                               (const char *)a->far_values + tokens * a->far_value_size * bytes,
                               scaled ? a->far_key_scales + tokens : NULL,
                               scaled ? a->far_value_scales + tokens : NULL,
-                              block * a->block_tokens,
+                              visit.block * a->block_tokens,
                               a->far_key_size,
                               a->far_value_size};
     }
-    int64_t block = chosen < 0 ? index : tile->near_start + chosen - tile->far_count, bytes = element_bytes(a->kv_type);
+    int64_t bytes = element_bytes(a->kv_type);
     return (struct place){a->kv_type,
-                          (const char *)a->keys + (tile->table[block] * a->key_strides[0] + head * a->key_strides[1]) * bytes,
-                          (const char *)a->values + (tile->table[block] * a->value_strides[0] + head * a->value_strides[1]) * bytes,
+                          (const char *)a->keys + (tile->table[visit.block] * a->key_strides[0] + head * a->key_strides[1]) * bytes,
+                          (const char *)a->values + (tile->table[visit.block] * a->value_strides[0] + head * a->value_strides[1]) * bytes,
                           NULL,
                           NULL,
-                          block * a->block_tokens,
+                          visit.block * a->block_tokens,
                           a->key_strides[2],
                           a->value_strides[2]};
 }
@@ -107,10 +129,10 @@ static void load_scales(const struct attention *a, struct scratch *s, const stru
     }
 }
 
-/* Where the first visit of a share is. */
-INLINE struct visit first_visit(const struct attention *a, const struct tile *tile, int64_t head, int64_t split) {
+/* The first entry of a split. */
+INLINE int64_t first_entry(const struct attention *a, const struct tile *tile, int64_t split) {
     int64_t first = (tile->first_split + split) * a->split_blocks;
-    return visit_from(a, tile, head, first > tile->first_entry ? first : tile->first_entry, 0);
+    return first > tile->first_entry ? first : tile->first_entry;
 }
 
 /* The lines that hold what a tile sees of a block from position `start` on, of which a token takes `token_bytes`. */
@@ -119,24 +141,33 @@ INLINE struct upcoming seen_lines(const struct attention *a, const struct tile *
     return (struct upcoming){at, ((tokens < a->block_tokens ? tokens : a->block_tokens) * token_bytes + 63) / 64};
 }
 
-/* The rows of one visit over the block it reads, while the block of the next visit, or of the next share, is fetched. */
-static void attend_block(const struct attention *a, struct scratch *s, const struct tile *tile, int64_t head, struct visit visit) {
-    int64_t value_columns = whole_vectors(a->value_size), last_position = tile->first_position + tile->tokens - 1;
-    int64_t first_row = visit.token * a->group, rows = visit.tokens * a->group;
+/* What is fetched while a block is attended to: the keys and values of the next visit, or of what the next share begins with. */
+INLINE void look_ahead(const struct attention *a, const struct scratch *s, const struct tile *tile, int64_t head, struct visit after,
+                       struct upcoming *keys, struct upcoming *values) {
+    if (after.entry >= tile->end_entry) {
+        *keys = *values = (struct upcoming){NULL, 0};
+        if (!s->after) return;
+        tile = s->after->tile, head = s->after->head;
+        after = visit_at(a, tile, head, first_entry(a, tile, s->after->split));
+    }
+    struct place next = find_place(a, tile, head, after);
+    int64_t bytes = element_bytes(next.type);
+    *keys = seen_lines(a, tile, next.start, next.keys, next.key_stride * bytes);
+    *values = seen_lines(a, tile, next.start, next.values, next.value_stride * bytes);
+}
+
+/* The rows of one visit over the block it reads, while what `after` reads is fetched: the tokens of `runs` runs, or all (NULL). */
+static void attend_block(const struct attention *a, struct scratch *s, const struct tile *tile, int64_t head, struct visit visit,
+                         struct visit after, const int32_t *runs, int64_t count) {
+    const int32_t whole[2] = {0, (int32_t)tile->tokens};
+    if (!runs) runs = whole, count = 1;
+    int64_t value_columns = whole_vectors(a->value_size), last_position = tile->first_position + tile->tokens - 1, rows = 0;
+    for (int64_t i = 0; i < count; i++) rows += runs[2 * i + 1] * a->group;
     struct place here = find_place(a, tile, head, visit);
     int64_t tokens = last_position + 1 - here.start < a->block_tokens ? last_position + 1 - here.start : a->block_tokens;
     s->columns = whole_vectors(tokens);
-    struct upcoming keys_ahead = {NULL, 0}, values_ahead = {NULL, 0};
-    struct visit after = visit_after(a, tile, head, visit);
-    const int more = after.entry < tile->end_entry;
-    const struct tile *next_tile = more ? tile : s->after ? s->after->tile : NULL;
-    if (next_tile) {
-        int64_t next_head = more ? head : s->after->head;
-        struct place next = find_place(a, next_tile, next_head, more ? after : first_visit(a, next_tile, next_head, s->after->split));
-        int64_t bytes = element_bytes(next.type);
-        keys_ahead = seen_lines(a, next_tile, next.start, next.keys, next.key_stride * bytes);
-        values_ahead = seen_lines(a, next_tile, next.start, next.values, next.value_stride * bytes);
-    }
+    struct upcoming keys_ahead, values_ahead;
+    look_ahead(a, s, tile, head, after, &keys_ahead, &values_ahead);
     const int scaled = here.type == STORED_INT8 || here.type == STORED_INT4;
     const int in_steps = HAS_STEPS && here.type == STORED_INT8 && a->kv_type == STORED_INT8;
     if (scaled) load_scales(a, s, tile, &here, tokens);
@@ -162,13 +193,16 @@ static void attend_block(const struct attention *a, struct scratch *s, const str
             type = FLOAT32, mixed_from = s->values, stride = value_columns;
         }
     }
-    /* Sums of bytes are exact, so few rows may do without tiles. */
-    if (a->tiles && (a->pairs || (in_steps && rows > ROWS)))
-        attend_by_tiles(a, s, first_row, rows, tile->first_position, here.start, scaled, &values_ahead);
-    else
-        for (int64_t row = 0; row < rows; row += ROWS)
-            attend_rows(a, s, first_row + row, rows - row < ROWS ? (int)(rows - row) : ROWS, tile->first_position, here.start, type, mixed_from,
-                        stride, scaled, &values_ahead);
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t first = runs[2 * i] * a->group, last = first + runs[2 * i + 1] * a->group;
+        /* Sums of bytes are exact, so few rows may do without tiles. */
+        if (a->tiles && (a->pairs || (in_steps && last - first > ROWS)))
+            attend_by_tiles(a, s, first, last - first, tile->first_position, here.start, scaled, &values_ahead);
+        else
+            for (int64_t row = first; row < last; row += ROWS)
+                attend_rows(a, s, row, last - row < ROWS ? (int)(last - row) : ROWS, tile->first_position, here.start, type, mixed_from, stride,
+                            scaled, &values_ahead);
+    }
     fetch_upcoming(&values_ahead, values_ahead.lines);
 }
 
@@ -177,12 +211,21 @@ static void attend_split(const struct attention *a, struct scratch *s, const str
     int64_t value_columns = whole_vectors(a->value_size), rows = tile->tokens * a->group;
     int64_t end = (tile->first_split + split + 1) * a->split_blocks;
     end = end < tile->end_entry ? end : tile->end_entry;
+    const int64_t far_end = end < tile->sinks + tile->far_count ? end : tile->sinks + tile->far_count;
+    int64_t begun = -1;
     for (int64_t i = 0; i < rows; i++) s->maxima[i] = -INFINITY;
     memset(s->sums, 0, rows * WIDTH * sizeof(float));
     memset(s->mixed, 0, rows * value_columns * sizeof(float));
     begin_tiles(a);
-    for (struct visit visit = first_visit(a, tile, head, split); visit.entry < end; visit = visit_after(a, tile, head, visit))
-        attend_block(a, s, tile, head, visit);
+    for (struct visit visit = visit_at(a, tile, head, first_entry(a, tile, split)), after; visit.entry < end; visit = after) {
+        if (visit.far && begun != visit.entry) {
+            begun = visit.entry;
+            for (int64_t token = 0; token < tile->tokens; token++) s->cursors[token] = (int32_t)begun;
+        }
+        const int64_t count = visit.far ? take_runs(a, s, tile, head, visit, far_end) : 0;
+        after = visit_after(a, s, tile, head, visit, far_end);
+        attend_block(a, s, tile, head, visit, after, visit.far ? s->runs : NULL, count);
+    }
     end_tiles(a);
     for (int64_t i = 0; i < rows; i++) s->totals[i] = sum_lanes(load_float(s->sums + i * WIDTH));
 }
@@ -266,7 +309,9 @@ static void carve(const struct attention *a, float *memory, struct scratch *s) {
     s->value_scales = s->key_scales + columns;
     s->query_scales = s->value_scales + columns;
     s->query_sums = (int32_t *)(s->query_scales + rows);
-    s->query_steps = (int8_t *)(s->query_sums + rows);
+    s->cursors = s->query_sums + rows;
+    s->runs = s->cursors + rows;
+    s->query_steps = (int8_t *)(s->runs + rows + rows % 2);
     s->weight_steps = (uint8_t *)(s->query_steps + whole_vectors((rows + beyond) * whole_words(a->key_size)));
 }
 

@@ -45,6 +45,7 @@ struct scratch {
     float *panel, *values, *query, *scores, *mixed, *group, *joined, *sums, *maxima, *totals, *joined_maxima, *joined_totals, *key_scales, *value_scales;
     float *query_scales;
     int32_t *query_sums;
+    int32_t *cursors, *runs; /* of each token of a tile the far entry that it comes to; runs of tokens that read a far block together */
     int8_t *query_steps;
     uint8_t *weight_steps;
     int64_t columns;           /* tokens of the block at hand that some row sees, in whole vectors */
@@ -113,8 +114,12 @@ struct choosing {
 #define BOUND_STEPS 32
 INLINE int64_t signed_columns(int64_t size) { return (2 * size + BOUND_STEPS - 1) / BOUND_STEPS * BOUND_STEPS; }
 
-/* The most anchors that choose together. */
+/* The most anchors that choose together, and how many of a call do: four tasks a thread are left, so that none waits long for the last. */
 #define CHOSEN_TOGETHER 16
+INLINE int64_t chosen_together(int64_t anchors, int64_t kv_heads, int64_t threads) {
+    int64_t together = anchors * kv_heads / (4 * threads);
+    return together < 1 ? 1 : together < CHOSEN_TOGETHER ? together : CHOSEN_TOGETHER;
+}
 
 /* Bytes that choosing needs for each thread, `compared` candidates of an anchor being compared by their keys at most. */
 EXPORTED int64_t native_choose_bytes(int64_t widest, int64_t compared, int64_t group, int64_t size, int64_t block_tokens);

@@ -259,8 +259,11 @@ static void choose_blocks(const struct run *run, struct team *team, const struct
         .first_stage = run->step->first_stage, .second_stage = run->step->second_stage, .query_rows = far->query_rows, .places = far->places,
     };
     char *memory = run->memory.choosing + thread * run->memory.choosing_bytes;
-    SHARE_STAGE(task, far->fresh * l->kv_heads)
-        native_kernels->choose_far(&choosing, task / l->kv_heads, task / l->kv_heads + 1, task % l->kv_heads, memory);
+    const int64_t together = chosen_together(far->fresh, l->kv_heads, threads);
+    SHARE_STAGE(task, (far->fresh + together - 1) / together * l->kv_heads) {
+        const int64_t begin = task / l->kv_heads * together, end = begin + together;
+        native_kernels->choose_far(&choosing, begin, end < far->fresh ? end : far->fresh, task % l->kv_heads, memory);
+    }
     end_stage(team, threads);
 }
 
