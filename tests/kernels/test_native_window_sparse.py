@@ -241,10 +241,11 @@ class TestChoosing:
         for found, expected in zip(*(choose(*call, sink_blocks=1, most=budget) for choose in (CHOOSE, choose_far)), strict=True):
             assert torch.equal(found, expected)
 
-    @pytest.mark.parametrize("store", ["int8", "int4", "native"])
-    def test_anchors_choose_the_same_alone_and_together(self, store: str, instructions: str) -> None:
+    @pytest.mark.parametrize(("store", "sub_blocks", "kv_heads"), [("int8", 8, 1), ("int8", 2, 2), ("int4", 1, 3), ("native", 4, 6)])
+    def test_anchors_choose_the_same_alone_and_together(self, store: str, sub_blocks: int, kv_heads: int, instructions: str) -> None:
         """Anchors of a sequence share what is packed: as many as come together, which the number of threads decides."""
-        call = make_sparse([400, 260, 90], [70, 9, 1], heads=6, budget=3, refresh=1, store=store).choosing
+        shape = {"heads": 6, "kv_heads": kv_heads, "sub_blocks": sub_blocks, "budget": 3, "refresh": 1}
+        call = make_sparse([400, 260, 90], [70, 9, 1], store=store, **shape).choosing
         assert call is not None and len(call.query) == 80
         together, threads = call.run(CHOOSE), torch.get_num_threads()
         torch.set_num_threads(1)

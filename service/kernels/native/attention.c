@@ -211,11 +211,12 @@ static void choose_task(void *context, int64_t index, int thread) {
 
 /* What choose_far of choosing.h takes, vectors being as wide as they come. */
 EXPORTED int64_t native_choose_bytes(int64_t widest, int64_t compared, int64_t group, int64_t size, int64_t block_tokens) {
-    const int64_t columns = (block_tokens + 15) / 16 * 16, vectors = (size + 15) / 16 * 16;
-    const int64_t shared = whole_lines(2 * widest * 8) + 2 * whole_lines(widest * 4) + whole_lines(group * signed_columns(size) * 2) +
-                           whole_lines(vectors * columns * 4) + whole_lines(2 * group * columns * 4);
-    const int64_t own = whole_lines(compared * 8) + whole_lines(group * size * 4) + 2 * whole_lines(2 * group * 4) +
-                        whole_lines(2 * group * vectors);
+    const int64_t columns = (block_tokens + 15) / 16 * 16, vectors = (size + 15) / 16 * 16, tall = columns > 64 ? columns : 64;
+    const int64_t shared = whole_lines(2 * widest * 8) + 2 * whole_lines(widest * 4) + whole_lines(group * size * 2) +
+                           whole_lines(vectors * tall * 4) + whole_lines(group * columns * 4);
+    const int64_t own = 2 * whole_lines(widest * 4) + whole_lines(2 * compared * 8) + whole_lines(group * size * 4) +
+                        whole_lines(group * signed_columns(size) * 2) + whole_lines(group * 4 * vectors) + whole_lines(group * 2 * vectors) +
+                        2 * whole_lines(group * 4);
     return shared + CHOSEN_TOGETHER * own;
 }
 

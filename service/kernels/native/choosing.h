@@ -88,42 +88,91 @@ INLINE vfloat scales_from(const uint16_t *scales, int64_t token, int64_t tokens)
     return x;
 }
 
-/* One anchor and K/V head while it chooses: its queries [group, size] and, where there are dot products of bytes, each of them as the sum of two rows
- * of bytes, the second of what the first leaves: 14 bits, which are exact enough to tell scores apart. keys [left] are the candidates whose keys are
- * compared, and then the `found` that have been. */
+/* One anchor and K/V head while it chooses. Candidates count from the first one behind the sinks; `left` of them are in list, and what they scored last
+ * in products, each at its own place; keys [found] are those whose keys have been compared. Queries [group, size], and as whole numbers in `unit`: as bounds
+ * meet them, and as halves of bytes to meet bounds and keys. */
 struct asking {
-    int32_t *out;
     int64_t candidates, budget, left, found;
+    int32_t *out, *list, *products;
     int64_t *keys;
-    float *query, *scales;
-    int32_t *sums;
-    int8_t *steps;
+    float *query, unit;
+    int16_t *steps;
+    struct halves of_bounds, of_keys;
 };
 
-/* What anchors have one after the other: keys [2 * widest] and indices [widest] of candidates, queries as bounds meet them, a mask of the anchors that
- * compare each candidate, a panel of keys and products [2 * group, columns]. */
+/* What anchors share or use one after the other: keys [2 * widest] and a list [widest] of candidates, a mask of the anchors that ask for each, whole
+ * numbers [group * size], a panel and products [group, columns] of keys. */
 struct choosing_room {
     int64_t *keys;
-    int32_t *indices;
-    int16_t *steps;
+    int32_t *list;
     uint32_t *masks;
+    int16_t *steps;
     float *panel, *scores;
 };
 
-#if HAS_STEPS
-INLINE void split_queries(const struct choosing *c, const struct asking *a, float *rest) {
-    const int64_t size = c->size, words = whole_words(size);
-    for (int64_t g = 0; g < c->group; g++) {
-        int8_t *first = a->steps + 2 * g * words;
-        a->scales[2 * g] = step_query(a->query + g * size, size, first, a->sums + 2 * g);
-        for (int64_t i = 0; i < size; i++) rest[i] = a->query[g * size + i] - a->scales[2 * g] * first[i];
-        a->scales[2 * g + 1] = step_query(rest, size, first + words, a->sums + 2 * g + 1);
-    }
-}
-#endif
-
 /* Whether keys are multiplied as the bytes that they are. */
 INLINE int compares_bytes(const struct choosing *c) { return HAS_STEPS && c->far_type == STORED_INT8; }
+
+/* Start an anchor: with all candidates in its list, or none where it may choose all and has. */
+INLINE void begin_asking(const struct choosing *c, int64_t anchor, int64_t head, struct asking *a, const struct choosing_room *r) {
+    const int64_t candidates = c->ends[anchor] - c->sink_blocks, columns = signed_columns(c->size);
+    a->out = c->choices + ((c->places ? c->places[anchor] : anchor) * c->kv_heads + head) * c->most;
+    a->candidates = candidates > 0 ? candidates : 0, a->budget = c->budgets[anchor], a->left = a->found = 0;
+    const int64_t chosen = a->candidates < a->budget ? a->candidates : a->budget;
+    for (int64_t i = 0; i < c->most; i++) a->out[i] = i < chosen ? (int32_t)(c->sink_blocks + i) : -1;
+    if (a->candidates <= a->budget || a->budget == 0) return;
+    a->left = a->candidates;
+    take_queries(c, anchor, head, a->query);
+    a->unit = sign_queries(a->query, c->group, c->size, a->steps);
+    halve_steps(a->steps, c->group, columns, 2 * c->size, &a->of_bounds);
+    if (!compares_bytes(c)) return;
+    for (int64_t g = 0; g < c->group; g++)
+        for (int64_t i = 0; i < c->size; i++)
+            r->steps[g * c->size + i] = (int16_t)(a->steps[g * columns + i] + a->steps[g * columns + c->size + i]);
+    halve_steps(r->steps, c->group, c->size, c->size, &a->of_keys);
+}
+
+/* The candidates that any of the anchors has in its list, upwards -> r->list; masks tell which do. Gives how many there are. */
+INLINE int64_t join_lists(const struct asking *asked, int count, const struct choosing_room *r) {
+    int64_t end = 0, joined = 0;
+    for (int a = 0; a < count; a++) end = asked[a].left && asked[a].candidates > end ? asked[a].candidates : end;
+    memset(r->masks, 0, end * sizeof *r->masks);
+    for (int a = 0; a < count; a++)
+        for (int64_t i = 0; i < asked[a].left; i++) r->masks[asked[a].list[i]] |= 1u << a;
+    for (int64_t i = 0; i < end; i++)
+        if (r->masks[i]) r->list[joined++] = (int32_t)i;
+    return joined;
+}
+
+/* Of each anchor's list the best `stage` for each block that it may choose, by these bounds of their blocks. */
+INLINE void keep_by_bounds(const struct choosing *c, struct bounded *b, int64_t head, int64_t stage, struct asking *asked, int count,
+                           const struct choosing_room *r) {
+    if (HAS_STEPS && count >= PANEL_ANCHORS) {
+        struct halves halves[CHOSEN_TOGETHER];
+        int32_t *outs[CHOSEN_TOGETHER];
+        for (int a = 0; a < count; a++) halves[a] = asked[a].of_bounds, outs[a] = asked[a].products;
+        b->candidates = r->list, b->count = join_lists(asked, count, r);
+        score_bounds_together(b, halves, count, c->size, c->group, r->masks, (uint32_t *)r->panel, outs);
+    }
+    const uint16_t *scales = c->bounds.scales + head * c->bounds.scale_strides[1];
+    for (int a = 0; a < count; a++) {
+        struct asking *one = asked + a;
+        if (!one->left) continue;
+        if (!(HAS_STEPS && count >= PANEL_ANCHORS)) {
+            b->candidates = one->list, b->count = one->left;
+            score_bounds(b, one->steps, c->size, c->group, one->products);
+        }
+        for (int64_t i = 0; i < one->left; i++) {
+            const int32_t candidate = one->list[i];
+            float scale = one->unit * widen_half(scales[b->table[candidate] * c->bounds.scale_strides[0]]);
+            r->keys[i] = rank_key((float)one->products[candidate] * scale, candidate);
+        }
+        const int64_t kept = stage * one->budget < one->left ? stage * one->budget : one->left;
+        keep_best(r->keys, one->left, kept);
+        one->left = kept;
+        for (int64_t i = 0; i < kept; i++) one->list[i] = (int32_t)ranked_index(r->keys[i]);
+    }
+}
 
 /* Keys of block and head `at` -> r->panel, while those of `next` are fetched. */
 INLINE void pack_candidate(const struct choosing *c, int64_t at, int64_t next, const struct choosing_room *r) {
@@ -138,102 +187,76 @@ INLINE void pack_candidate(const struct choosing *c, int64_t at, int64_t next, c
         pack_keys(c->far_type, keys, bytes / c->block_tokens, c->block_tokens, c->size, r->panel, columns, &ahead);
 }
 
-/* Products of the queries with the keys in r->panel, without the scales of these -> r->scores, `rows` rows for each query, to be added up; gives
- * `rows`. */
-INLINE int multiply_keys(const struct choosing *c, const struct asking *a, const struct choosing_room *r) {
-    const int64_t columns = whole_vectors(c->block_tokens), size = c->size, rows = (compares_bytes(c) ? 2 : 1) * c->group;
-    for (int64_t row = 0; row < rows; row += ROWS) {
-        const int count = rows - row < ROWS ? (int)(rows - row) : ROWS;
-#if HAS_STEPS
-        if (compares_bytes(c)) {
-            score_steps(count, columns, size, a->steps + row * whole_words(size), a->scales + row, a->sums + row, (const uint32_t *)r->panel,
-                        r->scores + row * columns);
-            continue;
+/* The largest product of the queries with each key in r->panel, without the scales of these -> r->scores [columns]. */
+INLINE void multiply_keys(const struct choosing *c, const struct asking *a, const struct choosing_room *r) {
+    const int64_t columns = whole_vectors(c->block_tokens), size = c->size;
+    if (compares_bytes(c)) {
+        best_products(c->group, &a->of_keys, (const uint32_t *)r->panel, columns, (int32_t *)r->scores);
+        for (int64_t i = 0; i < columns; i += WIDTH) {
+            vint products;
+            memcpy(&products, (const int32_t *)r->scores + i, sizeof products);
+            store_float(r->scores + i, __builtin_convertvector(products, vfloat) * splat(a->unit));
         }
-#endif
-        multiply_float32(count, columns / WIDTH, 0, size, a->query + row * size, size, r->panel, columns, r->scores + row * columns, columns, NULL,
-                         NULL);
+        return;
     }
-    return (int)(rows / c->group);
+    for (int64_t row = 0; row < c->group; row += ROWS)
+        multiply_float32(c->group - row < ROWS ? (int)(c->group - row) : ROWS, columns / WIDTH, 0, size, a->query + row * size, size, r->panel,
+                         columns, r->scores + row * columns, columns, NULL, NULL);
+    for (int64_t row = 1; row < c->group; row++)
+        for (int64_t i = 0; i < columns; i += WIDTH)
+            store_float(r->scores + i, vmaximum(load_float(r->scores + row * columns + i), load_float(r->scores + i)));
 }
 
 /* The largest product of the queries with a key of block and head `at`, as it is kept and lies in r->panel. */
 INLINE float key_score(const struct choosing *c, const struct asking *a, int64_t at, const struct choosing_room *r) {
-    const int64_t columns = whole_vectors(c->block_tokens), rows = multiply_keys(c, a, r);
+    multiply_keys(c, a, r);
     vfloat best = splat(-INFINITY);
-    for (int64_t token = 0; token < columns; token += WIDTH) {
-        vfloat highest = splat(-INFINITY);
-        for (int64_t g = 0; g < c->group; g++) {
-            const float *scores = r->scores + g * rows * columns + token;
-            highest = vmaximum(rows == 2 ? load_float(scores) + load_float(scores + columns) : load_float(scores), highest);
-        }
+    for (int64_t token = 0; token < whole_vectors(c->block_tokens); token += WIDTH) {
+        vfloat highest = load_float(r->scores + token);
         if (c->key_scales) highest *= scales_from(c->key_scales + at * c->block_tokens, token, c->block_tokens);
         best = vmaximum(highest, best);
     }
     return maximum_of_lanes(best);
 }
 
-/* Scores of the candidates that each of a [count] compares, by their keys: a block is packed once for all that do. */
+/* Compare the candidates of each anchor's list by their keys; a block is packed once for all anchors that ask for it. */
 INLINE void compare_keys(const struct choosing *c, const int32_t *table, int64_t head, struct asking *asked, int count,
                          const struct choosing_room *r) {
-    int64_t end = 0, blocks = 0;
-    for (int a = 0; a < count; a++) end = asked[a].left && asked[a].candidates > end ? asked[a].candidates : end;
-    memset(r->masks, 0, end * sizeof *r->masks);
-    for (int a = 0; a < count; a++)
-        for (int64_t i = 0; i < asked[a].left; i++) r->masks[ranked_index(asked[a].keys[i]) - c->sink_blocks] |= 1u << a;
-    for (int64_t i = 0; i < end; i++)
-        if (r->masks[i]) r->indices[blocks++] = (int32_t)i;
-    for (int64_t i = 0; i < blocks; i++) {
-        const int64_t index = c->sink_blocks + r->indices[i], next = c->sink_blocks + r->indices[i + 1 < blocks ? i + 1 : i];
-        const int64_t at = table[index] * c->kv_heads + head;
+    const int64_t joined = join_lists(asked, count, r);
+    for (int64_t i = 0; i < joined; i++) {
+        const int64_t candidate = r->list[i], next = r->list[i + 1 < joined ? i + 1 : i], at = table[candidate] * c->kv_heads + head;
         pack_candidate(c, at, table[next] * c->kv_heads + head, r);
-        for (uint32_t mask = r->masks[r->indices[i]]; mask; mask &= mask - 1) {
+        for (uint32_t mask = r->masks[candidate]; mask; mask &= mask - 1) {
             struct asking *a = asked + __builtin_ctz(mask);
-            a->keys[a->found++] = rank_key(key_score(c, a, at, r), index);
+            a->keys[a->found++] = rank_key(key_score(c, a, at, r), candidate);
         }
     }
 }
 
-/* The best `keep` of candidates indices [count] by these bounds of their blocks -> keys, in no order. Behind keys [count] there is room for as many. */
-INLINE void rank_by_bounds(const struct choosing *c, const struct bounded *b, int64_t head, const int16_t *steps, float unit, int64_t keep,
-                           int64_t *keys) {
-    int32_t *products = (int32_t *)(keys + b->count);
-    score_bounds(b, steps, c->size, c->group, products);
-    const uint16_t *scales = c->bounds.scales + head * c->bounds.scale_strides[1];
-    for (int64_t i = 0; i < b->count; i++) {
-        float scale = unit * widen_half(scales[b->table[b->indices[i]] * c->bounds.scale_strides[0]]);
-        keys[i] = rank_key((float)products[i] * scale, b->indices[i]);
-    }
-    keep_best(keys, b->count, keep);
-}
-
-/* The candidates that one anchor compares by their keys -> a->keys [left]; where there are no more than it may choose it has chosen them. */
-INLINE void ask_bounds(const struct choosing *c, int64_t anchor, int64_t head, struct asking *a, const struct choosing_room *r) {
-    const int32_t *table = c->tables + c->sequences[anchor] * c->table_stride;
-    const int64_t candidates = c->ends[anchor] - c->sink_blocks;
-    a->out = c->choices + ((c->places ? c->places[anchor] : anchor) * c->kv_heads + head) * c->most;
-    a->candidates = candidates > 0 ? candidates : 0, a->budget = c->budgets[anchor], a->left = a->found = 0;
-    const int64_t chosen = a->candidates < a->budget ? a->candidates : a->budget;
-    for (int64_t i = 0; i < c->most; i++) a->out[i] = i < chosen ? (int32_t)(c->sink_blocks + i) : -1;
-    if (a->candidates <= a->budget || a->budget == 0) return;
-
-    take_queries(c, anchor, head, a->query);
-    const float unit = sign_queries(a->query, c->group, c->size, r->steps);
+/* Choose for anchors of one sequence. */
+INLINE void choose_together(const struct choosing *c, int64_t begin, int count, int64_t head, struct asking *asked, const struct choosing_room *r) {
+    const int32_t *table = c->tables + c->sequences[begin] * c->table_stride + c->sink_blocks;
     const struct far_bounds *f = &c->bounds;
-    struct bounded bounds = {f->blocks + head * f->block_strides[1], f->block_strides[0], 1, table, r->indices, a->candidates};
-    for (int64_t i = 0; i < a->candidates; i++) r->indices[i] = (int32_t)(c->sink_blocks + i);
-    const int64_t kept = c->first_stage * a->budget < a->candidates ? c->first_stage * a->budget : a->candidates;
-    rank_by_bounds(c, &bounds, head, r->steps, unit, kept, r->keys);
-
     const int64_t bytes = f->count * 2 * c->size;
-    bounds = (struct bounded){f->parts + head * bytes, c->kv_heads * bytes, f->count, table, r->indices, kept};
-    for (int64_t i = 0; i < kept; i++) r->indices[i] = (int32_t)ranked_index(r->keys[i]);
-    a->left = c->second_stage * a->budget < kept ? c->second_stage * a->budget : kept;
-    rank_by_bounds(c, &bounds, head, r->steps, unit, a->left, r->keys);
-    memcpy(a->keys, r->keys, a->left * sizeof *a->keys);
-#if HAS_STEPS
-    if (compares_bytes(c)) split_queries(c, a, r->panel);
-#endif
+    for (int a = 0; a < count; a++) {
+        begin_asking(c, begin + a, head, asked + a, r);
+        for (int64_t i = 0; i < asked[a].left; i++) asked[a].list[i] = (int32_t)i;
+    }
+    struct bounded blocks = {f->blocks + head * f->block_strides[1], f->block_strides[0], 1, table, NULL, 0};
+    keep_by_bounds(c, &blocks, head, c->first_stage, asked, count, r);
+    struct bounded parts = {f->parts + head * bytes, c->kv_heads * bytes, f->count, table, NULL, 0};
+    keep_by_bounds(c, &parts, head, c->second_stage, asked, count, r);
+    compare_keys(c, table, head, asked, count, r);
+    for (struct asking *a = asked; a < asked + count; a++) {
+        if (!a->left) continue;
+        keep_best(a->keys, a->left, a->budget);
+        for (int64_t i = 0; i < a->budget; i++) {
+            int32_t index = (int32_t)(c->sink_blocks + ranked_index(a->keys[i]));
+            int64_t to = i;
+            for (; to > 0 && a->out[to - 1] > index; to--) a->out[to] = a->out[to - 1];
+            a->out[to] = index;
+        }
+    }
 }
 
 /* Give `bytes` of memory, in whole lines. */
@@ -243,39 +266,35 @@ INLINE void *take_lines(char **memory, int64_t bytes) {
     return taken;
 }
 
+INLINE struct halves take_halves(char **memory, int64_t heads, int64_t size) {
+    const int64_t words = whole_words(size) / 4;
+    int8_t *bytes = take_lines(memory, heads * 8 * words);
+    return (struct halves){bytes, take_lines(memory, heads * 4), words};
+}
+
 /* Choose for anchors begin .. end - 1, CHOSEN_TOGETHER at most; see struct choosing. `memory` is native_choose_bytes. */
 static void choose_far(const struct choosing *c, int64_t begin, int64_t end, int64_t head, char *memory) {
     const int64_t columns = whole_vectors(c->block_tokens), size = c->size, group = c->group;
+    const int64_t panel = whole_vectors(size) * columns * 4, of_bounds = 2 * whole_vectors(size) * PANEL_COLUMNS;
     struct asking asked[CHOSEN_TOGETHER];
     struct choosing_room r;
     r.keys = take_lines(&memory, 2 * c->widest * 8);
-    r.indices = take_lines(&memory, c->widest * 4);
+    r.list = take_lines(&memory, c->widest * 4);
     r.masks = take_lines(&memory, c->widest * 4);
-    r.steps = take_lines(&memory, group * signed_columns(size) * 2);
-    r.panel = take_lines(&memory, whole_vectors(size) * columns * 4);
-    r.scores = take_lines(&memory, 2 * group * columns * 4);
-    for (int a = 0; a < end - begin; a++) {
-        asked[a].keys = take_lines(&memory, c->second_stage * c->most * 8);
+    r.steps = take_lines(&memory, group * size * 2);
+    r.panel = take_lines(&memory, panel > of_bounds ? panel : of_bounds);
+    r.scores = take_lines(&memory, group * columns * 4);
+    for (int64_t a = 0; a < end - begin; a++) {
+        asked[a].list = take_lines(&memory, c->widest * 4);
+        asked[a].products = take_lines(&memory, c->widest * 4);
+        asked[a].keys = take_lines(&memory, 2 * c->second_stage * c->most * 8);
         asked[a].query = take_lines(&memory, group * size * 4);
-        asked[a].scales = take_lines(&memory, 2 * group * 4);
-        asked[a].sums = take_lines(&memory, 2 * group * 4);
-        asked[a].steps = take_lines(&memory, 2 * group * whole_words(size));
-        ask_bounds(c, begin + a, head, asked + a, &r);
+        asked[a].steps = take_lines(&memory, group * signed_columns(size) * 2);
+        asked[a].of_bounds = take_halves(&memory, group, 2 * size);
+        asked[a].of_keys = take_halves(&memory, group, size);
     }
     for (int64_t from = begin, to; from < end; from = to) {
-        const int64_t sequence = c->sequences[from];
-        for (to = from + 1; to < end && c->sequences[to] == sequence;) to++;
-        compare_keys(c, c->tables + sequence * c->table_stride, head, asked + (from - begin), (int)(to - from), &r);
-    }
-    for (int a = 0; a < end - begin; a++) {
-        if (!asked[a].left) continue;
-        keep_best(asked[a].keys, asked[a].left, asked[a].budget);
-        int32_t *out = asked[a].out;
-        for (int64_t i = 0; i < asked[a].budget; i++) {
-            int32_t index = (int32_t)ranked_index(asked[a].keys[i]);
-            int64_t to = i;
-            for (; to > 0 && out[to - 1] > index; to--) out[to] = out[to - 1];
-            out[to] = index;
-        }
+        for (to = from + 1; to < end && c->sequences[to] == c->sequences[from];) to++;
+        choose_together(c, from, (int)(to - from), head, asked + (from - begin), &r);
     }
 }

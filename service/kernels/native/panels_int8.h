@@ -24,23 +24,28 @@ INLINE float step_query(const float *x, int64_t size, int8_t *out, int32_t *sum)
     return quantise_row(x, size, whole_words(size), whole_words(size), out, 64, sum);
 }
 
-/* Keys [tokens, size] of one block and head -> words of four dimensions [whole_words(size) / 4, columns], 128 added to each byte. */
+/* Rows [size] of bytes -> words of four dimensions [whole_words(size) / 4, columns], 128 added to each byte; the rows go on behind them. */
+INLINE void pack_step_rows(const char *rows[WIDTH], int64_t size, uint32_t *panel, int64_t columns, struct upcoming *ahead) {
+    const vuint flip = (vuint)_mm512_set1_epi8((char)0x80);
+    const int64_t bytes = whole_words(size);
+    for (int64_t at = 0; at < bytes; at += 4 * WIDTH) {
+        vuint words[WIDTH];
+        take_words(rows, size - at, words, ahead);
+        int64_t count = (bytes - at) / 4 < WIDTH ? (bytes - at) / 4 : WIDTH;
+        for (int i = 0; i < count; i++) {
+            vuint word = words[i] ^ flip;
+            memcpy(panel + (at / 4 + i) * columns, &word, sizeof word);
+        }
+    }
+}
+
+/* Keys [tokens, size] of one block and head -> such words. */
 static void pack_key_steps(const char *keys, int64_t token_bytes, int64_t tokens, int64_t size, uint32_t *panel, int64_t columns,
                            struct upcoming *ahead) {
-    const vuint flip = (vuint)_mm512_set1_epi8((char)0x80);
-    int64_t bytes = whole_words(size);
     for (int64_t column = 0; column < columns; column += WIDTH) {
         const char *rows[WIDTH];
         find_keys(keys, token_bytes, tokens, column, rows);
-        for (int64_t at = 0; at < bytes; at += 4 * WIDTH) {
-            vuint words[WIDTH];
-            take_words(rows, size - at, words, ahead);
-            int64_t count = (bytes - at) / 4 < WIDTH ? (bytes - at) / 4 : WIDTH;
-            for (int i = 0; i < count; i++) {
-                vuint word = words[i] ^ flip;
-                memcpy(panel + (at / 4 + i) * columns + column, &word, sizeof word);
-            }
-        }
+        pack_step_rows(rows, size, panel + column, columns, ahead);
     }
 }
 
