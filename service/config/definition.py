@@ -292,7 +292,8 @@ class AttentionSection(BaseModel):
         description="64-token blocks behind the window that a query reads; 0 is what the model says, or 16 (32 far out)",
     )
     far_refresh: Annotated[Whole, Field(le=64)] = Field(
-        _ATTENTION.far_refresh, description="tokens that share one choice of far blocks; 0 is what the model says, or 1"
+        _ATTENTION.far_refresh,
+        description="tokens that share one choice of far blocks, at the price of answers; 0 is what the model says, or 1",
     )
     kv_far: KvFar = Field(
         cast(KvFar, _ATTENTION.kv_far),

@@ -224,9 +224,10 @@ def choose_far(
         SECOND=SECOND_STAGE, BLOCK_TOKENS=far.keys.shape[2], QUANTISED=far.key_scales is not None, NIBBLES=far.keys.dtype == torch.uint8,
         num_warps=4, **asked.options,
     )  # fmt: skip
+    candidates = triton.next_power_of_2(asked.compared)
     pick_kernel[kept.shape[:2]](
         candidate_ends, budgets, kept, products, choices, counts, asked.compared, most, SINK_BLOCKS=sink_blocks, SECOND=SECOND_STAGE,
-        KEPT=triton.next_power_of_2(asked.compared), MOST=max(triton.next_power_of_2(most), 2), num_warps=4,
+        KEPT=candidates, MOST=max(triton.next_power_of_2(most), 2), num_warps=_pick_warps(candidates),
     )  # fmt: skip
     return choices, counts
 
@@ -272,6 +273,11 @@ def _keep_by_bounds(asked: _Asked) -> Tensor:
         SCORED=min(SCORED_BLOCKS, first), num_warps=_select_warps(candidates), **asked.options,
     )  # fmt: skip
     return kept
+
+
+def _pick_warps(candidates: int) -> int:
+    """Warps with which pick_kernel spills on no chip; `--prefill dense` picks from 8,192 at 128K."""
+    return 4 if candidates <= 2048 else 8
 
 
 def _select_warps(candidates: int) -> int:

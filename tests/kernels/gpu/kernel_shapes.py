@@ -167,14 +167,18 @@ def sparse_shapes() -> list[Shape]:
     # Rows of 80 and 96 values are padded to 128: half a row of nibbles is a mask of its own.
     others = ((80, "int4"), (96, "int8"), (256, "int8"), (256, "int4"), (256, "native"))
     cases += [("bf16", dim, store, *run, chip) for (dim, store), run, chip in product(others, runs[:2], ALL)]
+    cases += [("fp32", dim, store, *run, chip) for dim, store, run, chip in product((64, 128), ("int8", "native"), runs[:2], ALL)]
     shapes = []
     for kind, dim, store, refresh, split, chip in cases:
         tile, tokens = sparse_tile(TORCH_TYPES[kind], dim, 4, refresh, 64, chip)
-        constants = attention_constants(dim, 4, 2048) | {"ROWS": tile.rows, "TOKENS": tokens, "REFRESH": refresh, "SINK_BLOCKS": 1}
+        constants = attention_constants(dim, 4, 2048, **({"PRECISION": "ieee"} if kind == "fp32" else {}))
+        constants |= {"ROWS": tile.rows, "TOKENS": tokens, "REFRESH": refresh, "SINK_BLOCKS": 1}
         constants |= {"HAS_FAR": True, "QUANTISED": store != "native", "NIBBLES": store == "int4", "SPLIT": split}
-        types = attention_types(kind) | sparse_types(*STORES[store])
+        kept = ("*fp32", "fp32") if (kind, store) == ("fp32", "native") else STORES[store]
+        types = attention_types(kind) | sparse_types(*kept)
         name = f"sparse-{'decode' if split else 'prefill'}-{kind}-d{dim}-{store}-r{refresh}"
-        shapes.append(Shape(name, "sparse_tiles", "sparse_kernel", types, constants, *tile[1:], 0, tile.rows >= 64, (chip,)))
+        stack = FLOAT32_STACK if kind == "fp32" else 0
+        shapes.append(Shape(name, "sparse_tiles", "sparse_kernel", types, constants, *tile[1:], stack, tile.rows >= 64, (chip,)))
     tile, tokens = sparse_tile(torch.bfloat16, 128, 4, 1, 64, 90)
     rule = {"ROWS": tile.rows, "TOKENS": tokens, "REFRESH": 1, "SINK_BLOCKS": 1, "HAS_FAR": True, "QUANTISED": True, "NIBBLES": False}
     types = attention_types("bf16") | sparse_types(*STORES["int8"]) | dict.fromkeys(("p_keys", "p_values"), "*fp8e4nv")
@@ -198,6 +202,7 @@ def far_shapes() -> list[Shape]:
             shapes.append(Shape(f"select-{candidates}{wide}", "choose_far", "select_kernel", types, constants, warps))
         if dim == 128:
             shapes.append(Shape("pick", "choose_far", "pick_kernel", types, choose | {"MOST": 32}, 4))
+            shapes.append(Shape("pick-8192", "choose_far", "pick_kernel", types, choose | {"KEPT": 8192, "MOST": 2048}, 8))
         for store, levels in (("int8", 127), ("int4", 7), ("native", 0)):
             types = attention_types("bf16") | sparse_types(*STORES[store])
             stack = WIDE_STACK if dim > 128 and store == "int8" else 0
