@@ -293,7 +293,7 @@ class AttentionSection(BaseModel):
     )
     far_refresh: Annotated[Whole, Field(le=64)] = Field(
         _ATTENTION.far_refresh,
-        description="tokens that share one choice of far blocks, at the price of answers; 0 is what the model says, or 1",
+        description="tokens that share one choice of far blocks, which costs answers; 0 is what the model says, or 1",
     )
     kv_far: KvFar = Field(
         cast(KvFar, _ATTENTION.kv_far),
