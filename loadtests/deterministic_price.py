@@ -1,7 +1,9 @@
 """What `--deterministic` costs: prefill and decode of one model with it and without, in alternating rounds of two workers, without HTTP.
 
     python -m loadtests.deterministic_price --cache DIR [--shape llama-60m] [--dtype float32 bfloat16] [--batches 1 8 32] [--rounds 5]
-        [--keep]
+        [--prompt 128] [--attention_window N] [--keep]
+
+With a window its layers read it and far blocks, as v5.2's do.
 
 A round is `--prompt` random tokens for each of B sequences and `--generate` greedy ones. The price is the ratio of times (deterministic
 over plain) in rounds that follow each other, so that whatever else the machine does meets both.
@@ -19,7 +21,7 @@ import numpy as np
 from loadtests.rows import keep, spread, surroundings
 from loadtests.shapes import SHAPES, write_shape
 from service.cli.local_engine import LocalEngine, Round
-from service.types.settings import EngineSettings, SchedulerSettings
+from service.types.settings import AttentionSettings, EngineSettings, SchedulerSettings
 
 
 def prompts(count: int, length: int, vocabulary: int, seed: int) -> list[tuple[int, ...]]:
@@ -31,11 +33,15 @@ def prompts(count: int, length: int, vocabulary: int, seed: int) -> list[tuple[i
 async def measure(asked: argparse.Namespace, directory: Path, dtype: str) -> dict[str, Any]:
     """Speeds of both sides and the price of one dtype, for every batch size."""
     scheduler = SchedulerSettings(batch_size=max(asked.batches))
-    sides = {name: EngineSettings(dtype=dtype, device="cpu", context_tokens=2048, deterministic=name == "deterministic") for name in SIDES}
+    context = max(2048, asked.prompt + asked.generate)
+    sides = {
+        name: EngineSettings(dtype=dtype, device="cpu", context_tokens=context, deterministic=name == "deterministic") for name in SIDES
+    }
+    attention = AttentionSettings(attention_window=asked.attention_window)
     found: dict[str, Any] = {}
     async with (
-        LocalEngine(directory, sides["plain"], scheduler) as plain,
-        LocalEngine(directory, sides["deterministic"], scheduler) as other,
+        LocalEngine(directory, sides["plain"], scheduler, attention) as plain,
+        LocalEngine(directory, sides["deterministic"], scheduler, attention) as other,
     ):
         engines = {"plain": plain, "deterministic": other}
         for batch in asked.batches:
@@ -69,12 +75,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--generate", type=int, default=32)
+    parser.add_argument("--attention_window", type=int, default=0)
     parser.add_argument("--keep", action="store_true", help="append the row to results/deterministic_price.jsonl")
     asked = parser.parse_args()
     directory = write_shape(asked.shape, asked.cache / asked.shape)
     for dtype in asked.dtype:
         found = asyncio.run(measure(asked, directory, dtype))
         settings = {"shape": asked.shape, "dtype": dtype, "prompt": asked.prompt, "generate": asked.generate}
+        settings |= {"attention_window": asked.attention_window}
         row = {"what": "deterministic_price", **settings, "batches": found, **surroundings()}
         for batch, kinds in found.items():
             for kind, speeds in kinds.items():

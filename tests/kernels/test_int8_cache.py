@@ -15,6 +15,7 @@ from service.kernels import paged_attention as portable
 from service.kernels.native import attention
 from tests.kernels.conftest import PagedBatch, make_batch, needs_native
 
+pytestmark = pytest.mark.usefixtures("nan_memory")
 MIXED = ([17, 1, 8, 30, 0, 9, 25, 33, 16], [1, 1, 1, 7, 1, 0, 25, 1, 16])
 
 

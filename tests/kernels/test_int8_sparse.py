@@ -14,6 +14,7 @@ from service.kernels.native import window_sparse as kernel
 from tests.kernels.conftest import needs_native
 from tests.kernels.sparse_batches import SparseBatch, make_sparse
 
+pytestmark = pytest.mark.usefixtures("nan_memory")
 MIXED = ([77, 1, 96, 0, 21, 64, 130, 300], [1, 1, 30, 0, 21, 1, 3, 1])
 STORES = ("int8", "int4", "evict")
 # Where query rows and weights become steps of 8 bits too.

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from service.kernels import paged_attention as kernel
 from tests.kernels.conftest import check_close, make_batch
 
+pytestmark = pytest.mark.usefixtures("nan_memory")
 MIXED = ([17, 1, 8, 30, 0, 9, 25, 33, 16], [1, 1, 1, 7, 1, 0, 25, 1, 16])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WINDOWS = (None, 1, 5, 7, 8, 9, 16, 17, 100)

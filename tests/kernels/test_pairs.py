@@ -19,6 +19,7 @@ FAR = ([77, 1, 96, 0, 21, 64, 130, 300], [1, 1, 30, 0, 21, 1, 3, 1])
 STORES = ("int8", "int4", "native", "evict")
 
 pytestmark = [
+    pytest.mark.usefixtures("nan_memory"),
     needs_native,
     pytest.mark.skipif(
         isinstance(binding.compiled(), str) or not multiplies_pairs("avx512", torch.bfloat16), reason="no dot products of bfloat16 here"
