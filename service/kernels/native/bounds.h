@@ -185,7 +185,8 @@ static best_tile *const best_tiles[3][2] = {{best_tile_2x1, best_tile_2x4}, {bes
 /* The largest products of the rows [heads] with each column of a panel [words, columns], columns whole vectors -> out [columns]. */
 static void best_products(int64_t heads, const struct halves *h, const uint32_t *panel, int64_t columns, int32_t *out) {
     for (int64_t column = 0, taken; column < columns; column += taken) {
-        __m512i best[4] = {_mm512_set1_epi32(INT32_MIN), _mm512_set1_epi32(INT32_MIN), _mm512_set1_epi32(INT32_MIN), _mm512_set1_epi32(INT32_MIN)};
+        __m512i best[4];
+        for (int v = 0; v < 4; v++) best[v] = _mm512_set1_epi32(INT32_MIN);
         const int wide = columns - column >= 64;
         taken = wide ? 64 : 16;
         for (int64_t head = 0; head < heads; head += 3)
