@@ -210,7 +210,8 @@ static void choose_task(void *context, int64_t index, int thread) {
 }
 
 /* What choose_far of choosing.h takes, vectors being as wide as they come. */
-EXPORTED int64_t native_choose_bytes(int64_t widest, int64_t compared, int64_t group, int64_t size, int64_t block_tokens) {
+EXPORTED int64_t native_choose_bytes(int64_t widest, int64_t second_stage, int64_t most, int64_t group, int64_t size, int64_t block_tokens) {
+    const int64_t compared = most_compared(widest, second_stage, most);
     const int64_t columns = (block_tokens + 15) / 16 * 16, vectors = (size + 15) / 16 * 16, tall = columns > 64 ? columns : 64;
     const int64_t shared = whole_lines(2 * widest * 8) + 2 * whole_lines(widest * 4) + whole_lines(group * size * 2) +
                            whole_lines(vectors * tall * 4) + whole_lines(group * columns * 4);
@@ -234,6 +235,6 @@ EXPORTED void native_choose_far(int query_type, const void *query, int64_t query
         .second_stage = second_stage,
     };
     const int64_t together = chosen_together(anchors, kv_heads, threads);
-    struct choosing_batch batch = {&choosing, anchors, together, workspace, native_choose_bytes(widest, second_stage * most, group, size, block_tokens)};
+    struct choosing_batch batch = {&choosing, anchors, together, workspace, native_choose_bytes(widest, second_stage, most, group, size, block_tokens)};
     native_parallel(choose_task, &batch, (anchors + together - 1) / together * kv_heads, threads);
 }

@@ -121,7 +121,12 @@ INLINE int64_t chosen_together(int64_t anchors, int64_t kv_heads, int64_t thread
     return together < 1 ? 1 : together < CHOSEN_TOGETHER ? together : CHOSEN_TOGETHER;
 }
 
-/* Bytes that choosing needs for each thread, `compared` candidates of an anchor being compared by their keys at most. */
-EXPORTED int64_t native_choose_bytes(int64_t widest, int64_t compared, int64_t group, int64_t size, int64_t block_tokens);
+/* The most candidates of an anchor that are compared by their keys. */
+INLINE int64_t most_compared(int64_t widest, int64_t second_stage, int64_t most) {
+    return second_stage * most < widest ? second_stage * most : widest;
+}
+
+/* Bytes that choosing needs for each thread; see struct choosing. */
+EXPORTED int64_t native_choose_bytes(int64_t widest, int64_t second_stage, int64_t most, int64_t group, int64_t size, int64_t block_tokens);
 
 #endif

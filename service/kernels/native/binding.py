@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 # What `NATIVE_ABI` in native.h has to be.
-ABI = 15
+ABI = 16
 # Instruction sets by level, as `native_choose` takes them.
 LEVELS = ("baseline", "avx2", "avxvnni", "avx512", "amx", "dotprod")
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -56,7 +56,7 @@ SIGNATURES: dict[str, tuple[object, ...]] = {
         *(_pointer, _size, _pointer, _size, _pointer, _pointer),
         *(_pointer, _size, _int),
     ),
-    "native_choose_bytes": (_size, _size, _size, _size, _size),
+    "native_choose_bytes": (_size, _size, _size, _size, _size, _size),
     "native_choose_far": (
         *(_int, _pointer, _size, _size),
         *(_int, _pointer, _pointer),

@@ -2,7 +2,7 @@
  *
  * Positive queries meet the largest keys, negative ones the smallest. Queries are whole numbers of 15 bits in a unit that the heads of a K/V head
  * share, so that products with bytes are summed exactly: in 31 bits up to a head of 512, since of the two halves of a dimension one is zero.
- * Several anchors of a sequence multiply a panel of bounds at once where there are dot products of bytes, each number as two of them.
+ * Several anchors of a sequence multiply a panel of bounds at once where AVX-512 has dot products of bytes, each number as two of them.
  * Invariant: scores are the same with every instruction set, alone and together.
  */
 #include "attention_call.h"

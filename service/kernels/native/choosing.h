@@ -113,7 +113,7 @@ struct choosing_room {
 /* Whether keys are multiplied as the bytes that they are. */
 INLINE int compares_bytes(const struct choosing *c) { return HAS_STEPS && c->far_type == STORED_INT8; }
 
-/* Start an anchor: with all candidates in its list, or none where it may choose all and has. */
+/* Start an anchor with all its candidates left, or none where it may choose all and has. */
 INLINE void begin_asking(const struct choosing *c, int64_t anchor, int64_t head, struct asking *a, const struct choosing_room *r) {
     const int64_t candidates = c->ends[anchor] - c->sink_blocks, columns = signed_columns(c->size);
     a->out = c->choices + ((c->places ? c->places[anchor] : anchor) * c->kv_heads + head) * c->most;
@@ -287,7 +287,7 @@ static void choose_far(const struct choosing *c, int64_t begin, int64_t end, int
     for (int64_t a = 0; a < end - begin; a++) {
         asked[a].list = take_lines(&memory, c->widest * 4);
         asked[a].products = take_lines(&memory, c->widest * 4);
-        asked[a].keys = take_lines(&memory, 2 * c->second_stage * c->most * 8);
+        asked[a].keys = take_lines(&memory, 2 * most_compared(c->widest, c->second_stage, c->most) * 8);
         asked[a].query = take_lines(&memory, group * size * 4);
         asked[a].steps = take_lines(&memory, group * signed_columns(size) * 2);
         asked[a].of_bounds = take_halves(&memory, group, 2 * size);

@@ -95,7 +95,7 @@ static int reads_far(const struct step *s, const struct layer *l) { return l->st
 
 static int64_t choosing_bytes_of(const struct step *s, const struct layer *l) {
     const struct far_group *far = s->far_groups + l->far_group;
-    return native_choose_bytes(far->stride, s->second_stage * far->most, l->heads / l->kv_heads, l->head_dim, s->block_tokens);
+    return native_choose_bytes(far->stride, s->second_stage, far->most, l->heads / l->kv_heads, l->head_dim, s->block_tokens);
 }
 
 static int32_t *choices_of(const struct step *s, const struct layer *l) {

@@ -126,9 +126,9 @@ class _FarStore(ctypes.Structure):
 
     @classmethod
     def of(cls, blocks: FarBlocks) -> _FarStore:
-        """The store of one layer, which must stay where it is. Raises ValueError for one that is not contiguous."""
+        """The store of one layer, which must stay where it is. Raises ValueError for one that does not lie as kernels take it."""
         if not has_plain_bounds(blocks) or not all(tensor is None or tensor.is_contiguous() for tensor in blocks[:4]):
-            raise ValueError("far blocks of whole layers must be contiguous")
+            raise ValueError("far blocks of whole layers must be contiguous, and bounds of blocks within a block and head")
         pointers = (None if tensor is None else tensor.data_ptr() for tensor in blocks[:4])
         return cls(STORED[blocks.keys.dtype], blocks.keys.shape[3], blocks.values.shape[3], *pointers, FarBounds.of(blocks))
 

@@ -39,7 +39,7 @@ class FarBounds(ctypes.Structure):
 
 def has_plain_bounds(far: FarBlocks) -> bool:
     """Whether bounds are contiguous within a block and head, and those of parts altogether."""
-    return far.bounds[0, 0].is_contiguous() and far.part_bounds.is_contiguous()
+    return far.bounds.stride()[2:] == (far.bounds.shape[3], 1) and far.part_bounds.is_contiguous()
 
 
 def demote(key_blocks: Tensor, value_blocks: Tensor, far: FarBlocks, near_ids: Tensor, far_ids: Tensor) -> None:
@@ -54,7 +54,7 @@ def demote(key_blocks: Tensor, value_blocks: Tensor, far: FarBlocks, near_ids: T
 
 
 def _fits(key_blocks: Tensor, value_blocks: Tensor, far: FarBlocks) -> bool:
-    """Whether the kernel reads and writes such blocks: rows are contiguous in the near store, everything is in the far one."""
+    """Whether the kernel reads and writes such blocks: rows are contiguous in the near store, all but bounds of blocks in the far one."""
     (_, heads, tokens), size, value_size = key_blocks.shape[:3], row_size(key_blocks), row_size(value_blocks)
     quantised = far.key_scales is not None or far.value_scales is not None
     kind, blocks, parts = far.keys.dtype if quantised else key_blocks.dtype, far.keys.shape[0], far.part_bounds.shape[2]

@@ -20,7 +20,7 @@
 INLINE int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 /* Counted up whenever an exported function changes; binding.py names the one it speaks to. */
-#define NATIVE_ABI 15
+#define NATIVE_ABI 16
 
 /* The last two only in the cache: integers with a scale for each token, INT4 two in a byte, the even index in the low half. Of far blocks
  * the scales lie apart, in float16; a near block has INT8 only, and behind each token's integers their scale in float32. */

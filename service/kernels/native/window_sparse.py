@@ -73,7 +73,7 @@ def choose_far(
     sink_blocks: int,
     most: int,
 ) -> tuple[Tensor, Tensor]:
-    """See `reference_sparse.choose_far`; scores are summed in an order of their own, so near ties may fall otherwise."""
+    """See `reference_sparse.choose_far`; queries are rounded to 15 bits for bounds and keys in bytes, so near ties may fall otherwise."""
     (anchors, heads, size), kv_heads = query.shape, far.bounds.shape[1]
     query = query if query.stride(-1) == 1 else query.contiguous()
     tables = far_tables.contiguous()
@@ -85,7 +85,7 @@ def choose_far(
     choices = torch.empty(anchors, kv_heads, most, dtype=torch.int32)
     counts = torch.minimum((ends - sink_blocks).clamp_(min=0), limits)
     widest, threads = max(tables.shape[1], 1), torch.get_num_threads()
-    each = functions().native_choose_bytes(widest, SECOND_STAGE * most, heads // kv_heads, size, block_tokens)
+    each = functions().native_choose_bytes(widest, SECOND_STAGE, most, heads // kv_heads, size, block_tokens)
     workspace = _WORKSPACE.take("choosing", threads * each // 4)
     functions().native_choose_far(
         *(ELEMENTS[query.dtype], query.data_ptr(), *query.stride()[:2]),
