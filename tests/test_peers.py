@@ -46,9 +46,10 @@ def test_a_peer_over_a_pipe_says_what_it_is_and_runs_rounds(tmp_path: Path) -> N
 
 def test_our_own_service_is_a_peer(tmp_path: Path) -> None:
     peer = ServedPeer(build_tiny(tmp_path / "model", "llama"), tmp_path / "cache", ["--threads", "1", "--registry", "none"])
-    speed = peer.run([(5, 6, 7), (8, 9, 10)], generate=6)
-    assert speed.prefill > 0
-    assert speed.decode > 0
+    speeds = [peer.run([(5, 6, 7), (8, 9, 10)], generate=24) for _ in range(5)]
+    assert all(speed.prefill > 0 for speed in speeds)
+    # All pieces of a round may lie in a socket together when a busy machine lets the client read.
+    assert any(speed.decode > 0 for speed in speeds)
     for memory in (peer.about["ready"], peer.about["after_requests"]):
         assert memory["worker"] > memory["front_end"] > 1 << 20
     with pytest.raises(RuntimeError, match="context"):
