@@ -13,6 +13,8 @@ from pathlib import Path
 CPUINFO = Path("/proc/cpuinfo")
 # Multiplications of a row, that is parameters, for which another thread is worth waiting for.
 _THREAD_PRODUCTS = 8e6
+# The same of all rows of a step together: many rows wait for memory less.
+_STEP_PRODUCTS = 128e6
 # Instructions that sum four products of bytes in 32 bits.
 _DOTS_OF_BYTES = {"avx512_vnni", "avx_vnni", "amx_int8"}
 
@@ -34,9 +36,9 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def worthwhile_threads(products: float) -> int:
-    """Threads for rows of so many multiplications: threads of a small model wait for each other longer than they compute."""
-    return max(1, min(usable_cores(), int(products / _THREAD_PRODUCTS)))
+def worthwhile_threads(products: float, rows: int = 1) -> int:
+    """Threads for a step of rows of so many multiplications each: threads of a small model wait for each other longer than they compute."""
+    return max(1, min(usable_cores(), int(max(products / _THREAD_PRODUCTS, products * rows / _STEP_PRODUCTS))))
 
 
 def computes_bfloat16() -> bool:

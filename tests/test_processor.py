@@ -48,6 +48,8 @@ def test_instruction_sets(flags: str, saturates: bool, bfloat16: bool, tmp_path:
 def test_threads_follow_the_size_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 <= processor.usable_cores() <= (os.cpu_count() or 1)
     monkeypatch.setattr(processor, "usable_cores", lambda: 6)
+    assert [processor.worthwhile_threads(4e6, rows) for rows in (1, 32, 63, 64, 128, 512)] == [1, 1, 1, 2, 4, 6]
+    assert [processor.worthwhile_threads(16e6, rows) for rows in (1, 8, 32)] == [2, 2, 4]
     assert [processor.worthwhile_threads(products) for products in (0.0, 4e6, 15.9e6, 16e6, 39e6, 385e6)] == [1, 1, 1, 2, 4, 6]
 
 

@@ -243,7 +243,8 @@ class EngineSection(BaseModel):
         _ENGINE.quantize_cache_bytes, description="most bytes that are kept there; what was used longest ago makes room"
     )
     threads: Annotated[Whole, Field(le=4096)] = Field(
-        _ENGINE.threads, description="CPU threads of a worker; 0 takes all cores, of torch at most one for each 8 million parameters"
+        _ENGINE.threads,
+        description="CPU threads of a worker; 0: all cores, of torch one for each 8 million parameters, more in steps of many tokens",
     )
     kv_bytes: Size = Field(
         _ENGINE.kv_bytes, description="memory of a version's KV cache, such as 512MiB; 0 takes what the machine leaves, bounded by need"

@@ -47,7 +47,7 @@ def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallba
     phases = Phases(import_s)
     manifest = read_as_served(request)
     spec = manifest.spec
-    torch.set_num_threads(request.threads or worthwhile_threads(spec.flops(1, 1) / 2))
+    torch.set_num_threads(request.threads or worthwhile_threads(_products(spec)))
     device, quantize, dtype, kept = _choose_place(request, manifest)
     request = replace(request, kv_cache_dtype=kept)
     element_bytes = ELEMENT_BYTES[dtype]
@@ -88,10 +88,21 @@ def load_backend(request: LoadRequest, import_s: float, progress: ProgressCallba
         image_tokens=memory.image_tokens,
         limits=limits,
         quantize=quantize,
-        kernels=f"{describe()}; threads: {torch.get_num_threads()}" if device.type == "cpu" else "",
+        kernels=f"{describe()}; threads: {_threads(request, spec)}" if device.type == "cpu" else "",
         kv_cache_dtype=kept,
     )
     return Loaded(backend, info, spec.flops(1, 0.0), spec.flops(1, 1.0) - spec.flops(1, 0.0))
+
+
+def _products(spec: ModelSpec) -> float:
+    """Multiplications for a row."""
+    return spec.flops(1, 1) / 2
+
+
+def _threads(request: LoadRequest, spec: ModelSpec) -> str:
+    """Threads of a decode step of one sequence, and of the longest step where these differ."""
+    few, many = torch.get_num_threads(), request.threads or worthwhile_threads(_products(spec), request.max_step_tokens)
+    return str(few) if few >= many else f"{few}, up to {many} in steps of many tokens"
 
 
 def _choose_place(request: LoadRequest, manifest: Manifest) -> tuple[torch.device, str, str, str]:
@@ -139,7 +150,10 @@ def _assemble(decoder: Decoder, layout: KvLayout, memory: MemoryPlan, request: L
     pool = KvPool(layout, memory.group_blocks, kept, decoder.device, decoder.dtype)
     tables = Tables(layout, memory.group_blocks, request.max_rows, memory.context_tokens, spec.vocab_size)
     recorder = CudaRecorder() if decoder.device.type == "cuda" and request.cuda_graphs == "auto" else None
-    return TorchBackend(decoder, pool, tables, Sampler(request.max_rows, spec.vocab_size), memory.image_tokens, recorder)
+    backend = TorchBackend(decoder, pool, tables, Sampler(request.max_rows, spec.vocab_size), memory.image_tokens, recorder)
+    if not request.threads and decoder.device.type == "cpu":
+        backend.share_steps(_products(spec))
+    return backend
 
 
 def choose_device(name: str) -> torch.device:

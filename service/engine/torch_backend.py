@@ -27,6 +27,7 @@ from service.engine.sampler import Sampler
 from service.engine.scores import joined, prompt_scores, sampled_tokens
 from service.kernels.dispatch import take_counts
 from service.models.decoder import Decoder
+from service.processor import worthwhile_threads
 from service.types.plan import BatchPlan, PromptLogprobs, SampledToken, Slice, StepResult, Want
 from service.types.request import TokenLogprob
 
@@ -52,6 +53,11 @@ class TorchBackend:
         self._graphs = None if recorder is None else DecodeGraphs(decoder, pool, recorder, *most, self._count_layer)
         self._idle = threading.Event()
         pool.populate(self._idle)
+        self._products = 0.0
+
+    def share_steps(self, products: float) -> None:
+        """From now on a step takes as many threads as rows of so many multiplications are worth."""
+        self._products = products
 
     @torch.inference_mode()
     def execute(self, plan: BatchPlan) -> StepResult:
@@ -69,6 +75,7 @@ class TorchBackend:
         scores: list[PromptLogprobs] = []
         self._far_blocks_read = 0
         if plan.slices:
+            self._take_threads(sum(part.length for part in plan.slices))
             self._compute(plan.slices, tokens, scores)
         counts = tuple((op, name, count) for (op, name), count in take_counts().items())
         self._idle.set()
@@ -109,6 +116,11 @@ class TorchBackend:
         take_counts()
         if self._graphs is not None:
             self._graphs.take_counts()
+
+    def _take_threads(self, rows: int) -> None:
+        threads = worthwhile_threads(self._products, rows) if self._products else torch.get_num_threads()
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
 
     def _compute(self, slices: Sequence[Slice], tokens: list[SampledToken], scores: list[PromptLogprobs]) -> None:
         try:

@@ -85,7 +85,7 @@ class SchedulerSettings:
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
     """How a worker loads and runs a checkpoint. `kv_bytes` 0: what the machine leaves, bounded by what batch_size contexts can use;
-    `threads` 0: all cores, of torch at most one for each 8 million parameters.
+    `threads` 0: all cores, of torch at most one for each 8 million parameters and more where a step has many rows.
 
     `context_tokens` 0: the checkpoint's own. `machine_bytes_per_s` and `machine_flops_per_s` are what the machine can read and compute;
     0: measured when the worker starts. `quantize` auto: what the model's own precision says; `quantize_cache` is a directory or "none".

@@ -51,6 +51,22 @@ def test_the_log_probs_of_a_prompt_computed_in_halves_are_one_list(full_dense, t
     assert np.allclose([entry.logprob for entry in scores.logprobs], expected, atol=1e-4)
 
 
+def test_long_steps_take_the_threads_that_they_are_worth(full_dense, torch_driver, monkeypatch) -> None:
+    driver, threads, hidden = torch_driver(full_dense), torch.get_num_threads(), full_dense.decoder.hidden
+    monkeypatch.setattr("service.processor.usable_cores", lambda: 2)
+    taken = []
+    monkeypatch.setattr(full_dense.decoder, "hidden", lambda *given: taken.append(torch.get_num_threads()) or hidden(*given))
+    try:
+        driver.run([Slice(0, 0, 50, TOKEN)], [opened(0, prompt(50))])
+        driver.backend.share_steps(128e6 / 25)
+        driver.run([Slice(0, 50, 1, TOKEN)])
+        driver.run([Slice(1, 0, 50, TOKEN)], [opened(1, prompt(50, 3))])
+        driver.run([Slice(0, 51, 1, TOKEN), Slice(1, 50, 1, TOKEN)])
+    finally:
+        torch.set_num_threads(threads)
+    assert taken == [threads, 1, 2, 1]
+
+
 def test_kernel_calls_are_counted_since_the_last_step(full_dense, torch_driver) -> None:
     driver = torch_driver(full_dense)
     driver.backend.warm_up(16)
