@@ -26,6 +26,7 @@ from loadtests import rows
 
 MANY = ("--concurrency", "32", "--requests", "96", "--prompt_tokens", "24", "--output_tokens", "48", "--ignore_eos")
 READING = ("--concurrency", "8", "--requests", "48", "--prompt_tokens", "150", "--output_tokens", "24", "--ignore_eos")
+LONG = ("--concurrency", "4", "--requests", "16", "--prompt_tokens", "4000", "--output_tokens", "32", "--ignore_eos")
 SHARED = (*READING[:4], "--prompt_tokens", "150", "--shared_prefix_tokens", "140", "--output_tokens", "8", "--ignore_eos")
 MEASURES = ("output_tokens_per_s", "total_tokens_per_s", "ttft_ms", "tpot_ms", "itl_ms")
 
@@ -43,7 +44,8 @@ EXPERIMENTS = (
     Experiment("step_tokens", ("512", "128", "2048"), READING),
     Experiment("prefix_cache", ("true", "false"), SHARED),
     Experiment("run_ahead", ("auto", "never"), MANY),
-    Experiment("threads", ("0", "2"), MANY),
+    Experiment("threads", ("0", "1", "2"), MANY),
+    Experiment("threads", ("0", "1", "2"), LONG),
     Experiment("dtype", ("float32", "bfloat16"), MANY),
     Experiment("access_log", ("true", "false"), MANY),
     Experiment("spare_worker", ("false", "true"), MANY),
