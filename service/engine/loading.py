@@ -99,10 +99,15 @@ def _products(spec: ModelSpec) -> float:
     return spec.flops(1, 1) / 2
 
 
+def _shares_steps(request: LoadRequest) -> bool:
+    """Whether threads follow a step's rows: not where what else a step holds must change no bit, since torch's own sums depend on them."""
+    return not request.threads and not request.deterministic
+
+
 def _threads(request: LoadRequest, spec: ModelSpec) -> str:
     """Threads of a decode step of one sequence, and of the longest step where these differ."""
-    few, many = torch.get_num_threads(), request.threads or worthwhile_threads(_products(spec), request.max_step_tokens)
-    return str(few) if few >= many else f"{few}, up to {many} in steps of many tokens"
+    few, many = torch.get_num_threads(), worthwhile_threads(_products(spec), request.max_step_tokens)
+    return f"{few}, up to {many} in steps of many tokens" if _shares_steps(request) and many > few else str(few)
 
 
 def _choose_place(request: LoadRequest, manifest: Manifest) -> tuple[torch.device, str, str, str]:
@@ -151,7 +156,7 @@ def _assemble(decoder: Decoder, layout: KvLayout, memory: MemoryPlan, request: L
     tables = Tables(layout, memory.group_blocks, request.max_rows, memory.context_tokens, spec.vocab_size)
     recorder = CudaRecorder() if decoder.device.type == "cuda" and request.cuda_graphs == "auto" else None
     backend = TorchBackend(decoder, pool, tables, Sampler(request.max_rows, spec.vocab_size), memory.image_tokens, recorder)
-    if not request.threads and decoder.device.type == "cpu":
+    if _shares_steps(request) and decoder.device.type == "cpu":
         backend.share_steps(_products(spec))
     return backend
 

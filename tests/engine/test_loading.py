@@ -71,6 +71,28 @@ def test_a_worker_quantises_as_it_is_told(full_model: str, tmp_path: Path, asked
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no call for it")
+@pytest.mark.parametrize(
+    ("threads", "deterministic", "told"), [(0, False, "1, up to 2 in steps of many tokens"), (1, False, "1"), (0, True, "1")]
+)
+def test_threads_follow_the_rows_of_a_step(full_model, monkeypatch, threads: int, deterministic: bool, told: str) -> None:
+    """Not where they are given, nor where a row must have the bits that it has alone."""
+    monkeypatch.setattr("service.processor.usable_cores", lambda: 2)
+    monkeypatch.setattr("service.processor._STEP_PRODUCTS", 1e6)
+    before = torch.get_num_threads()
+    try:
+        request = LoadRequest(
+            str(full_model), device="cpu", dtype="float32", threads=threads, deterministic=deterministic, kv_bytes=1 << 22
+        )
+        loaded = load_backend(request, 0.0, lambda *_: None)
+        assert loaded.info.kernels.endswith(f"threads: {told}")
+        opened = OpenSequence(0, (1,) * 40, 40, Sampling(temperature=0.0), STOP)
+        entries = BlockAppend(0, 0, 0, (1,))
+        loaded.backend.execute(BatchPlan(0, open=(opened,), append=(entries,), slices=(Slice(0, 0, 40, Want.TOKEN),)))
+        assert torch.get_num_threads() == (2 if told.startswith("1, up") else 1)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_what_loading_frees_is_given_back(full_model: str) -> None:
     """Holes of 60 MiB, made while weights are read, are gone when the model is loaded, and count for nothing in what is reported."""
     kept: list[bytes] = []
