@@ -214,7 +214,7 @@ EXPORTED int64_t native_choose_bytes(int64_t widest, int64_t second_stage, int64
     const int64_t compared = most_compared(widest, second_stage, most);
     const int64_t columns = (block_tokens + 15) / 16 * 16, vectors = (size + 15) / 16 * 16, tall = columns > 64 ? columns : 64;
     const int64_t shared = whole_lines(2 * widest * 8) + 2 * whole_lines(widest * 4) + whole_lines(group * size * 2) +
-                           whole_lines(vectors * tall * 4) + whole_lines(group * columns * 4);
+                           whole_lines(vectors * tall * 4) + whole_lines(columns * 4) + whole_lines(group * columns * 4);
     const int64_t own = 2 * whole_lines(widest * 4) + whole_lines(2 * compared * 8) + whole_lines(group * size * 4) +
                         whole_lines(group * signed_columns(size) * 2) + whole_lines(group * 4 * vectors) + whole_lines(group * 2 * vectors) +
                         2 * whole_lines(group * 4);

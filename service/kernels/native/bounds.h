@@ -182,18 +182,36 @@ BEST_TILE(2, 1) BEST_TILE(2, 4) BEST_TILE(4, 1) BEST_TILE(4, 4) BEST_TILE(6, 1) 
 typedef void best_tile(int64_t, const int8_t *, const int32_t *, const uint32_t *, int64_t, __m512i *);
 static best_tile *const best_tiles[3][2] = {{best_tile_2x1, best_tile_2x4}, {best_tile_4x1, best_tile_4x4}, {best_tile_6x1, best_tile_6x4}};
 
-/* The largest products of the rows [heads] with each column of a panel [words, columns], columns whole vectors -> out [columns]. */
+/* The largest products of the rows [heads] with 64 or 16 columns of a panel [words, columns] -> best [4], of 16 columns the first. */
+INLINE void best_of_columns(int64_t heads, const struct halves *h, const uint32_t *panel, int64_t columns, int wide, __m512i best[4]) {
+    for (int v = 0; v < 4; v++) best[v] = _mm512_set1_epi32(INT32_MIN);
+    for (int64_t head = 0; head < heads; head += 3)
+        best_tiles[(heads - head < 3 ? heads - head : 3) - 1][wide](h->words, h->bytes + head * 8 * h->words, h->beyond + head, panel, columns, best);
+}
+
+/* The largest products with each column, columns whole vectors -> out [columns]. */
 static void best_products(int64_t heads, const struct halves *h, const uint32_t *panel, int64_t columns, int32_t *out) {
     for (int64_t column = 0, taken; column < columns; column += taken) {
         __m512i best[4];
-        for (int v = 0; v < 4; v++) best[v] = _mm512_set1_epi32(INT32_MIN);
         const int wide = columns - column >= 64;
         taken = wide ? 64 : 16;
-        for (int64_t head = 0; head < heads; head += 3)
-            best_tiles[(heads - head < 3 ? heads - head : 3) - 1][wide](h->words, h->bytes + head * 8 * h->words, h->beyond + head, panel + column,
-                                                                        columns, best);
+        best_of_columns(heads, h, panel + column, columns, wide, best);
         for (int64_t v = 0; v < taken / 16; v++) _mm512_storeu_si512(out + column + 16 * v, best[v]);
     }
+}
+
+/* The largest product of all, each times the scale of its column. */
+static float best_scaled_product(int64_t heads, const struct halves *h, const uint32_t *panel, int64_t columns, const float *scales) {
+    __m512 highest = _mm512_set1_ps(-INFINITY);
+    for (int64_t column = 0, taken; column < columns; column += taken) {
+        __m512i best[4];
+        const int wide = columns - column >= 64;
+        taken = wide ? 64 : 16;
+        best_of_columns(heads, h, panel + column, columns, wide, best);
+        for (int64_t v = 0; v < taken / 16; v++)
+            highest = _mm512_max_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(best[v]), _mm512_loadu_ps(scales + column + 16 * v)), highest);
+    }
+    return _mm512_reduce_max_ps(highest);
 }
 
 /* A panel of the bounds of candidates from the i-th on: of 64 where they have one part, else of 16, four parts from `part` on; what is missing repeats
@@ -240,8 +258,9 @@ static void score_bounds_together(const struct bounded *b, const struct halves *
 INLINE void halve_steps(const int16_t *x, int64_t heads, int64_t columns, int64_t count, const struct halves *h) {
     (void)x, (void)heads, (void)columns, (void)count, (void)h;
 }
-INLINE void best_products(int64_t heads, const struct halves *h, const uint32_t *panel, int64_t columns, int32_t *out) {
-    (void)heads, (void)h, (void)panel, (void)columns, (void)out;
+INLINE float best_scaled_product(int64_t heads, const struct halves *h, const uint32_t *panel, int64_t columns, const float *scales) {
+    (void)heads, (void)h, (void)panel, (void)columns, (void)scales;
+    return 0.0f;
 }
 INLINE void score_bounds_together(const struct bounded *b, const struct halves *h, int queries, int64_t size, int64_t heads, const uint32_t *masks,
                                   uint32_t *panel, int32_t *const *outs) {

@@ -80,14 +80,6 @@ INLINE const char *keys_of(const struct choosing *c, int64_t at, int64_t *bytes)
     return (const char *)c->keys + at * *bytes;
 }
 
-/* Scales of WIDTH tokens from `token` on, those past the last being the last token's. */
-INLINE vfloat scales_from(const uint16_t *scales, int64_t token, int64_t tokens) {
-    if (tokens - token >= WIDTH) return load_some(FLOAT16, scales, token, WIDTH);
-    vfloat x = splat(widen_half(scales[tokens - 1]));
-    for (int64_t i = token; i < tokens; i++) x[i - token] = widen_half(scales[i]);
-    return x;
-}
-
 /* One anchor and K/V head while it chooses. Candidates count from the first one behind the sinks; `left` of them are in list, and what they scored last
  * in products, each at its own place; keys [found] are those whose keys have been compared. Queries [group, size], and as whole numbers in `unit`: as bounds
  * meet them, and as halves of bytes to meet bounds and keys. */
@@ -101,13 +93,13 @@ struct asking {
 };
 
 /* What anchors share or use one after the other: keys [2 * widest] and a list [widest] of candidates, a mask of the anchors that ask for each, whole
- * numbers [group * size], a panel and products [group, columns] of keys. */
+ * numbers [group * size], and of a block's keys a panel, its scales [columns] and products [group, columns]. */
 struct choosing_room {
     int64_t *keys;
     int32_t *list;
     uint32_t *masks;
     int16_t *steps;
-    float *panel, *scores;
+    float *panel, *scales, *scores;
 };
 
 /* Whether keys are multiplied as the bytes that they are. */
@@ -174,47 +166,36 @@ INLINE void keep_by_bounds(const struct choosing *c, struct bounded *b, int64_t 
     }
 }
 
-/* Keys of block and head `at` -> r->panel, while those of `next` are fetched. */
+/* Keys of block and head `at` -> r->panel, and their scales -> r->scales, while those of `next` are fetched; columns past the last token repeat it. */
 INLINE void pack_candidate(const struct choosing *c, int64_t at, int64_t next, const struct choosing_room *r) {
-    const int64_t columns = whole_vectors(c->block_tokens);
+    const int64_t tokens = c->block_tokens, columns = whole_vectors(tokens);
     int64_t bytes;
     const char *keys = keys_of(c, at, &bytes);
     struct upcoming ahead = {keys_of(c, next, &bytes), (bytes + 63) / 64};
-    if (c->key_scales) fetch_bytes(c->key_scales + next * c->block_tokens, c->block_tokens * 2);
+    if (c->key_scales) {
+        fetch_bytes(c->key_scales + next * tokens, tokens * 2);
+        for (int64_t i = 0; i < tokens; i += WIDTH)
+            store_float(r->scales + i, load_some(FLOAT16, c->key_scales + at * tokens, i, tokens - i < WIDTH ? tokens - i : WIDTH));
+        for (int64_t i = tokens; i < columns; i++) r->scales[i] = r->scales[tokens - 1];
+    }
     if (compares_bytes(c))
-        pack_key_steps(keys, c->key_size, c->block_tokens, c->size, (uint32_t *)r->panel, columns, &ahead);
+        pack_key_steps(keys, c->key_size, tokens, c->size, (uint32_t *)r->panel, columns, &ahead);
     else
-        pack_keys(c->far_type, keys, bytes / c->block_tokens, c->block_tokens, c->size, r->panel, columns, &ahead);
+        pack_keys(c->far_type, keys, bytes / tokens, tokens, c->size, r->panel, columns, &ahead);
 }
 
-/* The largest product of the queries with each key in r->panel, without the scales of these -> r->scores [columns]. */
-INLINE void multiply_keys(const struct choosing *c, const struct asking *a, const struct choosing_room *r) {
+/* The largest product of the queries with a key of the block in r->panel, as it is kept. */
+INLINE float key_score(const struct choosing *c, const struct asking *a, const struct choosing_room *r) {
     const int64_t columns = whole_vectors(c->block_tokens), size = c->size;
-    if (compares_bytes(c)) {
-        best_products(c->group, &a->of_keys, (const uint32_t *)r->panel, columns, (int32_t *)r->scores);
-        for (int64_t i = 0; i < columns; i += WIDTH) {
-            vint products;
-            memcpy(&products, (const int32_t *)r->scores + i, sizeof products);
-            store_float(r->scores + i, __builtin_convertvector(products, vfloat) * splat(a->unit));
-        }
-        return;
-    }
+    if (compares_bytes(c)) return best_scaled_product(c->group, &a->of_keys, (const uint32_t *)r->panel, columns, r->scales) * a->unit;
     for (int64_t row = 0; row < c->group; row += ROWS)
         multiply_float32(c->group - row < ROWS ? (int)(c->group - row) : ROWS, columns / WIDTH, 0, size, a->query + row * size, size, r->panel,
                          columns, r->scores + row * columns, columns, NULL, NULL);
-    for (int64_t row = 1; row < c->group; row++)
-        for (int64_t i = 0; i < columns; i += WIDTH)
-            store_float(r->scores + i, vmaximum(load_float(r->scores + row * columns + i), load_float(r->scores + i)));
-}
-
-/* The largest product of the queries with a key of block and head `at`, as it is kept and lies in r->panel. */
-INLINE float key_score(const struct choosing *c, const struct asking *a, int64_t at, const struct choosing_room *r) {
-    multiply_keys(c, a, r);
     vfloat best = splat(-INFINITY);
-    for (int64_t token = 0; token < whole_vectors(c->block_tokens); token += WIDTH) {
-        vfloat highest = load_float(r->scores + token);
-        if (c->key_scales) highest *= scales_from(c->key_scales + at * c->block_tokens, token, c->block_tokens);
-        best = vmaximum(highest, best);
+    for (int64_t i = 0; i < columns; i += WIDTH) {
+        vfloat highest = load_float(r->scores + i);
+        for (int64_t row = 1; row < c->group; row++) highest = vmaximum(load_float(r->scores + row * columns + i), highest);
+        best = vmaximum(c->key_scales ? highest * load_float(r->scales + i) : highest, best);
     }
     return maximum_of_lanes(best);
 }
@@ -228,7 +209,7 @@ INLINE void compare_keys(const struct choosing *c, const int32_t *table, int64_t
         pack_candidate(c, at, table[next] * c->kv_heads + head, r);
         for (uint32_t mask = r->masks[candidate]; mask; mask &= mask - 1) {
             struct asking *a = asked + __builtin_ctz(mask);
-            a->keys[a->found++] = rank_key(key_score(c, a, at, r), candidate);
+            a->keys[a->found++] = rank_key(key_score(c, a, r), candidate);
         }
     }
 }
@@ -283,6 +264,7 @@ static void choose_far(const struct choosing *c, int64_t begin, int64_t end, int
     r.masks = take_lines(&memory, c->widest * 4);
     r.steps = take_lines(&memory, group * size * 2);
     r.panel = take_lines(&memory, panel > of_bounds ? panel : of_bounds);
+    r.scales = take_lines(&memory, columns * 4);
     r.scores = take_lines(&memory, group * columns * 4);
     for (int64_t a = 0; a < end - begin; a++) {
         asked[a].list = take_lines(&memory, c->widest * 4);
