@@ -1,8 +1,9 @@
-"""Kernels of attention over two stores: tiles of rows that share an anchor walk a compacted list of blocks; decode rows do so in splits.
+"""Kernel of attention over two stores for prompts: tiles of rows that walk what any of them reads, each block once for all of them.
 
-The list of a position is: sinks, chosen far blocks upwards, the near blocks from the window's start. A split is SPLIT_BLOCKS entries of
-that list, so with nothing far it is the split of dense attention. Invariant: what a program reads, and in which order, is a function of its
-rows' positions and of the choice made at their anchor; shapes and plans are the business of `window_sparse.py`.
+A row's list is: sinks, its chosen far blocks upwards, the near blocks from its window's start; a split is SPLIT_BLOCKS entries of that
+list, so with nothing far it is the split of dense attention. Rows of a tile may differ in all of it but its sequence: what a row does not
+read is masked, and each row begins its splits where its own list has them. Invariant: what a row sums, and in which order, is a function
+of its position and of its anchor's choice; shapes and plans are the business of `window_sparse.py`, far visits that of `tile_visits.py`.
 """
 
 from __future__ import annotations
@@ -10,8 +11,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from service.kernels.gpu.dense_tiles import find_sequence, walk_blocks
+from service.kernels.gpu.dense_tiles import find_sequence, load_block
 from service.kernels.gpu.online_softmax import add_tile, finish_rows, merge_rows, score_tile, start_rows
+
+
+@triton.jit
+def find_tile(p_ends, p_query_starts, p_context_lengths, i_tile, sequences, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr):
+    """(sequence, row of position 0, first position, last position) of a tile: a run of TOKENS aligned positions, as far as it is asked for.
+
+    Volatile, so that what is found again after a loop is not kept in registers through it.
+    """
+    i_sequence, i_first = find_sequence(p_ends, i_tile, sequences, SEQUENCES)
+    i_row = tl.load(p_query_starts + i_sequence, volatile=True)
+    count = tl.load(p_query_starts + i_sequence + 1, volatile=True) - i_row
+    shift = tl.load(p_context_lengths + i_sequence, volatile=True) - count  # position = row + shift
+    i_run = (tl.maximum(shift, 0) // TOKENS + i_tile - i_first) * TOKENS
+    return i_sequence, i_row - shift, tl.maximum(i_run, shift), tl.minimum(i_run + TOKENS, shift + count) - 1
+
+
+@triton.jit
+def near_start(position, WINDOW: tl.constexpr, REFRESH: tl.constexpr, BLOCK_TOKENS: tl.constexpr):
+    """The table index of the first block in the window of the row at `position`."""
+    return tl.maximum(position // REFRESH * REFRESH - WINDOW + 1, 0) // BLOCK_TOKENS
 
 
 @triton.jit
@@ -31,21 +52,70 @@ def load_far(p_block, o_tokens, stride_token, DIM: tl.constexpr, BLOCK_DIM: tl.c
 
 
 @triton.jit
-def walk_far(
-    p_keys, p_values, p_key_scales, p_value_scales, p_table, p_choices, b_query, b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc,
-    i_from, i_to, i_list, scale, cap, stride_key_block, stride_key_token, stride_value_block, stride_value_token, stride_scale_block,
+def begin_split(m_cut, b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc):
+    """The states of rows m_cut [M] with the split at hand merged into those before it and begun anew; the others as they are."""
+    b_new_max, b_new_sum, b_new_acc = merge_rows(b_all_max, b_all_sum, b_all_acc, b_max, b_sum, b_acc)
+    b_all_max, b_all_sum = tl.where(m_cut, b_new_max, b_all_max), tl.where(m_cut, b_new_sum, b_all_sum)
+    b_all_acc = tl.where(m_cut[:, None], b_new_acc, b_all_acc)
+    return tl.where(m_cut, float("-inf"), b_max), b_all_max, b_all_sum, b_all_acc  # Sum and accumulator are shrunk by 0.
+
+
+@triton.jit
+def walk_near(
+    p_keys, p_values, p_table, b_query, o_position, b_first, b_list, first_position, last_position,
+    b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc, i_from, i_to, i_whole, scale, cap,
+    stride_key_block, stride_key_token, stride_value_block, stride_value_token,
     KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
-    SPLIT_BLOCKS: tl.constexpr, CAPPED: tl.constexpr, QUANTISED: tl.constexpr, NIBBLES: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT_BLOCKS: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The rows' states after choices i_from … i_to − 1, each a whole block that all rows see, as `walk_blocks` has them."""
+    """The rows' states after near blocks i_from … i_to − 1, of which a row reads those from b_first [M] on; block j is entry j + b_list [M]
+    of its list. From i_whole on all rows read each.
+
+    As `walk_blocks`: one loop, and one branch between the two products for what few blocks need.
+    """
     o_tokens = tl.arange(0, BLOCK_TOKENS)
-    # The next block's id and the index after it are loaded while this one is computed.
-    i_next = tl.load(p_table + tl.load(p_choices + i_from, mask=i_from < i_to, other=0), mask=i_from < i_to, other=0)
-    i_index = tl.load(p_choices + i_from + 1, mask=i_from + 1 < i_to, other=0)
-    for i_choice in tl.range(i_from, i_to, disable_licm=True):
+    o_key, o_value = tl.arange(0, BLOCK_KEY), tl.arange(0, BLOCK_VALUE)
+    o_keys = (o_tokens[:, None] * stride_key_token + o_key[None, :]).to(tl.uint32)
+    o_values = (o_tokens[:, None] * stride_value_token + o_value[None, :]).to(tl.uint32)
+    i_cut = (first_position + 1) // BLOCK_TOKENS
+    # Where rows begin their splits at different blocks, each block may be one.
+    i_list = tl.min(b_list)
+    m_uneven = tl.max(b_list) != i_list
+    i_next = tl.load(p_table + i_from, mask=i_from < i_to, other=0)
+    for i_entry in tl.range(i_from, i_to, disable_licm=True):
         i_block = i_next.to(tl.int64)
-        i_next = tl.load(p_table + i_index, mask=i_choice + 1 < i_to, other=0)
-        i_index = tl.load(p_choices + i_choice + 2, mask=i_choice + 2 < i_to, other=0)
+        i_next = tl.load(p_table + i_entry + 1, mask=i_entry + 1 < i_to, other=0)
+        m_owned = last_position - i_entry * BLOCK_TOKENS - o_tokens >= 0
+        b_keys = load_block(p_keys + i_block * stride_key_block, o_keys, o_key, m_owned, KEY_DIM, BLOCK_KEY)
+        b_values = load_block(p_values + i_block * stride_value_block, o_values, o_value, m_owned, VALUE_DIM, BLOCK_VALUE)
+        b_scores = score_tile(b_query, b_keys, 1.0, scale, CAPPED, False, PRECISION)
+        m_split = ((i_entry + i_list) % SPLIT_BLOCKS == 0) | m_uneven
+        if m_split | (i_entry >= i_cut) | (i_entry < i_whole):
+            m_reads = b_first <= i_entry
+            m_seen = ((o_position - i_entry * BLOCK_TOKENS)[:, None] - o_tokens[None, :] >= 0) & m_reads[:, None]  # [M, B]
+            b_scores = tl.where(m_seen, b_scores, float("-inf"))
+            if m_split:
+                m_cut = m_reads & ((i_entry + b_list) % SPLIT_BLOCKS == 0)
+                b_max, b_all_max, b_all_sum, b_all_acc = begin_split(m_cut, b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc)
+        b_max, b_sum, b_acc = add_tile(b_scores, b_values, 1.0, b_max, b_sum, b_acc, scale, cap, CAPPED, False, PRECISION, b_query.dtype)
+    return b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc
+
+
+@triton.jit
+def walk_visits(
+    p_keys, p_values, p_key_scales, p_value_scales, p_blocks, p_readers, p_cuts, visits, b_query, o_token,
+    b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc, scale, cap,
+    stride_key_block, stride_key_token, stride_value_block, stride_value_token, stride_scale_block,
+    TOKENS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, CAPPED: tl.constexpr, QUANTISED: tl.constexpr, NIBBLES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The rows' states after the tile's visits of far blocks, see `tile_visits.Visits`; rows are those of the tile's tokens o_token [M]."""
+    o_tokens = tl.arange(0, BLOCK_TOKENS)
+    i_next = tl.load(p_blocks, mask=visits > 0, other=0)
+    for i_visit in tl.range(0, visits, disable_licm=True):
+        i_block = i_next.to(tl.int64)
+        i_next = tl.load(p_blocks + i_visit + 1, mask=i_visit + 1 < visits, other=0)
+        i_readers, i_cuts = tl.load(p_readers + i_visit), tl.load(p_cuts + i_visit)
         b_keys = load_far(p_keys + i_block * stride_key_block, o_tokens, stride_key_token, KEY_DIM, BLOCK_KEY, NIBBLES)
         b_values = load_far(p_values + i_block * stride_value_block, o_tokens, stride_value_token, VALUE_DIM, BLOCK_VALUE, NIBBLES)
         b_key_scale, b_value_scale = 1.0, 1.0
@@ -53,11 +123,12 @@ def walk_far(
             b_key_scale = tl.load(p_key_scales + i_block * stride_scale_block + o_tokens).to(tl.float32)  # [B]
             b_value_scale = tl.load(p_value_scales + i_block * stride_scale_block + o_tokens).to(tl.float32)
         b_scores = score_tile(b_query, b_keys, b_key_scale, scale, CAPPED, QUANTISED, PRECISION)
-        m_split = (i_choice + i_list) % SPLIT_BLOCKS == 0 if SPLIT_BLOCKS > 0 else False
-        if m_split:
-            b_scores += 0.0  # So that the branch comes after them, as in `walk_blocks`.
-            b_all_max, b_all_sum, b_all_acc = merge_rows(b_all_max, b_all_sum, b_all_acc, b_max, b_sum, b_acc)
-            b_max = tl.full(b_max.shape, float("-inf"), tl.float32)
+        # All ones where every token of a whole tile reads the block.
+        if (i_cuts != 0) | (i_readers != (-1 if TOKENS == 32 else (1 << TOKENS) - 1)):
+            b_scores = tl.where(((i_readers >> o_token) & 1 != 0)[:, None], b_scores, float("-inf"))
+            if i_cuts != 0:
+                m_cut = (i_cuts >> o_token) & 1 != 0
+                b_max, b_all_max, b_all_sum, b_all_acc = begin_split(m_cut, b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc)
         b_max, b_sum, b_acc = add_tile(
             b_scores, b_values, b_value_scale, b_max, b_sum, b_acc, scale, cap, CAPPED, QUANTISED, PRECISION, b_query.dtype
         )
@@ -65,136 +136,72 @@ def walk_far(
 
 
 @triton.jit
-def attend_list(
-    p_keys, p_values, p_table, p_far_keys, p_far_values, p_key_scales, p_value_scales, p_far_table, p_choices,
-    b_query, o_position, first_position, last_position, i_from, i_to, sinks, chosen, i_start, scale, cap,
-    stride_key_block, stride_key_token, stride_value_block, stride_value_token,
-    stride_far_key_block, stride_far_key_token, stride_far_value_block, stride_far_value_token, stride_scale_block,
-    ROWS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, SPLIT_BLOCKS: tl.constexpr, CAPPED: tl.constexpr, QUANTISED: tl.constexpr, NIBBLES: tl.constexpr,
-    PRECISION: tl.constexpr,
+def sparse_tile_kernel(
+    p_query, p_keys, p_values, p_out, p_tables, p_query_starts, p_context_lengths, p_ends, p_sinks,
+    p_far_keys, p_far_values, p_key_scales, p_value_scales, p_counts, p_anchors, p_blocks, p_readers, p_cuts, p_visits,
+    sequences, scale, cap, most_visits, stride_query_token, stride_query_head, stride_out_token, stride_out_head, stride_table,
+    stride_key_block, stride_key_head, stride_key_token, stride_value_block, stride_value_head, stride_value_token,
+    stride_far_key_block, stride_far_key_head, stride_far_key_token, stride_far_value_block, stride_far_value_head,
+    stride_far_value_token, stride_scale_block, stride_scale_head,
+    SEQUENCES: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, SPLIT_BLOCKS: tl.constexpr, WINDOW: tl.constexpr,
+    REFRESH: tl.constexpr, SINK_BLOCKS: tl.constexpr, HAS_FAR: tl.constexpr, QUANTISED: tl.constexpr, NIBBLES: tl.constexpr,
+    CAPPED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The state of rows at first_position … last_position, all in one block, after entries i_from … i_to − 1 of their list.
-
-    Entries below `sinks` are sink blocks, the next `chosen` are choices, the others the near blocks from i_start on. SPLIT_BLOCKS as in
-    `walk_blocks`.
-    """
-    b_max, b_sum, b_acc = start_rows(ROWS, BLOCK_VALUE)
-    b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc = walk_blocks(
-        p_keys, p_values, p_table, b_query, o_position, first_position, last_position, b_max, b_sum, b_acc, b_max, b_sum, b_acc,
-        i_from, tl.minimum(i_to, sinks), 0, scale, cap, stride_key_block, stride_key_token, stride_value_block, stride_value_token,
-        KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, SPLIT_BLOCKS, 0, CAPPED, PRECISION,
-    )  # fmt: skip
-    b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc = walk_far(
-        p_far_keys, p_far_values, p_key_scales, p_value_scales, p_far_table, p_choices, b_query,
-        b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc,
-        tl.maximum(i_from - sinks, 0), tl.minimum(i_to - sinks, chosen), sinks, scale, cap,
-        stride_far_key_block, stride_far_key_token, stride_far_value_block, stride_far_value_token, stride_scale_block,
-        KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, SPLIT_BLOCKS, CAPPED, QUANTISED, NIBBLES, PRECISION,
-    )  # fmt: skip
-    i_near = i_start - sinks - chosen
-    b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc = walk_blocks(
-        p_keys, p_values, p_table, b_query, o_position, first_position, last_position, b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc,
-        tl.maximum(i_from + i_near, i_start), i_to + i_near, -i_near, scale, cap,
-        stride_key_block, stride_key_token, stride_value_block, stride_value_token,
-        KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, SPLIT_BLOCKS, 0, CAPPED, PRECISION,
-    )  # fmt: skip
-    return merge_rows(b_all_max, b_all_sum, b_all_acc, b_max, b_sum, b_acc) if SPLIT_BLOCKS > 0 else (b_max, b_sum, b_acc)
-
-
-@triton.jit
-def find_list(
-    p_anchors, p_counts, i_row, position, HAS_FAR: tl.constexpr, WINDOW: tl.constexpr, REFRESH: tl.constexpr, SINK_BLOCKS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-):  # fmt: skip
-    """(first near block, sinks before it, chosen far blocks, row of choices, entries) of the list of the row at `position`."""
-    i_start = tl.maximum(position // REFRESH * REFRESH - WINDOW + 1, 0) // BLOCK_TOKENS
-    sinks = tl.minimum(i_start, SINK_BLOCKS)
-    i_anchor, chosen = tl.cast(0, tl.int64), tl.cast(0, tl.int32)
-    if HAS_FAR:
-        i_anchor = tl.load(p_anchors + i_row).to(tl.int64)
-        chosen = tl.load(p_counts + i_anchor, mask=i_anchor >= 0, other=0)
-    entries = tl.where(position < 0, 0, sinks + chosen + position // BLOCK_TOKENS + 1 - i_start)
-    return i_start, sinks, chosen, i_anchor, entries
-
-
-@triton.jit
-def find_rows(
-    p_ends, p_query_starts, p_context_lengths, sequences, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr
-):  # fmt: skip
-    """(sequence, work item within it, token of position 0, first position, last position) of a program's rows.
-
-    Without SPLIT the items of a sequence are the runs of TOKENS positions, aligned, that its rows fall into; with it they are splits.
-    """
-    i_sequence, i_first = find_sequence(p_ends, tl.program_id(0), sequences, SEQUENCES)
-    i_item = tl.program_id(0) - i_first
-    i_row = tl.load(p_query_starts + i_sequence, volatile=True)
-    count = tl.load(p_query_starts + i_sequence + 1, volatile=True) - i_row
-    shift = tl.load(p_context_lengths + i_sequence, volatile=True) - count  # position = token + shift
-    first_position, last_position = shift, shift
-    if not SPLIT:
-        i_run = (tl.maximum(shift, 0) // TOKENS + i_item) * TOKENS
-        first_position, last_position = tl.maximum(i_run, shift), tl.minimum(i_run + TOKENS, shift + count) - 1
-    return i_sequence, i_item, i_row - shift, first_position, last_position
-
-
-@triton.jit
-def store_part(p_peaks, p_sums, p_parts, b_max, b_sum, b_acc, GROUP: tl.constexpr, o_head, o_value, m_rows, m_out, VALUE_DIM: tl.constexpr):
-    """Store the state of rows o_head of this program's work item for the reduction: peaks and sums [items, Hq], parts [items, Hq, Dv]."""
-    o_part = tl.program_id(0).to(tl.int64) * (tl.num_programs(1) * GROUP) + o_head
-    tl.store(p_peaks + o_part, b_max, mask=m_rows)
-    tl.store(p_sums + o_part, b_sum, mask=m_rows)
-    tl.store(p_parts + o_part[:, None] * VALUE_DIM + o_value[None, :], b_acc, mask=m_out)
-
-
-@triton.jit
-def sparse_kernel(
-    p_query, p_keys, p_values, p_out, p_tables, p_query_starts, p_context_lengths, p_ends, p_sinks, p_peaks, p_sums, p_parts,
-    p_far_keys, p_far_values, p_key_scales, p_value_scales, p_far_tables, p_choices, p_counts, p_anchors, sequences, scale, cap,
-    stride_query_token, stride_query_head, stride_out_token, stride_out_head, stride_table, stride_key_block, stride_key_head,
-    stride_key_token, stride_value_block, stride_value_head, stride_value_token, stride_far_key_block, stride_far_key_head,
-    stride_far_key_token, stride_far_value_block, stride_far_value_head, stride_far_value_token, stride_scale_block, stride_scale_head,
-    stride_far_table, stride_choice_anchor, stride_choice_head, SEQUENCES: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    TOKENS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, SPLIT_BLOCKS: tl.constexpr, WINDOW: tl.constexpr, REFRESH: tl.constexpr, SINK_BLOCKS: tl.constexpr,
-    HAS_FAR: tl.constexpr, QUANTISED: tl.constexpr, NIBBLES: tl.constexpr, SPLIT: tl.constexpr, CAPPED: tl.constexpr,
-    SINKS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One program owns one K/V head and a run of TOKENS positions in one block with one anchor (TOKENS · GROUP rows) and walks their list;
-    with SPLIT one split of a decode row, whose peaks, sums and parts are left for `reduce_kernel`, empty where the list is shorter."""
-    i_head = tl.program_id(1).to(tl.int64)
-    i_sequence, i_item, i_origin, first_position, last_position = find_rows(
-        p_ends, p_query_starts, p_context_lengths, sequences, SEQUENCES, TOKENS, SPLIT
+    """One program owns a tile's rows, TOKENS · GROUP of them, for one K/V head."""
+    i_head, i_tile = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    i_sequence, i_origin, first_position, last_position = find_tile(
+        p_ends, p_query_starts, p_context_lengths, i_tile, sequences, SEQUENCES, TOKENS
     )
     o_rows, o_key, o_value = tl.arange(0, ROWS), tl.arange(0, BLOCK_KEY), tl.arange(0, BLOCK_VALUE)
-    o_position, o_head = first_position + o_rows // GROUP, i_head * GROUP + o_rows % GROUP
-    m_rows, o_token = o_position <= last_position, (i_origin + o_position).to(tl.int64)
-    o_query = (o_token * stride_query_token + o_head * stride_query_head)[:, None] + o_key[None, :]
-    b_query = tl.load(p_query + o_query, mask=m_rows[:, None] & (o_key < KEY_DIM)[None, :], other=0.0)  # [ROWS, BLOCK_KEY]
-    i_start, sinks, chosen, i_anchor, entries = find_list(
-        p_anchors, p_counts, i_origin + first_position, first_position, HAS_FAR, WINDOW, REFRESH, SINK_BLOCKS, BLOCK_TOKENS
-    )
-    i_from, i_to = (i_item * SPLIT_BLOCKS, tl.minimum((i_item + 1) * SPLIT_BLOCKS, entries)) if SPLIT else (0, entries)
-    b_max, b_sum, b_acc = attend_list(
-        p_keys + i_head * stride_key_head, p_values + i_head * stride_value_head, p_tables + i_sequence.to(tl.int64) * stride_table,
-        p_far_keys + i_head * stride_far_key_head, p_far_values + i_head * stride_far_value_head,
-        p_key_scales + i_head * stride_scale_head, p_value_scales + i_head * stride_scale_head,
-        p_far_tables + i_sequence.to(tl.int64) * stride_far_table,
-        p_choices + i_anchor * stride_choice_anchor + i_head * stride_choice_head,
-        b_query, tl.where(m_rows, o_position, -1), first_position, last_position, i_from, i_to, sinks, chosen, i_start, scale, cap,
-        stride_key_block, stride_key_token, stride_value_block, stride_value_token,
-        stride_far_key_block, stride_far_key_token, stride_far_value_block, stride_far_value_token, stride_scale_block,
-        ROWS, KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, 0 if SPLIT else SPLIT_BLOCKS, CAPPED, QUANTISED, NIBBLES, PRECISION,
+    o_head = i_head * GROUP + o_rows % GROUP
+    o_token = tl.minimum(o_rows // GROUP, TOKENS - 1)
+    # Rows past the last one are rows of the last token that nobody stores.
+    o_position = tl.minimum(first_position + o_token, last_position)
+    o_query = (i_origin + o_position).to(tl.int64) * stride_query_token + o_head * stride_query_head
+    b_query = tl.load(p_query + o_query[:, None] + o_key[None, :], mask=(o_key < KEY_DIM)[None, :], other=0.0)  # [ROWS, BLOCK_KEY]
+    p_key, p_value = p_keys + i_head * stride_key_head, p_values + i_head * stride_value_head
+    p_table = p_tables + i_sequence.to(tl.int64) * stride_table
+    b_max, b_sum, b_acc = start_rows(ROWS, BLOCK_VALUE)
+    b_all_max, b_all_sum, b_all_acc = b_max, b_sum, b_acc
+    # A window that begins among the sinks or right behind them has one list: all blocks.
+    b_start = near_start(o_position, WINDOW, REFRESH, BLOCK_TOKENS)
+    m_apart = b_start > SINK_BLOCKS
+    i_least = near_start(first_position, WINDOW, REFRESH, BLOCK_TOKENS)
+    i_start = near_start(last_position, WINDOW, REFRESH, BLOCK_TOKENS)
+    b_first, b_list = tl.where(m_apart, b_start, 0), tl.zeros([ROWS], tl.int32)
+    if SINK_BLOCKS > 0:
+        b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc = walk_near(
+            p_key, p_value, p_table, b_query, o_position, tl.where(m_apart, 0, SINK_BLOCKS), b_list, first_position, last_position,
+            b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc,
+            0, tl.where(i_start > SINK_BLOCKS, SINK_BLOCKS, 0), tl.where(i_least > SINK_BLOCKS, 0, SINK_BLOCKS), scale, cap,
+            stride_key_block, stride_key_token, stride_value_block, stride_value_token,
+            KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, SPLIT_BLOCKS, CAPPED, PRECISION,
+        )  # fmt: skip
+    if HAS_FAR:
+        i_place = i_tile.to(tl.int64) * tl.num_programs(1) + i_head
+        i_visits = i_place * most_visits
+        b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc = walk_visits(
+            p_far_keys + i_head * stride_far_key_head, p_far_values + i_head * stride_far_value_head,
+            p_key_scales + i_head * stride_scale_head, p_value_scales + i_head * stride_scale_head,
+            p_blocks + i_visits, p_readers + i_visits, p_cuts + i_visits, tl.load(p_visits + i_place), b_query, o_token,
+            b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc, scale, cap,
+            stride_far_key_block, stride_far_key_token, stride_far_value_block, stride_far_value_token, stride_scale_block,
+            TOKENS, KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, CAPPED, QUANTISED, NIBBLES, PRECISION,
+        )  # fmt: skip
+        i_anchor = tl.load(p_anchors + i_origin + o_position).to(tl.int64)
+        b_list = tl.load(p_counts + i_anchor, mask=i_anchor >= 0, other=0)
+    b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc = walk_near(
+        p_key, p_value, p_table, b_query, o_position, b_first, tl.where(m_apart, SINK_BLOCKS + b_list - b_start, 0),
+        first_position, last_position, b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc,
+        tl.where(i_least > SINK_BLOCKS, i_least, 0), last_position // BLOCK_TOKENS + 1, tl.where(i_start > SINK_BLOCKS, i_start, 0),
+        scale, cap, stride_key_block, stride_key_token, stride_value_block, stride_value_token,
+        KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, SPLIT_BLOCKS, CAPPED, PRECISION,
     )  # fmt: skip
-    _, _, i_origin, first_position, last_position = find_rows(
-        p_ends, p_query_starts, p_context_lengths, sequences, SEQUENCES, TOKENS, SPLIT
-    )
+    b_max, b_sum, b_acc = merge_rows(b_all_max, b_all_sum, b_all_acc, b_max, b_sum, b_acc)
+    _, i_origin, first_position, last_position = find_tile(p_ends, p_query_starts, p_context_lengths, i_tile, sequences, SEQUENCES, TOKENS)
     o_position = first_position + o_rows // GROUP
-    m_rows, o_token = o_position <= last_position, (i_origin + o_position).to(tl.int64)
-    m_out = m_rows[:, None] & (o_value < VALUE_DIM)[None, :]
-    if SPLIT:
-        store_part(p_peaks, p_sums, p_parts, b_max, b_sum, b_acc, GROUP, o_head, o_value, m_rows, m_out, VALUE_DIM)
-    else:
-        b_sinks = tl.load(p_sinks + o_head) * 1.4426950408889634 if SINKS else 0.0
-        o_out = (o_token * stride_out_token + o_head * stride_out_head)[:, None] + o_value[None, :]
-        tl.store(p_out + o_out, finish_rows(b_max, b_sum, b_acc, b_sinks, SINKS), mask=m_out)
+    m_out = (o_position <= last_position)[:, None] & (o_value < VALUE_DIM)[None, :]
+    b_sinks = tl.load(p_sinks + o_head) * 1.4426950408889634 if SINKS else 0.0
+    o_out = ((i_origin + o_position).to(tl.int64) * stride_out_token + o_head * stride_out_head)[:, None] + o_value[None, :]
+    tl.store(p_out + o_out, finish_rows(b_max, b_sum, b_acc, b_sinks, SINKS), mask=m_out)

@@ -1,12 +1,13 @@
 """Attention over two stores on a GPU: which rows go where, the launches, and what they move.
 
-Sequences with one query row are decoded in splits of their compacted list, all others in tiles of rows that share an anchor; both sum in
-one order (see `online_softmax`). It does not know how far blocks were chosen. Invariant: with a plan no call waits for the device.
+Sequences with one query row are decoded in splits of their compacted list, all others in tiles of rows that visit what any of them reads;
+both sum in one order (see `online_softmax`). It does not know how far blocks were chosen. Invariant: with a plan no call waits for the
+device.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,32 +18,38 @@ from service.kernels.gpu.paged_attention import (
     REGISTERS,
     AttentionPlan,
     Tile,
+    Work,
     attention_options,
     capability,
     check_attention,
     score_factors,
 )
-from service.kernels.gpu.sparse_tiles import sparse_kernel
+from service.kernels.gpu.sparse_rows import sparse_row_kernel
+from service.kernels.gpu.sparse_tiles import sparse_tile_kernel
+from service.kernels.gpu.tile_visits import MOST_TOKENS, find_visits
 from service.kernels.reference_sparse import ChosenFar
 from service.kernels.splits import SPLIT_TOKENS
 
 
-def sparse_tile(dtype: torch.dtype, head_dim: int, group: int, refresh: int, block_tokens: int, chip: int) -> tuple[Tile, int]:
-    """The prefill tile on sm_`chip` and how many tokens it holds: a power of two that divides `refresh` and the block.
-
-    A tile holds rows of one anchor only, so a smaller `refresh` makes it narrower; the widest is what the compile gate finds free of
-    spills. Raises ValueError for a `refresh` that is no power of two.
-    """
-    if refresh & (refresh - 1):
-        raise ValueError(f"refresh must be a power of two, not {refresh}")
-    small = head_dim <= 64 and dtype != torch.float32
-    most = 16 if dtype == torch.float32 or head_dim > 128 else 128 if small and chip >= 90 else 32
-    tokens = min(refresh, block_tokens, 1 << max(most // group, 1).bit_length() - 1)
+def sparse_tile(dtype: torch.dtype, head_dim: int, group: int, chip: int) -> tuple[Tile, int]:
+    """The tile of prompts on sm_`chip` and how many tokens it holds, a power of two: the widest that the compile gate finds free of spills,
+    in float32 of few."""
+    if dtype == torch.float32:
+        rows = max(16 if head_dim <= 64 else 8, triton.next_power_of_2(group))
+        return Tile(rows, 8, 1), min(MOST_TOKENS, 1 << (rows // group).bit_length() - 1)
+    most = 16 if head_dim > 128 else 128 if head_dim <= 64 and chip >= 90 else 32
+    tokens = min(MOST_TOKENS, 1 << max(most // group, 1).bit_length() - 1)
     rows = max(16, triton.next_power_of_2(tokens * group))
-    if small and rows == 16:
-        return Tile(rows, 4, 3), tokens
     # Warp groups take 64 rows each: two of them would compute the scores of 64 twice.
     return Tile(rows, 4 if rows == 64 else 8, 1 if head_dim > 128 else 2), tokens
+
+
+def sparse_row(dtype: torch.dtype, head_dim: int, group: int) -> Tile:
+    """The tile of one decoding row's query heads."""
+    rows = max(16, triton.next_power_of_2(group))
+    if head_dim <= 64 and dtype != torch.float32 and rows == 16:
+        return Tile(rows, 4, 3)
+    return Tile(rows, 4 if rows == 64 else 8, 1 if head_dim > 128 else 2)
 
 
 def plan_sparse(
@@ -107,9 +114,8 @@ def window_sparse_attention(
     """
     check_attention(query, key_blocks, value_blocks, near_tables)
     heads, (kv_heads, block_tokens) = query.shape[1], key_blocks.shape[1:3]
-    size, chip = max(query.shape[2], value_blocks.shape[3]), capability(query.device)
-    tile, tokens = sparse_tile(query.dtype, size, heads // kv_heads, refresh, block_tokens, chip)
-    row = sparse_tile(query.dtype, size, heads // kv_heads, 1, block_tokens, chip)[0]
+    size = max(query.shape[2], value_blocks.shape[3])
+    tile, tokens = sparse_tile(query.dtype, size, heads // kv_heads, capability(query.device))
     if plan is None:
         plan = AttentionPlan(query_starts, context_lengths, query.device, window)
     entries = most_entries(window, refresh, block_tokens, sink_blocks, 0 if far is None else far.choices.shape[2])
@@ -117,56 +123,76 @@ def window_sparse_attention(
     shape = (query.shape[0], heads, value_blocks.shape[3])
     out = query.new_zeros(shape) if work.tiles else query.new_empty(shape)
     options = attention_options(query, key_blocks, value_blocks, context_lengths.shape[0], (None, softcap, sink_logits))
-    scoring = (scale, softcap)
     options |= {"WINDOW": window, "REFRESH": refresh, "SINK_BLOCKS": sink_blocks, "maxnreg": REGISTERS}
-    tensors = (query, key_blocks, value_blocks, out, near_tables, query_starts, context_lengths)
+    call = _Call((query, key_blocks, value_blocks, out, near_tables), (query_starts, context_lengths), work, far, sink_logits)
+    numbers = (context_lengths.shape[0], *score_factors(scale, softcap))
     if work.tiles:
-        _launch(work.tiles, tensors, (work.tile_ends, sink_logits, None, None, None), far, scoring, options | _shape(tile, tokens, False))
+        _launch_tiles(call, tile, tokens, numbers, options)
     if work.splits:
-        peaks, sums = query.new_empty((2, work.splits, heads), dtype=torch.float32)
-        parts = query.new_empty((work.splits, heads, shape[2]), dtype=torch.float32)
-        lists = (work.split_ends, sink_logits, peaks, sums, parts)
-        _launch(work.splits, tensors, lists, far, scoring, options | _shape(row, 1, True))
-        reduce_kernel[(context_lengths.shape[0], heads)](
-            out, query_starts, *lists, *out.stride()[:2],
-            VALUE_DIM=options["VALUE_DIM"], BLOCK_VALUE=options["BLOCK_VALUE"], SINKS=options["SINKS"], num_warps=1, num_stages=3,
-        )  # fmt: skip
+        _launch_rows(call, sparse_row(query.dtype, size, heads // kv_heads), numbers, options)
     return out
 
 
-def _shape(tile: Tile, tokens: int, split: bool) -> dict[str, Any]:
-    return {"ROWS": tile.rows, "TOKENS": tokens, "SPLIT": split, "num_warps": tile.warps, "num_stages": tile.stages}
+class _Call(NamedTuple):
+    """What both launches read and write: tensors are query, keys, values, out, tables; lengths the starts of queries and the contexts."""
+
+    tensors: tuple[Tensor, ...]
+    lengths: tuple[Tensor, Tensor]
+    work: Work
+    far: ChosenFar | None
+    sinks: Tensor | None
 
 
-def _launch(
-    items: int,
-    tensors: tuple[Tensor, ...],
-    lists: tuple[Tensor | None, ...],
-    far: ChosenFar | None,
-    scoring: tuple[float, float | None],
-    options: dict[str, Any],
-) -> None:
-    """One launch over all items of `lists`; tensors are query, keys, values, out, tables, starts, lengths."""
-    query, keys, values, out, tables, _, lengths = tensors
-    numbers = (lengths.shape[0], *score_factors(*scoring))
+def _launch_tiles(call: _Call, tile: Tile, tokens: int, numbers: tuple[int, float, float], options: dict[str, Any]) -> None:
+    """One launch over all tiles, after their visits have been found."""
+    query, keys, values, out, tables = call.tensors
+    lengths = (*call.lengths, call.work.tile_ends)
+    stores, far_strides, far_options = _far_arguments(call.far, keys, tables)
+    visits: tuple[Tensor, ...] = (tables,) * 4
+    if call.far is not None:
+        found = find_visits(
+            lengths, call.work.tiles, tokens, call.far, sink_blocks=options["SINK_BLOCKS"], split_blocks=options["SPLIT_BLOCKS"]
+        )
+        visits = tuple(found)
     strides = (*query.stride()[:2], *out.stride()[:2], tables.stride(0), *keys.stride()[:3], *values.stride()[:3])
-    far_tensors, far_strides, far_options = _far_arguments(far, keys, tables)
-    sparse_kernel[(items, keys.shape[1])](*tensors, *lists, *far_tensors, *numbers, *strides, *far_strides, **options, **far_options)
+    sparse_tile_kernel[(call.work.tiles, keys.shape[1])](
+        *call.tensors, *lengths, call.sinks, *stores, *visits, *numbers, visits[0].shape[-1], *strides, *far_strides,
+        ROWS=tile.rows, TOKENS=tokens, num_warps=tile.warps, num_stages=tile.stages, **options, **far_options,
+    )  # fmt: skip
+
+
+def _launch_rows(call: _Call, tile: Tile, numbers: tuple[int, float, float], options: dict[str, Any]) -> None:
+    """One launch over the splits of all decoding rows, and one that joins them."""
+    query, keys, values, out, tables = call.tensors
+    heads, splits, split_ends = query.shape[1], call.work.splits, call.work.split_ends
+    peaks, sums = query.new_empty((2, splits, heads), dtype=torch.float32)
+    parts = query.new_empty((splits, heads, out.shape[2]), dtype=torch.float32)
+    stores, far_strides, far_options = _far_arguments(call.far, keys, tables)
+    far_tables, choices = (tables, tables) if call.far is None else (call.far.tables, call.far.choices)
+    choice_strides = (0, 0) if call.far is None else choices.stride()[:2]
+    strides = (*query.stride()[:2], tables.stride(0), *keys.stride()[:3], *values.stride()[:3])
+    sparse_row_kernel[(splits, keys.shape[1])](
+        query, keys, values, tables, *call.lengths, split_ends, peaks, sums, parts, *stores, far_tables, choices, *numbers,
+        *strides, *far_strides, far_tables.stride(0), *choice_strides,
+        ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages, **{name: options[name] for name in options if name != "SINKS"},
+        **far_options,
+    )  # fmt: skip
+    reduce_kernel[(numbers[0], heads)](
+        out, call.lengths[0], split_ends, call.sinks, peaks, sums, parts, *out.stride()[:2],
+        VALUE_DIM=options["VALUE_DIM"], BLOCK_VALUE=options["BLOCK_VALUE"], SINKS=options["SINKS"], num_warps=1, num_stages=3,
+    )  # fmt: skip
 
 
 def _far_arguments(far: ChosenFar | None, keys: Tensor, tables: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...], dict[str, Any]]:
-    """Tensors, strides and constants of the far store; where there is none or it has no scales, tensors that are never read."""
+    """Tensors, strides and constants of the far store and its choices; where there is none or it has no scales, tensors that are never
+    read."""
     options: dict[str, Any] = {"HAS_FAR": far is not None, "QUANTISED": False, "NIBBLES": False}
     if far is None:
-        return (keys, keys, keys, keys, tables, tables, tables, tables), (0,) * 11, options
+        return (keys, keys, keys, keys, tables, tables), (0,) * 8, options
     store = far.blocks
     key_scales, value_scales = store.key_scales, store.value_scales
     scales = (store.keys, store.values) if key_scales is None or value_scales is None else (key_scales, value_scales)
     options |= {"QUANTISED": key_scales is not None, "NIBBLES": store.keys.dtype == torch.uint8}
-    strides = (
-        *store.keys.stride()[:3],
-        *store.values.stride()[:3],
-        *(store.key_scales.stride()[:2] if store.key_scales is not None else (0, 0)),
-    )
-    tensors = (store.keys, store.values, *scales, far.tables, far.choices, far.counts, far.anchors)
-    return tensors, (*strides, far.tables.stride(0), *far.choices.stride()[:2]), options
+    scale_strides = store.key_scales.stride()[:2] if store.key_scales is not None else (0, 0)
+    tensors = (store.keys, store.values, *scales, far.counts, far.anchors)
+    return tensors, (*store.keys.stride()[:3], *store.values.stride()[:3], *scale_strides), options

@@ -57,7 +57,7 @@ def compile_shape(shape: Shape, capability: int) -> Compiled:
     attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in shape.aligned(signature)}
     source = ASTSource(function, signature, constants, attributes)
     options = {"num_warps": shape.warps, "num_stages": shape.stages, "enable_fp_fusion": shape.fusion}
-    if shape.module in ("dense_tiles", "dense_rows", "sparse_tiles"):
+    if shape.module in ("dense_tiles", "dense_rows", "sparse_tiles", "sparse_rows"):
         options["maxnreg"] = REGISTERS
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     cubin, ptx = made.asm["cubin"], made.asm["ptx"]

@@ -16,7 +16,8 @@ import torch
 from service.kernels.gpu.int8_linear import product_tile
 from service.kernels.gpu.ordered_linear import ordered_tile
 from service.kernels.gpu.paged_attention import decode_tile, tile_of
-from service.kernels.gpu.window_sparse import sparse_tile
+from service.kernels.gpu.tile_visits import GATHERED, MARKED
+from service.kernels.gpu.window_sparse import sparse_row, sparse_tile
 from service.kernels.reference_sparse import FIRST_STAGE, SECOND_STAGE
 
 # Stack that a float32 kernel may use: its products are not those of tensor cores, and it is the path to compare with, not to serve on.
@@ -160,31 +161,39 @@ def elementwise_shapes() -> list[Shape]:
 
 def sparse_shapes() -> list[Shape]:
     """Attention over two stores, decode and prefill, over formats of the far store and head sizes; one of each over 8-bit near blocks."""
-    runs = ((1, True), (1, False), (64, False))
-    cases = [("bf16", dim, store, *run, chip) for dim, store, run, chip in product((64, 128), STORES, runs, ALL)]
-    cases += [("bf16", 64, store, 16, False, chip) for store, chip in product(STORES, ALL)]
-    cases += [("fp16", 128, "int8", *run, chip) for run, chip in product(runs, ALL)]
+    cases = [("bf16", dim, 4, store, chip) for dim, store, chip in product((64, 128), STORES, ALL)]
+    cases += [("fp16", 128, 4, "int8", chip) for chip in ALL]
+    # A group that divides no tile, and one head a K/V head.
+    cases += [("bf16", dim, group, "int8", chip) for dim, group, chip in product((64, 128), (1, 7), ALL)]
     # Rows of 80 and 96 values are padded to 128: half a row of nibbles is a mask of its own.
     others = ((80, "int4"), (96, "int8"), (256, "int8"), (256, "int4"), (256, "native"))
-    cases += [("bf16", dim, store, *run, chip) for (dim, store), run, chip in product(others, runs[:2], ALL)]
-    cases += [("fp32", dim, store, *run, chip) for dim, store, run, chip in product((64, 128), ("int8", "native"), runs[:2], ALL)]
+    cases += [("bf16", dim, 4, store, chip) for (dim, store), chip in product(others, ALL)]
+    cases += [("fp32", dim, 4, store, chip) for dim, store, chip in product((64, 128), ("int8", "native"), ALL)]
     shapes = []
-    for kind, dim, store, refresh, split, chip in cases:
-        tile, tokens = sparse_tile(TORCH_TYPES[kind], dim, 4, refresh, 64, chip)
-        constants = attention_constants(dim, 4, 2048, **({"PRECISION": "ieee"} if kind == "fp32" else {}))
-        constants |= {"ROWS": tile.rows, "TOKENS": tokens, "REFRESH": refresh, "SINK_BLOCKS": 1}
-        constants |= {"HAS_FAR": True, "QUANTISED": store != "native", "NIBBLES": store == "int4", "SPLIT": split}
+    for kind, dim, group, store, chip in cases:
+        constants = attention_constants(dim, group, 2048, **({"PRECISION": "ieee"} if kind == "fp32" else {}))
+        constants |= {"REFRESH": 1, "SINK_BLOCKS": 1, "HAS_FAR": True, "QUANTISED": store != "native", "NIBBLES": store == "int4"}
         kept = ("*fp32", "fp32") if (kind, store) == ("fp32", "native") else STORES[store]
-        types = attention_types(kind) | sparse_types(*kept)
-        name = f"sparse-{'decode' if split else 'prefill'}-{kind}-d{dim}-{store}-r{refresh}"
-        stack = FLOAT32_STACK if kind == "fp32" else 0
-        shapes.append(Shape(name, "sparse_tiles", "sparse_kernel", types, constants, *tile[1:], stack, tile.rows >= 64, (chip,)))
-    tile, tokens = sparse_tile(torch.bfloat16, 128, 4, 1, 64, 90)
-    rule = {"ROWS": tile.rows, "TOKENS": tokens, "REFRESH": 1, "SINK_BLOCKS": 1, "HAS_FAR": True, "QUANTISED": True, "NIBBLES": False}
+        types, stack = attention_types(kind) | sparse_types(*kept), FLOAT32_STACK if kind == "fp32" else 0
+        (tile, tokens), row = sparse_tile(TORCH_TYPES[kind], dim, group, chip), sparse_row(TORCH_TYPES[kind], dim, group)
+        wide, lone = constants | {"ROWS": tile.rows, "TOKENS": tokens}, constants | {"ROWS": row.rows}
+        name = f"{kind}-d{dim}-g{group}-{store}"
+        limits = (stack, tile.rows >= 64, (chip,))
+        shapes.append(Shape(f"sparse-prefill-{name}", "sparse_tiles", "sparse_tile_kernel", types, wide, *tile[1:], *limits))
+        shapes.append(Shape(f"sparse-decode-{name}", "sparse_rows", "sparse_row_kernel", types, lone, *row[1:], stack, False, (chip,)))
+    row = sparse_row(torch.bfloat16, 128, 4)
+    rule = {"ROWS": row.rows, "REFRESH": 1, "SINK_BLOCKS": 1, "HAS_FAR": True, "QUANTISED": True, "NIBBLES": False}
     types = attention_types("bf16") | sparse_types(*STORES["int8"]) | dict.fromkeys(("p_keys", "p_values"), "*fp8e4nv")
-    constants = attention_constants(128, 4, 2048) | rule | {"SPLIT": True}
-    shapes.append(Shape("sparse-decode-fp8", "sparse_tiles", "sparse_kernel", types, constants, *tile[1:], capabilities=(90,)))
-    return shapes
+    constants = attention_constants(128, 4, 2048) | rule
+    shapes.append(Shape("sparse-decode-fp8", "sparse_rows", "sparse_row_kernel", types, constants, *row[1:], capabilities=(90,)))
+    return [*shapes, *visit_shapes()]
+
+
+def visit_shapes() -> list[Shape]:
+    """What tiles of prompts visit of the far store."""
+    types = attention_types("bf16") | sparse_types(*STORES["int8"])
+    constants = {"SEQUENCES": 64, "TOKENS": 32, "SINK_BLOCKS": 1, "SPLIT_BLOCKS": 8, "MARKED": MARKED, "GATHERED": GATHERED}
+    return [Shape(f"visits-{part}", "tile_visits", f"{part}_kernel", types, constants, 1) for part in ("mark", "gather")]
 
 
 def far_shapes() -> list[Shape]:
@@ -215,7 +224,20 @@ def far_shapes() -> list[Shape]:
 def sparse_types(far: str, scales: str) -> dict[str, str]:
     """Types of what only the kernels of the two stores take."""
     types = dict.fromkeys(("p_far_keys", "p_far_values"), far) | dict.fromkeys(("p_key_scales", "p_value_scales"), f"*{scales}")
-    types |= dict.fromkeys(("p_far_tables", "p_choices", "p_counts", "p_ends", "p_budgets", "p_kept"), "*i32")
+    integers = (
+        "p_far_tables",
+        "p_choices",
+        "p_counts",
+        "p_ends",
+        "p_budgets",
+        "p_kept",
+        "p_marks",
+        "p_blocks",
+        "p_readers",
+        "p_cuts",
+        "p_visits",
+    )
+    types |= dict.fromkeys(integers, "*i32")
     types |= dict.fromkeys(("p_anchors", "p_near_ids", "p_far_ids", "p_sequences"), "*i64")
     types |= {
         "p_bounds": "*i8",
@@ -225,6 +247,7 @@ def sparse_types(far: str, scales: str) -> dict[str, str]:
         "width": "i32",
         "most": "i32",
         "compared": "i32",
+        "most_visits": "i32",
     }
     parts = tuple(f"far_{store}_{part}" for store in ("key", "value") for part in ("block", "head", "token"))
     parts += ("scale_block", "scale_head", "far_table", "choice_anchor", "choice_head", "query_anchor")

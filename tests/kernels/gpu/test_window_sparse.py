@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from service.kernels import reference_sparse
-from service.kernels.gpu import paged_attention, window_sparse
+from service.kernels.gpu import paged_attention, tile_visits, window_sparse
 from service.kernels.gpu.paged_attention import FP8
 from tests.kernels.gpu.conftest import DEVICE, DTYPES, ON_DEVICE, FarApart, check_error, moved, past_int32, placed
 from tests.kernels.sparse_batches import SparseBatch, make_sparse, of_one_value, permuted
@@ -200,15 +201,15 @@ def test_only_chosen_blocks_are_read() -> None:
 
 def test_a_plan_made_ahead_gives_the_same() -> None:
     batch = batch_of(*MIXED, refresh=4)
-    tile, tokens = window_sparse.sparse_tile(torch.float32, 16, 2, 4, 16, 90)
+    tile, tokens = window_sparse.sparse_tile(torch.float32, 16, 2, 90)
     most = window_sparse.most_entries(40, 4, 16, 1, 2)
     rule: dict[str, Any] = {"window": 40, "refresh": 4, "sink_blocks": 1}
     plan = window_sparse.plan_sparse(
         batch.near_tables.to(DEVICE), batch.query_starts, batch.context_lengths, far=None, block_tokens=16, **rule
     )
     work = plan.sparse(tokens, -(-most // 2))
-    # Rows 64 … 69 and 0 … 16 in runs of 4; three decoding rows, each with splits for 1 + 2 + 5 blocks.
-    assert (tile.rows, tokens, work.tile_ends.tolist(), work.split_ends.tolist()) == (16, 4, [0, 0, 2, 7, 7], [4, 8, 8, 8, 12])
+    # Rows 64 … 69 and 0 … 16 in runs of 8; three decoding rows, each with splits for 1 + 2 + 5 blocks.
+    assert (tile.rows, tokens, work.tile_ends.tolist(), work.split_ends.tolist()) == (16, 8, [0, 0, 1, 4, 4], [4, 8, 8, 8, 12])
 
     assert torch.equal(run_planned(batch, plan), run(batch))
 
@@ -248,15 +249,60 @@ def test_planted_faults_are_seen(fault: str) -> None:
         check_error(run(batch, **changes[fault]), batch.reference(), batch.run(), torch.float32)
 
 
-def test_tiles_fit_one_anchor_and_one_block() -> None:
-    assert window_sparse.sparse_tile(torch.bfloat16, 64, 4, 64, 64, 90) == (paged_attention.Tile(128, 8, 2), 32)
-    assert window_sparse.sparse_tile(torch.bfloat16, 64, 4, 16, 64, 90) == (paged_attention.Tile(64, 4, 2), 16)
-    assert window_sparse.sparse_tile(torch.bfloat16, 64, 4, 8, 64, 90)[1] == 8
-    assert window_sparse.sparse_tile(torch.bfloat16, 64, 7, 64, 64, 90) == (paged_attention.Tile(128, 8, 2), 16)
-    assert window_sparse.sparse_tile(torch.bfloat16, 128, 4, 64, 64, 90) == (paged_attention.Tile(32, 8, 2), 8)
-    assert window_sparse.sparse_tile(torch.bfloat16, 128, 32, 64, 64, 90)[1] == 1
-    with pytest.raises(ValueError, match="power of two"):
-        window_sparse.sparse_tile(torch.bfloat16, 64, 4, 3, 64, 90)
+def test_tiles_are_as_wide_as_they_fit() -> None:
+    def found(kind: torch.dtype, size: int, group: int, chip: int = 90) -> tuple[tuple[int, int, int], int]:
+        tile, tokens = window_sparse.sparse_tile(kind, size, group, chip)
+        assert tokens * group <= tile.rows and tokens & (tokens - 1) == 0 and tokens <= tile_visits.MOST_TOKENS
+        return tuple(tile), tokens
+
+    assert found(torch.bfloat16, 64, 4) == ((128, 8, 2), 32)
+    assert found(torch.bfloat16, 64, 2) == ((64, 4, 2), 32)
+    assert found(torch.bfloat16, 64, 1) == ((32, 8, 2), 32)
+    assert found(torch.bfloat16, 64, 7) == ((128, 8, 2), 16)
+    assert found(torch.bfloat16, 64, 4, 80) == ((32, 8, 2), 8)
+    assert found(torch.bfloat16, 128, 4) == ((32, 8, 2), 8)
+    assert found(torch.bfloat16, 128, 32) == ((32, 8, 2), 1)
+    assert found(torch.bfloat16, 256, 4) == ((16, 8, 1), 4)
+    assert found(torch.float32, 128, 4) == ((8, 8, 1), 2)
+    assert found(torch.float32, 128, 16) == ((16, 8, 1), 1)
+
+
+@pytest.mark.parametrize("sink_blocks", [0, 1, 2])
+def test_rows_of_a_tile_may_differ_in_all_that_they_read(sink_blocks: int) -> None:
+    """Tiles of eight tokens over starts of windows, the end of the sinks and counts of chosen blocks; splits begin where a row has them."""
+    batch = batch_of([76, 130], [76, 60], heads=2, kv_heads=1, refresh=1, budget=3, sink_blocks=sink_blocks)
+    far = batch.far
+    assert far is not None
+    counts = (far.counts - torch.arange(len(far.counts)) % 3).clamp(min=0).to(torch.int32)
+    uneven = replace(batch, far=far._replace(counts=counts, choices=far.choices.masked_fill(torch.arange(3) >= counts[:, None, None], -1)))
+    assert set(counts[far.anchors[76:].clamp(min=0)].tolist()) == {0, 1, 2, 3}
+    together = run(uneven)
+    check_error(together, uneven.reference(), uneven.run(), torch.float32)
+    alone = [run(cut(uneven, 1, row, row + 1)) for row in (76, 89, 90, 91, 111, 135)]
+    assert torch.equal(torch.cat(alone), together[[76, 89, 90, 91, 111, 135]])
+
+
+def test_visits_are_what_some_token_of_a_tile_chose() -> None:
+    batch = moved(batch_of([130, 3, 76], [60, 1, 9], refresh=1, budget=3))
+    plan = paged_attention.AttentionPlan(batch.query_starts, batch.context_lengths, DEVICE, 40)
+    work = plan.sparse(8, 2)
+    # Rows 0 … 59 stand at positions 70 … 129, the last nine at 67 … 75.
+    tiles = [(0, [row for row in range(60) if (row + 70) // 8 == run]) for run in range(8, 17)]
+    tiles += [(2, [row for row in range(61, 70) if (row + 6) // 8 == run]) for run in (8, 9)]
+    lengths = (batch.query_starts, batch.context_lengths, work.tile_ends)
+    visits = tile_visits.find_visits(lengths, work.tiles, 8, batch.far, sink_blocks=1, split_blocks=2)
+    choices, counts, anchors, tables = (
+        tensor.cpu() for tensor in (batch.far.choices, batch.far.counts, batch.far.anchors, batch.far.tables)
+    )
+    assert work.tiles == len(tiles) and int(visits.counts.max()) > 3
+    for (tile, (sequence, rows)), head in itertools.product(enumerate(tiles), range(2)):
+        chosen = [choices[anchors[row], head, : counts[anchors[row]]].tolist() for row in rows]
+        blocks = sorted({block for one in chosen for block in one})
+        readers = [sum(1 << bit for bit, one in enumerate(chosen) if block in one) for block in blocks]
+        # Behind one sink each second choice begins a split.
+        cuts = [sum(1 << bit for bit, one in enumerate(chosen) if block in one[1::2]) for block in blocks]
+        found = [tensor[tile, head, : int(visits.counts[tile, head])].tolist() for tensor in visits[:3]]
+        assert found == [tables[sequence, blocks].tolist(), readers, cuts]
 
 
 def test_most_entries_bounds_every_list() -> None:

@@ -1,0 +1,107 @@
+"""Which far blocks a tile of prompt rows visits: every block that some of its tokens chose, upwards, and which tokens those are.
+
+Two launches: one marks what each token chose, one puts the marked blocks side by side. Invariant: nothing is read back; a tile's visits
+are its own tokens' choices and nothing else, so a token reads what it would read alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from service.kernels.gpu.sparse_tiles import find_tile
+from service.kernels.reference_sparse import ChosenFar
+
+# Tokens of a tile at most: each is a bit of 32.
+MOST_TOKENS = 32
+# Choices marked, and blocks put side by side, at a time.
+MARKED, GATHERED = 32, 128
+
+
+class Visits(NamedTuple):
+    """Far blocks that tiles visit, for each K/V head: ids of `blocks`, and by bits of tokens their `readers` and those for whom the visit
+    begins a split (`cuts`), int32 [tiles, Hkv, most]; `counts` [tiles, Hkv] int32."""
+
+    blocks: Tensor
+    readers: Tensor
+    cuts: Tensor
+    counts: Tensor
+
+
+@triton.jit
+def mark_kernel(
+    p_query_starts, p_context_lengths, p_ends, p_counts, p_anchors, p_choices, p_marks, sequences, width,
+    stride_choice_anchor, stride_choice_head, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr, SINK_BLOCKS: tl.constexpr,
+    SPLIT_BLOCKS: tl.constexpr, MARKED: tl.constexpr,
+):  # fmt: skip
+    """One program owns a tile and one K/V head: bits of its tokens in p_marks [2, tiles, Hkv, width], readers and cuts, by table index."""
+    i_tile, i_head, heads = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    _, i_origin, first_position, last_position = find_tile(p_ends, p_query_starts, p_context_lengths, i_tile, sequences, SEQUENCES, TOKENS)
+    p_readers = p_marks + (i_tile.to(tl.int64) * heads + i_head) * width
+    p_cuts = p_readers + tl.num_programs(0).to(tl.int64) * heads * width
+    for i_token in range(0, last_position - first_position + 1):
+        i_anchor = tl.load(p_anchors + i_origin + first_position + i_token).to(tl.int64)
+        chosen = tl.load(p_counts + i_anchor, mask=i_anchor >= 0, other=0)
+        p_chosen = p_choices + i_anchor * stride_choice_anchor + i_head * stride_choice_head
+        for i_from in range(0, chosen, MARKED):
+            o_choice = i_from + tl.arange(0, MARKED)
+            m_choice = o_choice < chosen
+            i_index = tl.load(p_chosen + o_choice, mask=m_choice, other=0)
+            b_bit = tl.full([MARKED], 1, tl.int32) << i_token
+            tl.atomic_or(p_readers + i_index, b_bit, mask=m_choice, sem="relaxed")
+            # Sinks come before the choices in the list of whoever has any.
+            tl.atomic_or(p_cuts + i_index, b_bit, mask=m_choice & ((SINK_BLOCKS + o_choice) % SPLIT_BLOCKS == 0), sem="relaxed")
+
+
+@triton.jit
+def gather_kernel(
+    p_query_starts, p_context_lengths, p_ends, p_far_tables, p_marks, p_blocks, p_readers, p_cuts, p_visits, sequences, width, most_visits,
+    stride_far_table, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr, GATHERED: tl.constexpr,
+):  # fmt: skip
+    """One program owns a tile and one K/V head: what is marked of it, as Visits."""
+    i_tile, i_head, heads = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    i_sequence, _, _, _ = find_tile(p_ends, p_query_starts, p_context_lengths, i_tile, sequences, SEQUENCES, TOKENS)
+    i_place = i_tile.to(tl.int64) * heads + i_head
+    p_marked = p_marks + i_place * width
+    p_table = p_far_tables + i_sequence.to(tl.int64) * stride_far_table
+    i_visit = i_place * most_visits
+    count = tl.zeros([1], tl.int32)
+    for i_from in range(0, width, GATHERED):
+        o_index = i_from + tl.arange(0, GATHERED)
+        b_readers = tl.load(p_marked + o_index, mask=o_index < width, other=0)
+        m_read = b_readers != 0
+        b_cuts = tl.load(p_marked + tl.num_programs(0).to(tl.int64) * heads * width + o_index, mask=m_read, other=0)
+        o_visit = i_visit + count + tl.cumsum(m_read.to(tl.int32), 0) - 1
+        tl.store(p_blocks + o_visit, tl.load(p_table + o_index, mask=m_read, other=0), mask=m_read)
+        tl.store(p_readers + o_visit, b_readers, mask=m_read)
+        tl.store(p_cuts + o_visit, b_cuts, mask=m_read)
+        count += tl.sum(m_read.to(tl.int32))
+    tl.store(p_visits + i_place + tl.arange(0, 1), count)
+
+
+def find_visits(
+    lengths: tuple[Tensor, Tensor, Tensor], tiles: int, tokens: int, far: ChosenFar, *, sink_blocks: int, split_blocks: int
+) -> Visits:
+    """The visits of `tiles` tiles of at most `tokens` ≤ MOST_TOKENS tokens each; `lengths` are the starts of queries [S + 1], context
+    lengths [S] and running totals of tiles [S], int32.
+
+    Marks take 8 bytes for each block of the widest table, tile and K/V head; a tile has min(tokens · most choices, width) visits at most.
+    """
+    kv_heads, width, sequences = far.choices.shape[1], far.tables.shape[1], len(lengths[1])
+    shape = (tiles, kv_heads, min(tokens * far.choices.shape[2], width))
+    marks = torch.zeros((2, tiles, kv_heads, width), dtype=torch.int32, device=far.tables.device)
+    found = [torch.empty(shape, dtype=torch.int32, device=far.tables.device) for _ in range(3)]
+    counts = torch.empty(shape[:2], dtype=torch.int32, device=far.tables.device)
+    options: dict[str, Any] = {"SEQUENCES": max(16, triton.next_power_of_2(sequences)), "TOKENS": tokens, "num_warps": 1}
+    mark_kernel[shape[:2]](
+        *lengths, far.counts, far.anchors, far.choices, marks, sequences, width, *far.choices.stride()[:2],
+        SINK_BLOCKS=sink_blocks, SPLIT_BLOCKS=split_blocks, MARKED=MARKED, **options,
+    )  # fmt: skip
+    gather_kernel[shape[:2]](
+        *lengths, far.tables, marks, *found, counts, sequences, width, shape[2], far.tables.stride(0), GATHERED=GATHERED, **options,
+    )  # fmt: skip
+    return Visits(found[0], found[1], found[2], counts)
