@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from service.types.kv_layout import FAR_POSITION, FIRST_STAGE, SECOND_STAGE, FarSpec, KvGroup, KvLayout
 
-# An index of a block, and a score.
+# An index of a block, a score, and the bits of a tile's tokens.
 _INDEX_BYTES = 4
 
 
@@ -36,10 +36,16 @@ def kept_bytes(layout: KvLayout, rows: int) -> int:
     return sum(len(group.layers) * rows * group.kv_heads * spec.budget(FAR_POSITION) * _INDEX_BYTES for group, spec in _far_groups(layout))
 
 
-def step_bytes(layout: KvLayout, step: StepSize, on_gpu: bool) -> int:
+def tile_tokens(queries: int, element_bytes: int) -> int:
+    """The fewest tokens that a GPU's kernels put into a tile, with `queries` query heads a K/V head."""
+    return max((16 if element_bytes < 4 else 8) // _power_of_two(queries), 1)
+
+
+def step_bytes(layout: KvLayout, step: StepSize, tokens_a_tile: int) -> int:
     """Bytes that choosing takes in one step at most: the choices of all layers until the step has succeeded, a layer's once more while
-    earlier ones are joined to them, and on a GPU a score for each candidate, the indices of the first stage, and indices and scores of the
-    second."""
+    earlier ones are joined to them. On a GPU, where tiles have `tokens_a_tile` (elsewhere 0), there are besides a score for each candidate,
+    the indices of the first stage, indices and scores of the second, and who of a tile reads which block: marks by block and a list, while
+    keys are compared; marks and a list of two kinds while rows attend."""
     total, largest = 0, 0
     for group, spec in _far_groups(layout):
         candidates = max(layout.entries(group, max(step.context_tokens - 1, 0)) - spec.sink_blocks, 0)
@@ -47,12 +53,21 @@ def step_bytes(layout: KvLayout, step: StepSize, on_gpu: bool) -> int:
         most = max(candidates, budget) if spec.dense_prompts else budget
         heads = step.anchors(spec.refresh) * group.kv_heads
         total += len(group.layers) * heads * most * _INDEX_BYTES
-        blocks, kept, compared = -(-step.context_tokens // layout.block_tokens), _power_of_two(FIRST_STAGE * most), SECOND_STAGE * most
-        scored = heads * (blocks + kept + 2 * compared) * _INDEX_BYTES
-        largest = max(largest, heads * most * _INDEX_BYTES + (scored if on_gpu and most else 0))
+        blocks, kept, compared = (
+            -(-step.context_tokens // layout.block_tokens),
+            _power_of_two(FIRST_STAGE * max(most, 1)),
+            SECOND_STAGE * most,
+        )
+        scored = marked = 0
+        if tokens_a_tile and most:
+            slices = min(step.rows, step.tokens)
+            tiles = (step.tokens // tokens_a_tile + 2 * slices) * group.kv_heads
+            scored = heads * (blocks + kept + 2 * compared) + tiles * 3 * blocks
+            marked = tiles * 5 * blocks
+        largest = max(largest, (heads * most + scored) * _INDEX_BYTES, marked * _INDEX_BYTES)
     return total + largest
 
 
 def _power_of_two(number: int) -> int:
-    """The smallest power of two, from 2 on, that is at least `number`."""
-    return 1 << max(number - 1, 1).bit_length()
+    """The smallest power of two that is at least `number`."""
+    return 1 << max(number - 1, 0).bit_length()

@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from service.engine.choosing_memory import StepSize, kept_bytes, step_bytes
+from service.engine.choosing_memory import StepSize, kept_bytes, step_bytes, tile_tokens
 from service.engine.graph_memory import graph_bytes
 from service.types.errors import CapacityError
 from service.types.kv_layout import KvGroup, KvLayout
@@ -66,7 +66,9 @@ def plan_memory(spec: ModelSpec, layout: KvLayout, element_bytes: int, request: 
     """
     context = _context(spec, request)
     workspace = workspace_bytes(spec, request.max_step_tokens, request.max_rows, element_bytes)
-    workspace += step_bytes(layout, StepSize(request.max_step_tokens, request.max_rows, context), usage.on_gpu)
+    queries = max(layer.attention.heads // layer.attention.kv_heads for layer in spec.layers)
+    tokens_a_tile = tile_tokens(queries, element_bytes) if usage.on_gpu else 0
+    workspace += step_bytes(layout, StepSize(request.max_step_tokens, request.max_rows, context), tokens_a_tile)
     choices = kept_bytes(layout, request.max_rows)
     graphs = 0
     if usage.on_gpu and request.cuda_graphs == "auto":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from service.engine.choosing_memory import StepSize, kept_bytes, step_bytes
+from service.engine.choosing_memory import StepSize, kept_bytes, step_bytes, tile_tokens
 from service.engine.far_choices import FarChoices, StepChoices
 from service.engine.memory import Usage, plan_memory
 from service.kernels import reference_sparse
@@ -56,7 +57,7 @@ def test_no_step_takes_more_than_is_planned(data: st.DataObject, refresh: int, b
         start = data.draw(st.integers(0, CONTEXT - 1))
         slices.append(Slice(row, start, data.draw(st.integers(1, min(20, CONTEXT - start))), 0))
     step = StepSize(sum(piece.length for piece in slices), len(slices), CONTEXT)
-    assert made_bytes(spec, slices) <= step_bytes(layout_of(spec), step, on_gpu=False)
+    assert made_bytes(spec, slices) <= step_bytes(layout_of(spec), step, 0)
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -64,16 +65,25 @@ def test_the_largest_step_takes_all_of_it(dense: bool) -> None:
     """A slice at the end of the context with a choice for each token: two layers' choices, and one more while they are joined."""
     spec = FarSpec(blocks=2, dense_prompts=dense)
     made = made_bytes(spec, [Slice(0, CONTEXT - 20, 20, 0)])
-    assert made / 2 * 3 == step_bytes(layout_of(spec), StepSize(20, 1, CONTEXT), on_gpu=False)
+    assert made / 2 * 3 == step_bytes(layout_of(spec), StepSize(20, 1, CONTEXT), 0)
 
 
-def test_a_gpu_keeps_a_score_for_each_candidate() -> None:
+def test_a_gpu_keeps_a_score_for_each_candidate_and_who_reads_a_block() -> None:
     spec, step = FarSpec(blocks=2), StepSize(20, 1, CONTEXT)
-    # 20 anchors, 2 heads: 15 table entries, 8 of the first stage, and indices and scores of 6 of the second, of 4 bytes each.
-    extra = 20 * 2 * (15 + 8 + 2 * 6) * 4
-    assert step_bytes(layout_of(spec), step, on_gpu=True) - step_bytes(layout_of(spec), step, on_gpu=False) == extra
+    # 20 anchors, 2 heads: 15 table entries, 8 of the first stage, and indices and scores of 6 of the second, of 4 bytes each; tiles of 8
+    # tokens, of which a slice may begin and end one: marks, indices and bits for each entry.
+    extra = (20 * 2 * (15 + 8 + 2 * 6) + 4 * 2 * 3 * 15) * 4
+    assert step_bytes(layout_of(spec), step, 8) - step_bytes(layout_of(spec), step, 0) == extra
     evicting = layout_of(replace(spec, store=FarStore.EVICT))
-    assert step_bytes(evicting, step, on_gpu=True) == step_bytes(evicting, step, on_gpu=False) == 0
+    assert step_bytes(evicting, step, 8) == step_bytes(evicting, step, 0) == 0
+
+
+def test_tiles_are_no_smaller_than_is_planned() -> None:
+    pytest.importorskip("triton")
+    from service.kernels.gpu.window_sparse import sparse_tile
+
+    for dtype, size, queries, chip in product((torch.bfloat16, torch.float32), (64, 80, 128, 256), (1, 2, 3, 4, 7, 8, 16), (80, 90)):
+        assert sparse_tile(dtype, size, queries, chip)[1] >= tile_tokens(queries, dtype.itemsize)
 
 
 def test_the_stages_are_those_of_the_kernels() -> None:
@@ -83,13 +93,15 @@ def test_the_stages_are_those_of_the_kernels() -> None:
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_the_plan_counts_both_and_models_without_far_blocks_neither(on_gpu: bool) -> None:
     spec = V5_2.spec(dict(V5_2.shapes)["nano"])
+    attention = spec.layers[0].attention
+    tile = tile_tokens(attention.heads // attention.kv_heads, 4) if on_gpu else 0
     layout, request = spec.kv_layout(), LoadRequest("model", max_rows=8, max_step_tokens=128)
     usage = Usage(1 << 20, 1 << 20, 64 << 30, on_gpu)
     lines = dict(plan_memory(spec, layout, 4, request, usage).lines)
     assert lines["choices"] == kept_bytes(layout, 8) == FarChoices(layout, 8, CPU).reserved_bytes > 0
     larger = dict(plan_memory(spec, layout, 4, replace(request, max_step_tokens=256), usage).lines)
-    small, large = (step_bytes(layout, StepSize(tokens, 8, spec.context_tokens), on_gpu) for tokens in (128, 256))
+    small, large = (step_bytes(layout, StepSize(tokens, 8, spec.context_tokens), tile) for tokens in (128, 256))
     assert 0 < large - small < larger["workspace"] - lines["workspace"]
     plain = V2_3.spec(dict(V2_3.shapes)["nano"])
     assert "choices" not in dict(plan_memory(plain, plain.kv_layout(), 4, request, usage).lines)
-    assert step_bytes(plain.kv_layout(), StepSize(128, 8, 4096), on_gpu) == 0
+    assert step_bytes(plain.kv_layout(), StepSize(128, 8, 4096), tile) == 0

@@ -1,6 +1,7 @@
 """Which far blocks queries read, on a GPU: bounds of blocks, bounds of their sub-blocks, keys, and the best by each.
 
-It does not know sequences. Invariant: a choice depends on the anchor's query and its candidates alone; ties go to the lower index.
+Many anchors of a sequence are scored in tiles, which read a block once for all of them. It does not know positions. Invariant: a choice
+depends on the anchor's query and its candidates alone, whatever company it has; ties go to the lower index.
 """
 
 from __future__ import annotations
@@ -12,51 +13,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from service.kernels.gpu.choice_scores import (
+    LARGEST_STEP,
+    product_kernel,
+    product_tile_kernel,
+    score_kernel,
+    score_part,
+    score_tile_kernel,
+    steps_kernel,
+)
+from service.kernels.gpu.tile_visits import MOST_TOKENS, gather_visits
 from service.kernels.reference_sparse import FIRST_STAGE, SECOND_STAGE, FarBlocks
 
 # Candidates that one program of the first stage scores, and one of the second at a time.
 SCORED_BLOCKS = 32
-
-
-@triton.jit
-def score_part(
-    p_query, stride_head, p_bounds, p_scales, i_blocks, m_blocks, i_part, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr
-):  # fmt: skip
-    """Scores [C] float32 of part i_part of the blocks whose bounds [parts, 2, DIM] begin at p_bounds + i_blocks [C] and whose scales are
-    p_scales [C], for the GROUP heads at p_query that share a K/V head: the highest of theirs."""
-    o_dim = tl.arange(0, BLOCK_DIM)
-    o_at = i_blocks[:, None] + i_part * (2 * DIM) + o_dim[None, :]
-    m_at = m_blocks[:, None] & (o_dim < DIM)[None, :]
-    b_high = tl.load(p_bounds + o_at, mask=m_at, other=0).to(tl.float32)
-    b_low = tl.load(p_bounds + o_at + DIM, mask=m_at, other=0).to(tl.float32)
-    b_total = tl.full([i_blocks.shape[0]], float("-inf"), tl.float32)
-    for i_group in tl.range(0, GROUP, num_stages=1):
-        b_query = tl.load(p_query + i_group * stride_head + o_dim, mask=o_dim < DIM, other=0.0).to(tl.float32)
-        b_product = b_high * tl.maximum(b_query, 0.0)[None, :] + b_low * tl.minimum(b_query, 0.0)[None, :]
-        b_total = tl.maximum(b_total, tl.sum(b_product, 1))
-    return b_total * tl.load(p_scales, mask=m_blocks, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def score_kernel(
-    p_query, p_bounds, p_bound_scales, p_tables, p_sequences, p_ends, p_scores, width,
-    stride_query_anchor, stride_query_head, stride_bound_block, stride_bound_head,
-    stride_bound_scale_block, stride_bound_scale_head, stride_table,
-    GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, SINK_BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr,
-):  # fmt: skip
-    """One program owns CANDIDATES candidates of one anchor and K/V head: it stores their blocks' scores in p_scores [A, Hkv, width]."""
-    i_anchor, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    o_candidate = tl.program_id(2) * CANDIDATES + tl.arange(0, CANDIDATES)
-    end = tl.load(p_ends + i_anchor)
-    if SINK_BLOCKS + tl.program_id(2) * CANDIDATES < end:
-        m_candidate = SINK_BLOCKS + o_candidate < end
-        p_heads = p_query + i_anchor * stride_query_anchor + i_head * GROUP * stride_query_head
-        p_table = p_tables + tl.load(p_sequences + i_anchor).to(tl.int64) * stride_table
-        i_blocks = tl.load(p_table + SINK_BLOCKS + o_candidate, mask=m_candidate, other=0).to(tl.int64)
-        o_bounds = i_blocks * stride_bound_block + i_head * stride_bound_head
-        p_scales = p_bound_scales + i_blocks * stride_bound_scale_block + i_head * stride_bound_scale_head
-        b_scores = score_part(p_heads, stride_query_head, p_bounds, p_scales, o_bounds, m_candidate, 0, GROUP, DIM, BLOCK_DIM)
-        tl.store(p_scores + (i_anchor * tl.num_programs(1) + i_head) * width + o_candidate, b_scores, mask=m_candidate)
+# Rows of queries that a tile of anchors has, and how many anchors for each sequence make tiles worth their while.
+TILE_ROWS, ANCHORS_PER_SEQUENCE = 64, 4
 
 
 @triton.jit
@@ -81,22 +53,24 @@ def best_of(b_scores, m_valid, count):
 
 @triton.jit
 def select_kernel(
-    p_query, p_part_bounds, p_bound_scales, p_tables, p_sequences, p_ends, p_budgets, p_scores, p_kept, p_choices, width, most,
-    stride_query_anchor, stride_query_head, stride_part_block, stride_part_head,
-    stride_bound_scale_block, stride_bound_scale_head, stride_table,
+    p_steps, p_units, p_part_bounds, p_bound_scales, p_tables, p_sequences, p_ends, p_budgets, p_scores, p_kept, p_choices, p_marks,
+    width, most, stride_part_block, stride_part_head, stride_bound_scale_block, stride_bound_scale_head, stride_table,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, SINK_BLOCKS: tl.constexpr, SUBS: tl.constexpr,
-    FIRST: tl.constexpr, SECOND: tl.constexpr, CANDIDATES: tl.constexpr, KEPT: tl.constexpr, SCORED: tl.constexpr,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, CANDIDATES: tl.constexpr, KEPT: tl.constexpr, SCORED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """One program owns one anchor and K/V head: the best FIRST · budget candidates by their block, of these the best SECOND · budget by a
     sub-block, in p_choices [A, Hkv, most] in ascending order.
 
     The indices that the first stage keeps pass through p_kept [A, Hkv, KEPT] in ascending order, their scores, SCORED at a time, through
-    p_scores, which is read before.
+    p_scores, which is read before. Anchors in tiles of TOKENS, which may be 0, leave their bit with the blocks that they keep, in p_marks
+    [tiles, Hkv, SINK_BLOCKS + width]. Who may choose all candidates leaves nothing.
     """
     i_anchor, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i_pair = i_anchor * tl.num_programs(1) + i_head
     budget = tl.load(p_budgets + i_anchor)
     candidates = tl.maximum(tl.load(p_ends + i_anchor) - SINK_BLOCKS, 0)
+    if candidates <= budget:
+        return
     o_candidate, o_kept = tl.arange(0, CANDIDATES), tl.arange(0, KEPT)
     m_candidate = o_candidate < candidates
     b_scores = tl.load(p_scores + i_pair * width + o_candidate, mask=m_candidate, other=0.0)
@@ -105,7 +79,7 @@ def select_kernel(
     tl.store(p_kept + i_pair * KEPT + b_place, SINK_BLOCKS + o_candidate, mask=m_best)
     tl.debug_barrier()
     kept = tl.minimum(FIRST * budget, candidates)
-    p_heads = p_query + i_anchor * stride_query_anchor + i_head * GROUP * stride_query_head
+    p_heads, unit = p_steps + i_pair * (GROUP * BLOCK_DIM), tl.load(p_units + i_pair)
     p_table = p_tables + tl.load(p_sequences + i_anchor).to(tl.int64) * stride_table
     for i_first in tl.range(0, KEPT, SCORED, num_stages=1):
         o_scored = i_first + tl.arange(0, SCORED)
@@ -116,7 +90,7 @@ def select_kernel(
         p_scales = p_bound_scales + i_blocks * stride_bound_scale_block + i_head * stride_bound_scale_head
         b_best = tl.full([SCORED], float("-inf"), tl.float32)
         for i_part in range(SUBS):
-            b_part = score_part(p_heads, stride_query_head, p_part_bounds, p_scales, o_bounds, m_scored, i_part, GROUP, DIM, BLOCK_DIM)
+            b_part = score_part(p_heads, unit, p_part_bounds, p_scales, o_bounds, m_scored, i_part, GROUP, DIM, BLOCK_DIM)
             b_best = tl.maximum(b_best, b_part)
         tl.store(p_scores + i_pair * width + o_scored, b_best, mask=m_scored)
     tl.debug_barrier()
@@ -125,50 +99,9 @@ def select_kernel(
     b_index = tl.load(p_kept + i_pair * KEPT + o_kept, mask=m_kept, other=0)
     m_chosen = best_of(b_best, m_kept, tl.minimum(SECOND * budget, candidates))
     tl.store(p_choices + i_pair * most + tl.cumsum(m_chosen.to(tl.int32), 0) - 1, b_index, mask=m_chosen)
-
-
-@triton.jit
-def load_keys(p_keys, o_tokens, stride_token, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, NIBBLES: tl.constexpr):
-    """Keys [B, BLOCK_DIM] float32 of a block's head as they are kept, without their scales."""
-    if NIBBLES:
-        o_dim = tl.arange(0, BLOCK_DIM // 2)
-        b_packed = tl.load(p_keys + o_tokens[:, None] * stride_token + o_dim[None, :], mask=(o_dim < DIM // 2)[None, :], other=0).to(
-            tl.int32
-        )
-        b_low, b_high = ((b_packed & 15) ^ 8) - 8, ((b_packed >> 4) ^ 8) - 8
-        b_keys = tl.reshape(tl.join(b_low, b_high), [o_tokens.shape[0], BLOCK_DIM]).to(tl.float32)
-    else:
-        o_dim = tl.arange(0, BLOCK_DIM)
-        b_keys = tl.load(p_keys + o_tokens[:, None] * stride_token + o_dim[None, :], mask=(o_dim < DIM)[None, :], other=0).to(tl.float32)
-    return b_keys
-
-
-@triton.jit
-def product_kernel(
-    p_query, p_far_keys, p_key_scales, p_tables, p_sequences, p_ends, p_budgets, p_kept, p_scores, most,
-    stride_query_anchor, stride_query_head, stride_far_key_block, stride_far_key_head, stride_far_key_token,
-    stride_scale_block, stride_scale_head, stride_table,
-    GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, SINK_BLOCKS: tl.constexpr, SECOND: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, QUANTISED: tl.constexpr, NIBBLES: tl.constexpr,
-):  # fmt: skip
-    """One program owns one candidate of one anchor and K/V head: its highest product with a key, in p_scores [A, Hkv, most]."""
-    i_anchor, i_head, i_kept = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    candidates = tl.maximum(tl.load(p_ends + i_anchor) - SINK_BLOCKS, 0)
-    if i_kept < tl.minimum(SECOND * tl.load(p_budgets + i_anchor), candidates):
-        o_kept = (i_anchor * tl.num_programs(1) + i_head) * most + i_kept
-        p_table = p_tables + tl.load(p_sequences + i_anchor).to(tl.int64) * stride_table
-        i_block = tl.load(p_table + tl.load(p_kept + o_kept)).to(tl.int64)
-        o_tokens, o_dim = tl.arange(0, BLOCK_TOKENS), tl.arange(0, BLOCK_DIM)
-        p_key = p_far_keys + i_block * stride_far_key_block + i_head * stride_far_key_head
-        b_keys = load_keys(p_key, o_tokens, stride_far_key_token, DIM, BLOCK_DIM, NIBBLES)
-        if QUANTISED:
-            b_keys *= tl.load(p_key_scales + i_block * stride_scale_block + i_head * stride_scale_head + o_tokens).to(tl.float32)[:, None]
-        p_heads = p_query + i_anchor * stride_query_anchor + i_head * GROUP * stride_query_head
-        b_best = tl.full([BLOCK_TOKENS], float("-inf"), tl.float32)
-        for i_group in tl.static_range(GROUP):
-            b_query = tl.load(p_heads + i_group * stride_query_head + o_dim, mask=o_dim < DIM, other=0.0).to(tl.float32)
-            b_best = tl.maximum(b_best, tl.sum(b_keys * b_query[None, :], 1))
-        tl.store(p_scores + o_kept, tl.max(b_best))
+    if TOKENS > 0:
+        p_tile = p_marks + (i_anchor // TOKENS * tl.num_programs(1) + i_head) * (SINK_BLOCKS + width)
+        tl.atomic_or(p_tile + b_index, (tl.full([KEPT], 1, tl.int32) << (i_anchor % TOKENS)), mask=m_chosen, sem="relaxed")
 
 
 @triton.jit
@@ -176,19 +109,23 @@ def pick_kernel(
     p_ends, p_budgets, p_kept, p_scores, p_choices, p_counts, compared, most,
     SINK_BLOCKS: tl.constexpr, SECOND: tl.constexpr, KEPT: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
-    """One program owns one anchor and K/V head: of the candidates that were compared, p_kept and p_scores [A, Hkv, compared], the best."""
+    """One program owns one anchor and K/V head: of the candidates that were compared, p_kept and p_scores [A, Hkv, compared], the best; all
+    candidates where the budget covers them, and nothing was compared."""
     i_anchor, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i_pair = i_anchor * tl.num_programs(1) + i_head
     budget = tl.load(p_budgets + i_anchor)
     candidates = tl.maximum(tl.load(p_ends + i_anchor) - SINK_BLOCKS, 0)
     o_kept, o_most, count = tl.arange(0, KEPT), tl.arange(0, MOST), tl.minimum(budget, candidates)
+    p_choice = p_choices + i_pair * most
+    tl.store(p_counts + i_anchor, count, mask=i_head == 0)
+    tl.store(p_choice + o_most, tl.where(o_most < count, SINK_BLOCKS + o_most, -1), mask=o_most < most)
+    if candidates <= budget:
+        return
+    tl.debug_barrier()
     m_kept = o_kept < tl.minimum(SECOND * budget, candidates)
     b_index = tl.load(p_kept + i_pair * compared + o_kept, mask=m_kept, other=0)
     m_chosen = best_of(tl.load(p_scores + i_pair * compared + o_kept, mask=m_kept, other=0.0), m_kept, count)
-    p_choice = p_choices + i_pair * most
-    tl.store(p_choice + o_most, tl.full([MOST], -1, tl.int32), mask=(o_most >= count) & (o_most < most))
     tl.store(p_choice + tl.cumsum(m_chosen.to(tl.int32), 0) - 1, b_index, mask=m_chosen)
-    tl.store(p_counts + i_anchor, count, mask=i_head == 0)
 
 
 def choose_far(
@@ -204,8 +141,9 @@ def choose_far(
 ) -> tuple[Tensor, Tensor]:
     """Choose far blocks for anchor queries [A, Hq, D]: see `reference_sparse.choose_far`; choices int32 [A, Hkv, most], counts int32 [A].
 
-    Reads 2 · D bytes a candidate and K/V head, (sub-blocks) · 2 · D bytes for each of the best FIRST_STAGE · budget, and the keys of the
-    best SECOND_STAGE · budget.
+    Queries are rounded to 15 bits, so near ties may fall otherwise. Reads 2 · D bytes a candidate and K/V head, (sub-blocks) · 2 · D bytes
+    for each of the best FIRST_STAGE · budget, and the keys of the best SECOND_STAGE · budget; of these and of candidates in tiles, what
+    some anchor of a tile asks for.
     """
     kv_heads = far.bounds.shape[1]
     choices = torch.empty((len(query), kv_heads, most), dtype=torch.int32, device=query.device)
@@ -214,16 +152,9 @@ def choose_far(
         return choices, counts
     query = query if query.stride(2) == 1 else query.contiguous()
     asked = _Asked(query, far, far_tables, sequences, candidate_ends, budgets, sink_blocks, SECOND_STAGE * max(most, 1))
-    kept = _keep_by_bounds(asked)
-    products = torch.empty(kept.shape, dtype=torch.float32, device=query.device)
-    key_scales = far.keys if far.key_scales is None else far.key_scales
-    scale_strides = (0, 0) if far.key_scales is None else far.key_scales.stride()[:2]
-    product_kernel[kept.shape](
-        query, far.keys, key_scales, far_tables, sequences, candidate_ends, budgets, kept, products, asked.compared,
-        *query.stride()[:2], *far.keys.stride()[:3], *scale_strides, far_tables.stride(0),
-        SECOND=SECOND_STAGE, BLOCK_TOKENS=far.keys.shape[2], QUANTISED=far.key_scales is not None, NIBBLES=far.keys.dtype == torch.uint8,
-        num_warps=4, **asked.options,
-    )  # fmt: skip
+    steps = _steps(asked)
+    kept, marks = _keep_by_bounds(asked, steps)
+    products = _compare_keys(asked, steps, kept, marks)
     candidates = triton.next_power_of_2(asked.compared)
     pick_kernel[kept.shape[:2]](
         candidate_ends, budgets, kept, products, choices, counts, asked.compared, most, SINK_BLOCKS=sink_blocks, SECOND=SECOND_STAGE,
@@ -245,34 +176,104 @@ class _Asked(NamedTuple):
     compared: int
 
     @property
+    def pairs(self) -> tuple[int, int]:
+        """Anchors and K/V heads."""
+        return len(self.query), self.far.bounds.shape[1]
+
+    @property
     def options(self) -> dict[str, int]:
-        """Constants of every kernel that reads queries."""
-        heads, size = self.query.shape[1:]
-        group = heads // self.far.bounds.shape[1]
-        return {"GROUP": group, "DIM": size, "BLOCK_DIM": triton.next_power_of_2(size), "SINK_BLOCKS": self.sink_blocks}
+        """Constants of every kernel that reads queries; a product of bytes takes 32 dimensions at least."""
+        return {"GROUP": self.query.shape[1] // self.pairs[1], "DIM": self.query.shape[2], "BLOCK_DIM": self.block_dim}
+
+    @property
+    def block_dim(self) -> int:
+        """Dimensions of a query in steps."""
+        return max(32, triton.next_power_of_2(self.query.shape[2]))
+
+    @property
+    def tile(self) -> int:
+        """Anchors of a tile, 0 where they are scored one by one: few for each sequence, or keys that are not whole numbers."""
+        if self.far.key_scales is None or len(self.query) < ANCHORS_PER_SEQUENCE * len(self.tables):
+            return 0
+        return min(MOST_TOKENS, max(TILE_ROWS // self.padded, 1))
+
+    @property
+    def padded(self) -> int:
+        """Rows of an anchor in a tile."""
+        return triton.next_power_of_2(self.query.shape[1] // self.pairs[1])
 
 
-def _keep_by_bounds(asked: _Asked) -> Tensor:
-    """Candidates that two stages of bounds keep, ascending, int32 [A, Hkv, compared]; nothing behind the last."""
-    query, far, tables = asked.query, asked.far, asked.tables
-    pairs, width = (len(query), far.bounds.shape[1]), max(tables.shape[1] - asked.sink_blocks, 1)
-    scores = torch.empty((*pairs, width), dtype=torch.float32, device=query.device)
+def _steps(asked: _Asked) -> tuple[Tensor, Tensor]:
+    """Queries in steps, int16 [A, Hq, block_dim], and the units of these, float32 [A, Hkv]."""
+    query = asked.query
+    steps = torch.empty((*query.shape[:2], asked.block_dim), dtype=torch.int16, device=query.device)
+    units = torch.empty(asked.pairs, dtype=torch.float32, device=query.device)
+    steps_kernel[asked.pairs](
+        query, steps, units, *query.stride()[:2], HEADS=asked.padded, LARGEST=LARGEST_STEP, num_warps=1, **asked.options
+    )
+    return steps, units
+
+
+def _keep_by_bounds(asked: _Asked, steps: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Candidates that two stages of bounds keep, ascending, int32 [A, Hkv, compared], nothing behind the last; and which anchors of a tile
+    keep a block, bits in int32 [tiles, Hkv, entries of a table]."""
+    far, tables, device = asked.far, asked.tables, asked.query.device
+    pairs, width = asked.pairs, max(tables.shape[1] - asked.sink_blocks, 1)
+    scores = torch.empty((*pairs, width), dtype=torch.float32, device=device)
     first = triton.next_power_of_2(FIRST_STAGE * asked.compared // SECOND_STAGE)
-    indices = torch.empty((*pairs, first), dtype=torch.int32, device=query.device)
-    kept = torch.empty((*pairs, asked.compared), dtype=torch.int32, device=query.device)
-    whose, strides = (far.bound_scales, tables, asked.sequences, asked.ends), (*far.bound_scales.stride(), tables.stride(0))
-    score_kernel[(*pairs, triton.cdiv(width, SCORED_BLOCKS))](
-        query, far.bounds, *whose, scores, width, *query.stride()[:2], *far.bounds.stride()[:2], *strides,
-        CANDIDATES=SCORED_BLOCKS, num_warps=4, **asked.options,
-    )  # fmt: skip
+    indices = torch.empty((*pairs, first), dtype=torch.int32, device=device)
+    kept = torch.empty((*pairs, asked.compared), dtype=torch.int32, device=device)
+    whose = (far.bound_scales, tables, asked.sequences, asked.ends, asked.budgets)
+    strides = (*far.bound_scales.stride(), tables.stride(0))
+    options = asked.options | {"SINK_BLOCKS": asked.sink_blocks}
+    bounds = (*steps, far.bounds, *whose, scores)
+    tiles = triton.cdiv(pairs[0], asked.tile) if asked.tile else 0
+    if tiles:
+        scored = tile_candidates(asked.block_dim)
+        score_tile_kernel[(tiles, pairs[1], triton.cdiv(width, scored))](
+            *bounds, pairs[0], width, *far.bounds.stride()[:2], *strides,
+            CANDIDATES=scored, TOKENS=asked.tile, PADDED=asked.padded, num_warps=4, **options,
+        )  # fmt: skip
+    else:
+        score_kernel[(*pairs, triton.cdiv(width, SCORED_BLOCKS))](
+            *bounds, width, *far.bounds.stride()[:2], *strides, CANDIDATES=SCORED_BLOCKS, num_warps=4, **options
+        )
+    marks = torch.zeros((tiles, pairs[1], asked.sink_blocks + width), dtype=torch.int32, device=device)
     candidates = max(triton.next_power_of_2(width), 2)
     select_kernel[pairs](
-        query, far.part_bounds, *whose, asked.budgets, scores, indices, kept, width, asked.compared,
-        *query.stride()[:2], *far.part_bounds.stride()[:2], *strides,
-        SUBS=far.part_bounds.shape[2], FIRST=FIRST_STAGE, SECOND=SECOND_STAGE, CANDIDATES=candidates, KEPT=first,
-        SCORED=min(SCORED_BLOCKS, first), num_warps=_select_warps(candidates), **asked.options,
+        *steps, far.part_bounds, *whose, scores, indices, kept, marks, width, asked.compared,
+        *far.part_bounds.stride()[:2], *strides, SUBS=far.part_bounds.shape[2], FIRST=FIRST_STAGE, SECOND=SECOND_STAGE,
+        CANDIDATES=candidates, KEPT=first, SCORED=min(SCORED_BLOCKS, first), TOKENS=asked.tile, num_warps=_select_warps(candidates),
+        **options,
     )  # fmt: skip
-    return kept
+    return kept, marks
+
+
+def _compare_keys(asked: _Asked, steps: tuple[Tensor, Tensor], kept: Tensor, marks: Tensor) -> Tensor:
+    """The highest product of each candidate that was kept with a key, float32 [A, Hkv, compared]."""
+    query, far, tables = asked.query, asked.far, asked.tables
+    products = torch.empty(kept.shape, dtype=torch.float32, device=query.device)
+    key_scales = far.keys if far.key_scales is None else far.key_scales
+    scale_strides = (0, 0) if far.key_scales is None else far.key_scales.stride()[:2]
+    strides = (*far.keys.stride()[:3], *scale_strides, tables.stride(0))
+    options = asked.options | {"BLOCK_TOKENS": far.keys.shape[2], "NIBBLES": far.keys.dtype == torch.uint8, "num_warps": 4}
+    if asked.tile:
+        visits = gather_visits(marks[None], asked.tile * asked.compared)
+        product_tile_kernel[marks.shape[:2]](
+            *steps, far.keys, key_scales, tables, asked.sequences, visits.indices, visits.readers, visits.counts, products,
+            len(query), visits.indices.shape[2], asked.compared, *strides, TOKENS=asked.tile, PADDED=asked.padded, **options,
+        )  # fmt: skip
+        return products
+    product_kernel[kept.shape](
+        query, *steps, far.keys, key_scales, tables, asked.sequences, asked.ends, asked.budgets, kept, products, asked.compared,
+        *query.stride()[:2], *strides, SINK_BLOCKS=asked.sink_blocks, SECOND=SECOND_STAGE, QUANTISED=far.key_scales is not None, **options,
+    )  # fmt: skip
+    return products
+
+
+def tile_candidates(block_dim: int) -> int:
+    """Candidates that a tile of anchors scores at a time, without spills on any chip."""
+    return 64 if block_dim <= 128 else 16
 
 
 def _pick_warps(candidates: int) -> int:

@@ -103,7 +103,7 @@ def walk_near(
 
 @triton.jit
 def walk_visits(
-    p_keys, p_values, p_key_scales, p_value_scales, p_blocks, p_readers, p_cuts, visits, b_query, o_token,
+    p_keys, p_values, p_key_scales, p_value_scales, p_table, p_indices, p_readers, p_cuts, visits, b_query, o_token,
     b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc, scale, cap,
     stride_key_block, stride_key_token, stride_value_block, stride_value_token, stride_scale_block,
     TOKENS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr,
@@ -111,10 +111,13 @@ def walk_visits(
 ):  # fmt: skip
     """The rows' states after the tile's visits of far blocks, see `tile_visits.Visits`; rows are those of the tile's tokens o_token [M]."""
     o_tokens = tl.arange(0, BLOCK_TOKENS)
-    i_next = tl.load(p_blocks, mask=visits > 0, other=0)
+    # The next block's id and the index after it are loaded while this one is computed.
+    i_next = tl.load(p_table + tl.load(p_indices, mask=visits > 0, other=0), mask=visits > 0, other=0)
+    i_index = tl.load(p_indices + 1, mask=visits > 1, other=0)
     for i_visit in tl.range(0, visits, disable_licm=True):
         i_block = i_next.to(tl.int64)
-        i_next = tl.load(p_blocks + i_visit + 1, mask=i_visit + 1 < visits, other=0)
+        i_next = tl.load(p_table + i_index, mask=i_visit + 1 < visits, other=0)
+        i_index = tl.load(p_indices + i_visit + 2, mask=i_visit + 2 < visits, other=0)
         i_readers, i_cuts = tl.load(p_readers + i_visit), tl.load(p_cuts + i_visit)
         b_keys = load_far(p_keys + i_block * stride_key_block, o_tokens, stride_key_token, KEY_DIM, BLOCK_KEY, NIBBLES)
         b_values = load_far(p_values + i_block * stride_value_block, o_tokens, stride_value_token, VALUE_DIM, BLOCK_VALUE, NIBBLES)
@@ -138,11 +141,11 @@ def walk_visits(
 @triton.jit
 def sparse_tile_kernel(
     p_query, p_keys, p_values, p_out, p_tables, p_query_starts, p_context_lengths, p_ends, p_sinks,
-    p_far_keys, p_far_values, p_key_scales, p_value_scales, p_counts, p_anchors, p_blocks, p_readers, p_cuts, p_visits,
+    p_far_keys, p_far_values, p_key_scales, p_value_scales, p_counts, p_anchors, p_far_tables, p_indices, p_readers, p_cuts, p_visits,
     sequences, scale, cap, most_visits, stride_query_token, stride_query_head, stride_out_token, stride_out_head, stride_table,
     stride_key_block, stride_key_head, stride_key_token, stride_value_block, stride_value_head, stride_value_token,
     stride_far_key_block, stride_far_key_head, stride_far_key_token, stride_far_value_block, stride_far_value_head,
-    stride_far_value_token, stride_scale_block, stride_scale_head,
+    stride_far_value_token, stride_scale_block, stride_scale_head, stride_far_table,
     SEQUENCES: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, SPLIT_BLOCKS: tl.constexpr, WINDOW: tl.constexpr,
     REFRESH: tl.constexpr, SINK_BLOCKS: tl.constexpr, HAS_FAR: tl.constexpr, QUANTISED: tl.constexpr, NIBBLES: tl.constexpr,
@@ -184,7 +187,8 @@ def sparse_tile_kernel(
         b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc = walk_visits(
             p_far_keys + i_head * stride_far_key_head, p_far_values + i_head * stride_far_value_head,
             p_key_scales + i_head * stride_scale_head, p_value_scales + i_head * stride_scale_head,
-            p_blocks + i_visits, p_readers + i_visits, p_cuts + i_visits, tl.load(p_visits + i_place), b_query, o_token,
+            p_far_tables + i_sequence.to(tl.int64) * stride_far_table,
+            p_indices + i_visits, p_readers + i_visits, p_cuts + i_visits, tl.load(p_visits + i_place), b_query, o_token,
             b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc, scale, cap,
             stride_far_key_block, stride_far_key_token, stride_far_value_block, stride_far_value_token, stride_scale_block,
             TOKENS, KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, CAPPED, QUANTISED, NIBBLES, PRECISION,

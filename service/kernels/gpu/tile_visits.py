@@ -1,7 +1,7 @@
-"""Which far blocks a tile of prompt rows visits: every block that some of its tokens chose, upwards, and which tokens those are.
+"""Which far blocks a tile of tokens visits: every block that some of them read, upwards, and which tokens those are.
 
-Two launches: one marks what each token chose, one puts the marked blocks side by side. Invariant: nothing is read back; a tile's visits
-are its own tokens' choices and nothing else, so a token reads what it would read alone.
+Blocks are marked with the bits of their readers (here for attention, by `choose_far.py` for its comparison of keys), then put side by side.
+Invariant: nothing is read back; a tile's visits are what its own tokens read and nothing else, so a token reads what it would read alone.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ MARKED, GATHERED = 32, 128
 
 
 class Visits(NamedTuple):
-    """Far blocks that tiles visit, for each K/V head: ids of `blocks`, and by bits of tokens their `readers` and those for whom the visit
-    begins a split (`cuts`), int32 [tiles, Hkv, most]; `counts` [tiles, Hkv] int32."""
+    """Far blocks that tiles visit, for each K/V head: `indices` of a table, upwards, and by bits of tokens their `readers` and those for
+    whom the visit begins a split (`cuts`), int32 [tiles, Hkv, most]; `counts` [tiles, Hkv] int32."""
 
-    blocks: Tensor
+    indices: Tensor
     readers: Tensor
     cuts: Tensor
     counts: Tensor
@@ -58,27 +58,22 @@ def mark_kernel(
 
 
 @triton.jit
-def gather_kernel(
-    p_query_starts, p_context_lengths, p_ends, p_far_tables, p_marks, p_blocks, p_readers, p_cuts, p_visits, sequences, width, most_visits,
-    stride_far_table, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr, GATHERED: tl.constexpr,
-):  # fmt: skip
-    """One program owns a tile and one K/V head: what is marked of it, as Visits."""
-    i_tile, i_head, heads = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    i_sequence, _, _, _ = find_tile(p_ends, p_query_starts, p_context_lengths, i_tile, sequences, SEQUENCES, TOKENS)
-    i_place = i_tile.to(tl.int64) * heads + i_head
+def gather_kernel(p_marks, p_indices, p_readers, p_cuts, p_visits, width, most_visits, CUTS: tl.constexpr, GATHERED: tl.constexpr):
+    """One program owns a tile and one K/V head: what is marked of it, p_marks [1 + CUTS, tiles, Hkv, width], as Visits."""
+    i_place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     p_marked = p_marks + i_place * width
-    p_table = p_far_tables + i_sequence.to(tl.int64) * stride_far_table
     i_visit = i_place * most_visits
     count = tl.zeros([1], tl.int32)
     for i_from in range(0, width, GATHERED):
         o_index = i_from + tl.arange(0, GATHERED)
         b_readers = tl.load(p_marked + o_index, mask=o_index < width, other=0)
         m_read = b_readers != 0
-        b_cuts = tl.load(p_marked + tl.num_programs(0).to(tl.int64) * heads * width + o_index, mask=m_read, other=0)
         o_visit = i_visit + count + tl.cumsum(m_read.to(tl.int32), 0) - 1
-        tl.store(p_blocks + o_visit, tl.load(p_table + o_index, mask=m_read, other=0), mask=m_read)
+        tl.store(p_indices + o_visit, o_index, mask=m_read)
         tl.store(p_readers + o_visit, b_readers, mask=m_read)
-        tl.store(p_cuts + o_visit, b_cuts, mask=m_read)
+        if CUTS:
+            o_cuts = tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * width + o_index
+            tl.store(p_cuts + o_visit, tl.load(p_marked + o_cuts, mask=m_read, other=0), mask=m_read)
         count += tl.sum(m_read.to(tl.int32))
     tl.store(p_visits + i_place + tl.arange(0, 1), count)
 
@@ -89,19 +84,24 @@ def find_visits(
     """The visits of `tiles` tiles of at most `tokens` ≤ MOST_TOKENS tokens each; `lengths` are the starts of queries [S + 1], context
     lengths [S] and running totals of tiles [S], int32.
 
-    Marks take 8 bytes for each block of the widest table, tile and K/V head; a tile has min(tokens · most choices, width) visits at most.
+    Marks take 8 bytes for each block of the widest table, tile and K/V head.
     """
     kv_heads, width, sequences = far.choices.shape[1], far.tables.shape[1], len(lengths[1])
-    shape = (tiles, kv_heads, min(tokens * far.choices.shape[2], width))
     marks = torch.zeros((2, tiles, kv_heads, width), dtype=torch.int32, device=far.tables.device)
-    found = [torch.empty(shape, dtype=torch.int32, device=far.tables.device) for _ in range(3)]
-    counts = torch.empty(shape[:2], dtype=torch.int32, device=far.tables.device)
-    options: dict[str, Any] = {"SEQUENCES": max(16, triton.next_power_of_2(sequences)), "TOKENS": tokens, "num_warps": 1}
-    mark_kernel[shape[:2]](
+    options: dict[str, Any] = {"SEQUENCES": max(16, triton.next_power_of_2(sequences)), "TOKENS": tokens, "MARKED": MARKED}
+    mark_kernel[tiles, kv_heads](
         *lengths, far.counts, far.anchors, far.choices, marks, sequences, width, *far.choices.stride()[:2],
-        SINK_BLOCKS=sink_blocks, SPLIT_BLOCKS=split_blocks, MARKED=MARKED, **options,
+        SINK_BLOCKS=sink_blocks, SPLIT_BLOCKS=split_blocks, num_warps=1, **options,
     )  # fmt: skip
-    gather_kernel[shape[:2]](
-        *lengths, far.tables, marks, *found, counts, sequences, width, shape[2], far.tables.stride(0), GATHERED=GATHERED, **options,
-    )  # fmt: skip
-    return Visits(found[0], found[1], found[2], counts)
+    return gather_visits(marks, tokens * far.choices.shape[2])
+
+
+def gather_visits(marks: Tensor, most: int) -> Visits:
+    """Marks of readers, and of cuts where there are any, int32 [1 or 2, tiles, Hkv, width], side by side; a tile has `most` at most."""
+    kinds, tiles, kv_heads, width = marks.shape
+    found = torch.empty((1 + kinds, tiles, kv_heads, min(most, width)), dtype=torch.int32, device=marks.device)
+    counts = torch.empty((tiles, kv_heads), dtype=torch.int32, device=marks.device)
+    gather_kernel[tiles, kv_heads](
+        marks, found[0], found[1], found[-1], counts, width, found.shape[3], CUTS=kinds == 2, GATHERED=GATHERED, num_warps=1
+    )
+    return Visits(found[0], found[1], found[-1], counts)

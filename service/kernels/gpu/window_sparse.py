@@ -148,15 +148,15 @@ def _launch_tiles(call: _Call, tile: Tile, tokens: int, numbers: tuple[int, floa
     query, keys, values, out, tables = call.tensors
     lengths = (*call.lengths, call.work.tile_ends)
     stores, far_strides, far_options = _far_arguments(call.far, keys, tables)
-    visits: tuple[Tensor, ...] = (tables,) * 4
+    visits: tuple[Tensor, ...] = (tables,) * 5
     if call.far is not None:
         found = find_visits(
             lengths, call.work.tiles, tokens, call.far, sink_blocks=options["SINK_BLOCKS"], split_blocks=options["SPLIT_BLOCKS"]
         )
-        visits = tuple(found)
+        visits = (call.far.tables, *found)
     strides = (*query.stride()[:2], *out.stride()[:2], tables.stride(0), *keys.stride()[:3], *values.stride()[:3])
     sparse_tile_kernel[(call.work.tiles, keys.shape[1])](
-        *call.tensors, *lengths, call.sinks, *stores, *visits, *numbers, visits[0].shape[-1], *strides, *far_strides,
+        *call.tensors, *lengths, call.sinks, *stores, *visits, *numbers, visits[1].shape[-1], *strides, *far_strides, visits[0].stride(0),
         ROWS=tile.rows, TOKENS=tokens, num_warps=tile.warps, num_stages=tile.stages, **options, **far_options,
     )  # fmt: skip
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from service.kernels.gpu.choice_scores import LARGEST_STEP
+from service.kernels.gpu.choose_far import TILE_ROWS, tile_candidates
 from service.kernels.gpu.int8_linear import product_tile
 from service.kernels.gpu.ordered_linear import ordered_tile
 from service.kernels.gpu.paged_attention import decode_tile, tile_of
@@ -192,7 +194,7 @@ def sparse_shapes() -> list[Shape]:
 def visit_shapes() -> list[Shape]:
     """What tiles of prompts visit of the far store."""
     types = attention_types("bf16") | sparse_types(*STORES["int8"])
-    constants = {"SEQUENCES": 64, "TOKENS": 32, "SINK_BLOCKS": 1, "SPLIT_BLOCKS": 8, "MARKED": MARKED, "GATHERED": GATHERED}
+    constants = {"SEQUENCES": 64, "TOKENS": 32, "SINK_BLOCKS": 1, "SPLIT_BLOCKS": 8, "MARKED": MARKED, "GATHERED": GATHERED, "CUTS": True}
     return [Shape(f"visits-{part}", "tile_visits", f"{part}_kernel", types, constants, 1) for part in ("mark", "gather")]
 
 
@@ -205,9 +207,12 @@ def far_shapes() -> list[Shape]:
         choose = {"GROUP": 4, "DIM": dim, "BLOCK_DIM": block, "SINK_BLOCKS": 1, "SUBS": 4, "KEPT": 128, "SCORED": 32}
         choose |= {"FIRST": FIRST_STAGE, "SECOND": SECOND_STAGE}
         types = attention_types("bf16") | sparse_types(*STORES["int8"])
-        shapes.append(Shape(f"score{wide}", "choose_far", "score_kernel", types, choose | {"CANDIDATES": 32}, 4))
+        shapes.append(Shape(f"steps{wide}", "choice_scores", "steps_kernel", types, choose | {"HEADS": 4, "LARGEST": LARGEST_STEP}, 1))
+        shapes.append(Shape(f"score{wide}", "choice_scores", "score_kernel", types, choose | {"CANDIDATES": 32}, 4))
+        tile = {"PADDED": 4, "TOKENS": TILE_ROWS // 4, "CANDIDATES": tile_candidates(block)}
+        shapes.append(Shape(f"score-tile{wide}", "choice_scores", "score_tile_kernel", types, choose | tile, 4, wgmma=True))
         for candidates, warps in ((256, 4), (2048, 4), (8192, 16), (16384, 8)) if dim == 128 else ((2048, 4),):
-            constants = choose | {"CANDIDATES": candidates}
+            constants = choose | {"CANDIDATES": candidates, "TOKENS": TILE_ROWS // 4}
             shapes.append(Shape(f"select-{candidates}{wide}", "choose_far", "select_kernel", types, constants, warps))
         if dim == 128:
             shapes.append(Shape("pick", "choose_far", "pick_kernel", types, choose | {"MOST": 32}, 4))
@@ -217,27 +222,19 @@ def far_shapes() -> list[Shape]:
             stack = WIDE_STACK if dim > 128 and store == "int8" else 0
             shapes.append(Shape(f"demote-{store}{wide}", "far_store", "demote_kernel", types, sizes | {"LEVELS": levels}, 8, 3, stack))
             how = {"BLOCK_TOKENS": 64, "QUANTISED": levels > 0, "NIBBLES": store == "int4"}
-            shapes.append(Shape(f"product-{store}{wide}", "choose_far", "product_kernel", types, choose | how, 4))
+            shapes.append(Shape(f"product-{store}{wide}", "choice_scores", "product_kernel", types, choose | how, 4))
+            if levels > 0:
+                options = (types, choose | how | tile, 4)
+                shapes.append(Shape(f"product-tile-{store}{wide}", "choice_scores", "product_tile_kernel", *options, wgmma=True))
     return shapes
 
 
 def sparse_types(far: str, scales: str) -> dict[str, str]:
     """Types of what only the kernels of the two stores take."""
     types = dict.fromkeys(("p_far_keys", "p_far_values"), far) | dict.fromkeys(("p_key_scales", "p_value_scales"), f"*{scales}")
-    integers = (
-        "p_far_tables",
-        "p_choices",
-        "p_counts",
-        "p_ends",
-        "p_budgets",
-        "p_kept",
-        "p_marks",
-        "p_blocks",
-        "p_readers",
-        "p_cuts",
-        "p_visits",
-    )
-    types |= dict.fromkeys(integers, "*i32")
+    types |= dict.fromkeys(("p_far_tables", "p_choices", "p_counts", "p_ends", "p_budgets", "p_kept"), "*i32")
+    types |= dict.fromkeys(("p_marks", "p_indices", "p_readers", "p_cuts", "p_visits"), "*i32")
+    types |= {"p_steps": "*i16", "p_units": "*fp32", "anchors": "i32"}
     types |= dict.fromkeys(("p_anchors", "p_near_ids", "p_far_ids", "p_sequences"), "*i64")
     types |= {
         "p_bounds": "*i8",

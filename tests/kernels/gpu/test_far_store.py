@@ -15,6 +15,8 @@ pytest.importorskip("triton")
 
 from service.kernels import reference_sparse
 from service.kernels.gpu import choose_far, far_store
+from service.kernels.native import binding
+from service.kernels.native.window_sparse import choose_far as native_choose_far
 from service.kernels.reference_sparse import FarBlocks
 from tests.kernels.gpu.conftest import DEVICE, DTYPES, FAR_BLOCK, ON_DEVICE, FarApart, past_int32
 from tests.kernels.sparse_batches import choosing_faults, make_sparse, make_store, permuted
@@ -157,12 +159,62 @@ def test_choices_of_head_shapes(heads: int, kv_heads: int, size: int, store: str
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
+# Query and K/V heads; groups that are no power of two, too.
+GROUPS = ((1, 1), (4, 2), (3, 1), (5, 1))
+
+
+@pytest.mark.parametrize("store", ["int8", "int4"])
+@pytest.mark.parametrize(("heads", "kv_heads"), GROUPS)
+def test_anchors_in_tiles_choose_what_each_chooses_alone(heads: int, kv_heads: int, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anchors of three sequences, of which tiles hold one or more; scores are those of one anchor's kernels, bit for bit."""
+    monkeypatch.setattr(choose_far, "TILE_ROWS", 16)
+    shape = {"heads": heads, "kv_heads": kv_heads, "window": 16, "store": store, "seed": heads}
+    call = make_sparse([120, 150, 90], [3, 8, 2], refresh=1, budget=2, **shape).choosing
+    assert call is not None and len(call.query) >= choose_far.ANCHORS_PER_SEQUENCE * len(call.tables)
+    budgets = 1 + torch.arange(len(call.query), dtype=torch.int32) % 3
+    mixed = replace(call, budgets=budgets, most=3)
+    found, expected = choices_of(mixed), mixed.run()
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    for scores in zip(scores_of(mixed, tiled=True), scores_of(mixed, tiled=False), strict=True):
+        assert torch.equal(*scores)
+
+
+def scores_of(call: Any, tiled: bool) -> tuple[Tensor, Tensor]:
+    """What candidates are kept, and the highest products of their keys, 0 where there are none."""
+    tensors = (tensor.to(DEVICE) for tensor in (call.tables, call.sequences, call.candidate_ends, call.budgets))
+    compared = reference_sparse.SECOND_STAGE * call.most
+    asked = choose_far._Asked(call.query.to(DEVICE), placed(call.blocks), *tensors, call.sink_blocks, compared)
+    if not tiled:
+        asked = type("Alone", (choose_far._Asked,), {"tile": 0})(*asked)
+    assert bool(asked.tile) == tiled
+    steps = choose_far._steps(asked)
+    kept, marks = choose_far._keep_by_bounds(asked, steps)
+    products = choose_far._compare_keys(asked, steps, kept, marks)
+    candidates = (call.candidate_ends - call.sink_blocks).clamp(min=0)
+    counts = torch.minimum(reference_sparse.SECOND_STAGE * call.budgets, candidates) * (candidates > call.budgets)
+    there = (torch.arange(compared) < counts[:, None])[:, None].expand(kept.shape)
+    return kept.cpu().where(there, -1), products.cpu().where(there, 0.0)
+
+
+@pytest.mark.skipif(binding.absent() is not None, reason="no compiled CPU kernels here")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_choices_are_those_of_the_compiled_cpu_kernels(seed: int) -> None:
+    """Queries whose heads differ by powers of ten, so that the unit that they share leaves little of some."""
+    call = make_sparse([400], [24], refresh=1, budget=4, heads=4, kv_heads=2, size=32, window=16, seed=seed).choosing
+    assert call is not None and call.candidate_ends.max() > 4 * call.most + 4
+    loud = replace(call, query=call.query * torch.logspace(-2, 1, 4)[:, None])
+    found, expected = choices_of(loud), loud.run(native_choose_far)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
 # One fault for each kernel where they are interpreted, which takes a second each.
 FAULTS = ("bounds of blocks", "bounds of parts", "keys", "budgets")
 
 
+@pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize("store", ["int8", "int4", "native"] if ON_DEVICE else ["int4"])
-def test_a_fault_in_what_any_stage_reads_is_seen(store: str) -> None:
+def test_a_fault_in_what_any_stage_reads_is_seen(store: str, tiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose_far, "ANCHORS_PER_SEQUENCE", 0 if tiled else 1000)
     shape = {"budget": 3} if ON_DEVICE else {"budget": 2, "heads": 2, "kv_heads": 1}
     call = make_sparse([400 if ON_DEVICE else 180], [24 if ON_DEVICE else 2], refresh=1, store=store, **shape).choosing
     assert call is not None and call.candidate_ends.max() > 4 * call.most + 4

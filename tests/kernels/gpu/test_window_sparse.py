@@ -287,22 +287,20 @@ def test_visits_are_what_some_token_of_a_tile_chose() -> None:
     plan = paged_attention.AttentionPlan(batch.query_starts, batch.context_lengths, DEVICE, 40)
     work = plan.sparse(8, 2)
     # Rows 0 … 59 stand at positions 70 … 129, the last nine at 67 … 75.
-    tiles = [(0, [row for row in range(60) if (row + 70) // 8 == run]) for run in range(8, 17)]
-    tiles += [(2, [row for row in range(61, 70) if (row + 6) // 8 == run]) for run in (8, 9)]
+    tiles = [[row for row in range(60) if (row + 70) // 8 == run] for run in range(8, 17)]
+    tiles += [[row for row in range(61, 70) if (row + 6) // 8 == run] for run in (8, 9)]
     lengths = (batch.query_starts, batch.context_lengths, work.tile_ends)
     visits = tile_visits.find_visits(lengths, work.tiles, 8, batch.far, sink_blocks=1, split_blocks=2)
-    choices, counts, anchors, tables = (
-        tensor.cpu() for tensor in (batch.far.choices, batch.far.counts, batch.far.anchors, batch.far.tables)
-    )
+    choices, counts, anchors = (tensor.cpu() for tensor in (batch.far.choices, batch.far.counts, batch.far.anchors))
     assert work.tiles == len(tiles) and int(visits.counts.max()) > 3
-    for (tile, (sequence, rows)), head in itertools.product(enumerate(tiles), range(2)):
+    for (tile, rows), head in itertools.product(enumerate(tiles), range(2)):
         chosen = [choices[anchors[row], head, : counts[anchors[row]]].tolist() for row in rows]
         blocks = sorted({block for one in chosen for block in one})
         readers = [sum(1 << bit for bit, one in enumerate(chosen) if block in one) for block in blocks]
         # Behind one sink each second choice begins a split.
         cuts = [sum(1 << bit for bit, one in enumerate(chosen) if block in one[1::2]) for block in blocks]
         found = [tensor[tile, head, : int(visits.counts[tile, head])].tolist() for tensor in visits[:3]]
-        assert found == [tables[sequence, blocks].tolist(), readers, cuts]
+        assert found == [blocks, readers, cuts]
 
 
 def test_most_entries_bounds_every_list() -> None:
