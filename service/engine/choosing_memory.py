@@ -53,11 +53,8 @@ def step_bytes(layout: KvLayout, step: StepSize, tokens_a_tile: int) -> int:
         most = max(candidates, budget) if spec.dense_prompts else budget
         heads = step.anchors(spec.refresh) * group.kv_heads
         total += len(group.layers) * heads * most * _INDEX_BYTES
-        blocks, kept, compared = (
-            -(-step.context_tokens // layout.block_tokens),
-            _power_of_two(FIRST_STAGE * max(most, 1)),
-            SECOND_STAGE * most,
-        )
+        blocks = -(-step.context_tokens // layout.block_tokens)
+        kept, compared = _power_of_two(FIRST_STAGE * max(most, 1)), SECOND_STAGE * most
         scored = marked = 0
         if tokens_a_tile and most:
             slices = min(step.rows, step.tokens)

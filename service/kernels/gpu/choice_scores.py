@@ -186,9 +186,8 @@ def score_tile_kernel(
             i_blocks = tl.load(p_tables + i_sequence * stride_table + SINK_BLOCKS + o_candidate, mask=m_candidate, other=0).to(tl.int64)
             o_bounds = i_blocks * stride_bound_block + i_head * stride_bound_head
             b_high, b_low = load_bounds(p_bounds, o_bounds, m_candidate, 0, DIM, BLOCK_DIM)
-            b_products = tl.dot(b_plus_high, tl.trans(b_high), out_dtype=tl.int32) + tl.dot(
-                b_minus_high, tl.trans(b_low), out_dtype=tl.int32
-            )
+            b_products = tl.dot(b_plus_high, tl.trans(b_high), out_dtype=tl.int32)
+            b_products += tl.dot(b_minus_high, tl.trans(b_low), out_dtype=tl.int32)
             b_products = b_products * 256 + tl.dot(b_plus_low, tl.trans(b_high), out_dtype=tl.int32)
             b_products += tl.dot(b_minus_low, tl.trans(b_low), out_dtype=tl.int32)
             p_scales = p_bound_scales + i_blocks * stride_bound_scale_block + i_head * stride_bound_scale_head

@@ -139,6 +139,51 @@ def walk_visits(
 
 
 @triton.jit
+def attend_lists(
+    p_keys, p_values, p_table, p_far_keys, p_far_values, p_key_scales, p_value_scales, p_far_table, p_indices, p_readers, p_cuts, visits,
+    b_query, o_position, o_token, b_chosen, first_position, last_position, scale, cap,
+    stride_key_block, stride_key_token, stride_value_block, stride_value_token,
+    stride_far_key_block, stride_far_key_token, stride_far_value_block, stride_far_value_token, stride_scale_block,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, SPLIT_BLOCKS: tl.constexpr, WINDOW: tl.constexpr, REFRESH: tl.constexpr,
+    SINK_BLOCKS: tl.constexpr, HAS_FAR: tl.constexpr, CAPPED: tl.constexpr, QUANTISED: tl.constexpr, NIBBLES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The state of rows at o_position [ROWS], first_position … last_position, after their lists, in which b_chosen [ROWS] are far."""
+    b_max, b_sum, b_acc = start_rows(ROWS, BLOCK_VALUE)
+    b_all_max, b_all_sum, b_all_acc = b_max, b_sum, b_acc
+    b_start = near_start(o_position, WINDOW, REFRESH, BLOCK_TOKENS)
+    i_least = near_start(first_position, WINDOW, REFRESH, BLOCK_TOKENS)
+    i_start = near_start(last_position, WINDOW, REFRESH, BLOCK_TOKENS)
+    # A window that begins among the sinks or right behind them has one list: all blocks.
+    m_apart = b_start > SINK_BLOCKS
+    if SINK_BLOCKS > 0:
+        b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc = walk_near(
+            p_keys, p_values, p_table, b_query, o_position, tl.where(m_apart, 0, SINK_BLOCKS), tl.zeros([ROWS], tl.int32),
+            first_position, last_position, b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc,
+            0, tl.where(i_start > SINK_BLOCKS, SINK_BLOCKS, 0), tl.where(i_least > SINK_BLOCKS, 0, SINK_BLOCKS), scale, cap,
+            stride_key_block, stride_key_token, stride_value_block, stride_value_token,
+            KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, SPLIT_BLOCKS, CAPPED, PRECISION,
+        )  # fmt: skip
+    if HAS_FAR:
+        b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc = walk_visits(
+            p_far_keys, p_far_values, p_key_scales, p_value_scales, p_far_table, p_indices, p_readers, p_cuts, visits, b_query, o_token,
+            b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc, scale, cap,
+            stride_far_key_block, stride_far_key_token, stride_far_value_block, stride_far_value_token, stride_scale_block,
+            TOKENS, KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, CAPPED, QUANTISED, NIBBLES, PRECISION,
+        )  # fmt: skip
+    b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc = walk_near(
+        p_keys, p_values, p_table, b_query, o_position, tl.where(m_apart, b_start, 0),
+        tl.where(m_apart, SINK_BLOCKS + b_chosen - b_start, 0), first_position, last_position,
+        b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc,
+        tl.where(i_least > SINK_BLOCKS, i_least, 0), last_position // BLOCK_TOKENS + 1, tl.where(i_start > SINK_BLOCKS, i_start, 0),
+        scale, cap, stride_key_block, stride_key_token, stride_value_block, stride_value_token,
+        KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, SPLIT_BLOCKS, CAPPED, PRECISION,
+    )  # fmt: skip
+    return merge_rows(b_all_max, b_all_sum, b_all_acc, b_max, b_sum, b_acc)
+
+
+@triton.jit
 def sparse_tile_kernel(
     p_query, p_keys, p_values, p_out, p_tables, p_query_starts, p_context_lengths, p_ends, p_sinks,
     p_far_keys, p_far_values, p_key_scales, p_value_scales, p_counts, p_anchors, p_far_tables, p_indices, p_readers, p_cuts, p_visits,
@@ -163,46 +208,23 @@ def sparse_tile_kernel(
     o_position = tl.minimum(first_position + o_token, last_position)
     o_query = (i_origin + o_position).to(tl.int64) * stride_query_token + o_head * stride_query_head
     b_query = tl.load(p_query + o_query[:, None] + o_key[None, :], mask=(o_key < KEY_DIM)[None, :], other=0.0)  # [ROWS, BLOCK_KEY]
-    p_key, p_value = p_keys + i_head * stride_key_head, p_values + i_head * stride_value_head
-    p_table = p_tables + i_sequence.to(tl.int64) * stride_table
-    b_max, b_sum, b_acc = start_rows(ROWS, BLOCK_VALUE)
-    b_all_max, b_all_sum, b_all_acc = b_max, b_sum, b_acc
-    # A window that begins among the sinks or right behind them has one list: all blocks.
-    b_start = near_start(o_position, WINDOW, REFRESH, BLOCK_TOKENS)
-    m_apart = b_start > SINK_BLOCKS
-    i_least = near_start(first_position, WINDOW, REFRESH, BLOCK_TOKENS)
-    i_start = near_start(last_position, WINDOW, REFRESH, BLOCK_TOKENS)
-    b_first, b_list = tl.where(m_apart, b_start, 0), tl.zeros([ROWS], tl.int32)
-    if SINK_BLOCKS > 0:
-        b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc = walk_near(
-            p_key, p_value, p_table, b_query, o_position, tl.where(m_apart, 0, SINK_BLOCKS), b_list, first_position, last_position,
-            b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc,
-            0, tl.where(i_start > SINK_BLOCKS, SINK_BLOCKS, 0), tl.where(i_least > SINK_BLOCKS, 0, SINK_BLOCKS), scale, cap,
-            stride_key_block, stride_key_token, stride_value_block, stride_value_token,
-            KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, SPLIT_BLOCKS, CAPPED, PRECISION,
-        )  # fmt: skip
+    i_place, b_chosen, visits = i_tile.to(tl.int64) * tl.num_programs(1) + i_head, tl.zeros([ROWS], tl.int32), 0
     if HAS_FAR:
-        i_place = i_tile.to(tl.int64) * tl.num_programs(1) + i_head
-        i_visits = i_place * most_visits
-        b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc = walk_visits(
-            p_far_keys + i_head * stride_far_key_head, p_far_values + i_head * stride_far_value_head,
-            p_key_scales + i_head * stride_scale_head, p_value_scales + i_head * stride_scale_head,
-            p_far_tables + i_sequence.to(tl.int64) * stride_far_table,
-            p_indices + i_visits, p_readers + i_visits, p_cuts + i_visits, tl.load(p_visits + i_place), b_query, o_token,
-            b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc, scale, cap,
-            stride_far_key_block, stride_far_key_token, stride_far_value_block, stride_far_value_token, stride_scale_block,
-            TOKENS, KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, CAPPED, QUANTISED, NIBBLES, PRECISION,
-        )  # fmt: skip
         i_anchor = tl.load(p_anchors + i_origin + o_position).to(tl.int64)
-        b_list = tl.load(p_counts + i_anchor, mask=i_anchor >= 0, other=0)
-    b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc = walk_near(
-        p_key, p_value, p_table, b_query, o_position, b_first, tl.where(m_apart, SINK_BLOCKS + b_list - b_start, 0),
-        first_position, last_position, b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc,
-        tl.where(i_least > SINK_BLOCKS, i_least, 0), last_position // BLOCK_TOKENS + 1, tl.where(i_start > SINK_BLOCKS, i_start, 0),
-        scale, cap, stride_key_block, stride_key_token, stride_value_block, stride_value_token,
-        KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, SPLIT_BLOCKS, CAPPED, PRECISION,
+        b_chosen = tl.load(p_counts + i_anchor, mask=i_anchor >= 0, other=0)
+        visits = tl.load(p_visits + i_place)
+    i_visits = i_place * most_visits
+    b_max, b_sum, b_acc = attend_lists(
+        p_keys + i_head * stride_key_head, p_values + i_head * stride_value_head, p_tables + i_sequence.to(tl.int64) * stride_table,
+        p_far_keys + i_head * stride_far_key_head, p_far_values + i_head * stride_far_value_head,
+        p_key_scales + i_head * stride_scale_head, p_value_scales + i_head * stride_scale_head,
+        p_far_tables + i_sequence.to(tl.int64) * stride_far_table, p_indices + i_visits, p_readers + i_visits, p_cuts + i_visits, visits,
+        b_query, o_position, o_token, b_chosen, first_position, last_position, scale, cap,
+        stride_key_block, stride_key_token, stride_value_block, stride_value_token,
+        stride_far_key_block, stride_far_key_token, stride_far_value_block, stride_far_value_token, stride_scale_block,
+        ROWS, TOKENS, KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, SPLIT_BLOCKS, WINDOW, REFRESH,
+        SINK_BLOCKS, HAS_FAR, CAPPED, QUANTISED, NIBBLES, PRECISION,
     )  # fmt: skip
-    b_max, b_sum, b_acc = merge_rows(b_all_max, b_all_sum, b_all_acc, b_max, b_sum, b_acc)
     _, i_origin, first_position, last_position = find_tile(p_ends, p_query_starts, p_context_lengths, i_tile, sequences, SEQUENCES, TOKENS)
     o_position = first_position + o_rows // GROUP
     m_out = (o_position <= last_position)[:, None] & (o_value < VALUE_DIM)[None, :]
