@@ -120,11 +120,12 @@ SPARSE = (
     Sparse(256, 4, 32, 16384, 16),
     *(Sparse(size, heads, 1, 16384, 16, rows=2048) for size, heads in ((128, 8), (64, 16))),
     Sparse(128, 8, 1, 16384, 16, rows=2048, refresh=16),
+    Sparse(64, 8, 1, 131072, 32, rows=2048),
 )
 # Of a whole step, and its layers: 32 sequences at 16K and 128K.
 TOTALS, LAYERS, DENSE_LAYERS = SPARSE[2:4], 24, 2
-# Of the choice alone: decode steps.
-CHOICES = SPARSE[:4]
+# Of the choice alone: decode steps, and slices of a prompt in which every token chooses.
+CHOICES = (*SPARSE[:4], *(shape for shape in SPARSE if shape.rows > 1 and shape.refresh == 1))
 # Blocks that leave a window at once, K/V heads and head sizes, by store: one of a decode step, those of a long prompt.
 DEMOTED = tuple((blocks, 8, 128, store) for blocks in (1, 512) for store in ("int8", "int4", "native"))
 
@@ -255,7 +256,8 @@ class TwoStores:
 def sparse_case(place: Place, shape: Sparse) -> Case:
     """Choice and attention over two stores, beside our own dense attention over everything.
 
-    Bytes of several rows are those of the last one's choice and of all near blocks: other rows may choose the same.
+    Bytes of several rows are those of the last one's choice and of all near blocks, the least that is possible: other rows may choose the
+    same. These queries are random and choose each its own, so a row is the other end: text lies between.
     """
     stores, size = TwoStores(place, shape), place.dtype.itemsize
     moved = shape.sequences * (shape.choice_bytes(size) + shape.attention_bytes(size)) + 2 * stores.query.nbytes
