@@ -22,6 +22,7 @@ from service.kernels.gpu.choice_scores import (
     score_tile_kernel,
     steps_kernel,
 )
+from service.kernels.gpu.paged_attention import capability
 from service.kernels.gpu.tile_visits import MOST_TOKENS, gather_visits
 from service.kernels.reference_sparse import FIRST_STAGE, SECOND_STAGE, FarBlocks
 
@@ -217,7 +218,8 @@ def _steps(asked: _Asked) -> tuple[Tensor, Tensor]:
 def _keep_by_bounds(asked: _Asked, steps: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Candidates that two stages of bounds keep, ascending, int32 [A, Hkv, compared], nothing behind the last; and which anchors of a tile
     keep a block, bits in int32 [tiles, Hkv, entries of a table]."""
-    far, tables, device = asked.far, asked.tables, asked.query.device
+    query, far, tables = asked.query, asked.far, asked.tables
+    device = query.device
     pairs, width = asked.pairs, max(tables.shape[1] - asked.sink_blocks, 1)
     scores = torch.empty((*pairs, width), dtype=torch.float32, device=device)
     first = triton.next_power_of_2(FIRST_STAGE * asked.compared // SECOND_STAGE)
@@ -229,7 +231,7 @@ def _keep_by_bounds(asked: _Asked, steps: tuple[Tensor, Tensor]) -> tuple[Tensor
     bounds = (*steps, far.bounds, *whose, scores)
     tiles = triton.cdiv(pairs[0], asked.tile) if asked.tile else 0
     if tiles:
-        scored = tile_candidates(asked.block_dim)
+        scored = tile_candidates(asked.block_dim, capability(query.device))
         score_tile_kernel[(tiles, pairs[1], triton.cdiv(width, scored))](
             *bounds, pairs[0], width, *far.bounds.stride()[:2], *strides,
             CANDIDATES=scored, TOKENS=asked.tile, PADDED=asked.padded, num_warps=4, **options,
@@ -271,9 +273,11 @@ def _compare_keys(asked: _Asked, steps: tuple[Tensor, Tensor], kept: Tensor, mar
     return products
 
 
-def tile_candidates(block_dim: int) -> int:
-    """Candidates that a tile of anchors scores at a time, without spills on any chip."""
-    return 64 if block_dim <= 128 else 16
+def tile_candidates(block_dim: int, chip: int) -> int:
+    """Candidates that a tile of anchors scores at a time on sm_`chip`, without spills."""
+    if block_dim > 128:
+        return 16
+    return 64 if chip >= 90 or block_dim <= 64 else 32
 
 
 def _pick_warps(candidates: int) -> int:

@@ -201,7 +201,7 @@ def visit_shapes() -> list[Shape]:
 def far_shapes() -> list[Shape]:
     """Demotion, scoring and selection over formats of the far store and head sizes; names say what is not 128 wide."""
     shapes = []
-    for dim in (128, 80, 256):
+    for dim in (128, 64, 80, 256):
         block, wide = 1 << (dim - 1).bit_length(), "" if dim == 128 else f"-d{dim}"
         sizes = {"KEY_DIM": dim, "VALUE_DIM": dim, "BLOCK_KEY": block, "BLOCK_VALUE": block, "BLOCK_TOKENS": 64, "SUBS": 4}
         choose = {"GROUP": 4, "DIM": dim, "BLOCK_DIM": block, "SINK_BLOCKS": 1, "SUBS": 4, "KEPT": 128, "SCORED": 32}
@@ -209,8 +209,11 @@ def far_shapes() -> list[Shape]:
         types = attention_types("bf16") | sparse_types(*STORES["int8"])
         shapes.append(Shape(f"steps{wide}", "choice_scores", "steps_kernel", types, choose | {"HEADS": 4, "LARGEST": LARGEST_STEP}, 1))
         shapes.append(Shape(f"score{wide}", "choice_scores", "score_kernel", types, choose | {"CANDIDATES": 32}, 4))
-        tile = {"PADDED": 4, "TOKENS": TILE_ROWS // 4, "CANDIDATES": tile_candidates(block)}
-        shapes.append(Shape(f"score-tile{wide}", "choice_scores", "score_tile_kernel", types, choose | tile, 4, wgmma=True))
+        tile = {"PADDED": 4, "TOKENS": TILE_ROWS // 4}
+        for chip in ALL:
+            constants = choose | tile | {"CANDIDATES": tile_candidates(block, chip)}
+            options = (types, constants, 4, 3, 0, True, (chip,))
+            shapes.append(Shape(f"score-tile{wide}", "choice_scores", "score_tile_kernel", *options))
         for candidates, warps in ((256, 4), (2048, 4), (8192, 16), (16384, 8)) if dim == 128 else ((2048, 4),):
             constants = choose | {"CANDIDATES": candidates, "TOKENS": TILE_ROWS // 4}
             shapes.append(Shape(f"select-{candidates}{wide}", "choose_far", "select_kernel", types, constants, warps))
