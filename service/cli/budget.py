@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from service.checkpoints.quantisation import weight_bytes
-from service.engine.choosing_memory import StepSize, kept_bytes, step_bytes
+from service.engine.choosing_memory import StepSize, kept_bytes, step_bytes, tile_tokens
 from service.engine.memory import AUTO_SHARE, image_room, workspace_bytes
 from service.types.errors import CapacityError
 from service.types.model_spec import ELEMENT_BYTES, ModelSpec
@@ -87,5 +87,6 @@ def _fixed_bytes(spec: ModelSpec, engine: EngineSettings, scheduler: SchedulerSe
     _, image_bytes = image_room(spec, context, engine.image_cache_bytes, element)
     workspace = workspace_bytes(spec, scheduler.step_tokens, scheduler.batch_size, element)
     layout, step = spec.kv_layout(), StepSize(scheduler.step_tokens, scheduler.batch_size, context)
-    workspace += kept_bytes(layout, scheduler.batch_size) + step_bytes(layout, step, engine.device.startswith("cuda"))
+    tokens_a_tile = tile_tokens(spec, element) if engine.device.startswith("cuda") else 0
+    workspace += kept_bytes(layout, scheduler.batch_size) + step_bytes(layout, step, tokens_a_tile)
     return weight_bytes(spec, element, quantize) + workspace + image_bytes + RUNTIME_BYTES

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from service.types.kv_layout import FAR_POSITION, FIRST_STAGE, SECOND_STAGE, FarSpec, KvGroup, KvLayout
+from service.types.model_spec import ModelSpec
 
 # An index of a block, a score, and the bits of a tile's tokens.
 _INDEX_BYTES = 4
@@ -26,6 +27,11 @@ class StepSize(NamedTuple):
         slices = min(self.rows, self.tokens)
         return min(self.tokens, slices + (self.tokens + slices * (refresh - 2)) // refresh)
 
+    def tiles(self, tokens: int) -> int:
+        """The most tiles of `tokens` aligned positions that its slices touch."""
+        slices = min(self.rows, self.tokens)
+        return min(self.tokens, (self.tokens - slices) // tokens + 2 * slices)
+
 
 def _far_groups(layout: KvLayout) -> list[tuple[KvGroup, FarSpec]]:
     return [(group, group.far) for group in layout.groups if group.source is not None and group.far is not None]
@@ -36,8 +42,9 @@ def kept_bytes(layout: KvLayout, rows: int) -> int:
     return sum(len(group.layers) * rows * group.kv_heads * spec.budget(FAR_POSITION) * _INDEX_BYTES for group, spec in _far_groups(layout))
 
 
-def tile_tokens(queries: int, element_bytes: int) -> int:
-    """The fewest tokens that a GPU's kernels put into a tile, with `queries` query heads a K/V head."""
+def tile_tokens(spec: ModelSpec, element_bytes: int) -> int:
+    """The fewest tokens that a GPU's kernels have in a tile which its slice fills."""
+    queries = max(layer.attention.heads // layer.attention.kv_heads for layer in spec.layers)
     return max((16 if element_bytes < 4 else 8) // _power_of_two(queries), 1)
 
 
@@ -54,14 +61,14 @@ def step_bytes(layout: KvLayout, step: StepSize, tokens_a_tile: int) -> int:
         heads = step.anchors(spec.refresh) * group.kv_heads
         total += len(group.layers) * heads * most * _INDEX_BYTES
         blocks = -(-step.context_tokens // layout.block_tokens)
-        kept, compared = _power_of_two(FIRST_STAGE * max(most, 1)), SECOND_STAGE * most
+        # Who reads all candidates does not choose: what is scored and joined is of the budget.
+        kept, compared = _power_of_two(FIRST_STAGE * max(budget, 1)), SECOND_STAGE * budget
         scored = marked = 0
         if tokens_a_tile and most:
-            slices = min(step.rows, step.tokens)
-            tiles = (step.tokens // tokens_a_tile + 2 * slices) * group.kv_heads
+            tiles = step.tiles(tokens_a_tile) * group.kv_heads
             scored = heads * (blocks + kept + 2 * compared) + tiles * 3 * blocks
             marked = tiles * 5 * blocks
-        largest = max(largest, (heads * most + scored) * _INDEX_BYTES, marked * _INDEX_BYTES)
+        largest = max(largest, (heads * budget + scored) * _INDEX_BYTES, marked * _INDEX_BYTES)
     return total + largest
 
 

@@ -91,8 +91,8 @@ class FarChoices:
 class StepChoices:
     """The choices of one step for the layers of one far group, whose index in the layout is `group`.
 
-    Those that an earlier step made are there from the start; the others are made layer by layer: by `of`, or by a call that computes all
-    layers and is given `step`.
+    Those that an earlier step made are there from the start, and so are those of anchors whose budget covers all candidates; the others are
+    made layer by layer: by `of`, or by a call that computes all layers and is given `step`.
     """
 
     def __init__(self, anchors: Anchors, group: int, kept: FarChoices, batch: Batch, tables: Tensor, choose: Kernel) -> None:
@@ -104,7 +104,11 @@ class StepChoices:
         self.read = anchors.read
         self._group, self._kept, self._tables, self._choose = group, kept, tables, choose
         self._places = {layer: at for at, layer in enumerate(kept.layout.groups[group].layers)}
-        fresh, stale = np.flatnonzero(anchors.fresh), np.flatnonzero(~anchors.fresh)
+        far = kept.layout.groups[group].far
+        sink_blocks = far.sink_blocks if far is not None else 0
+        # Who may choose all candidates has nothing to ask.
+        whole = anchors.counts == np.maximum(anchors.ends - sink_blocks, 0)
+        fresh, stale = np.flatnonzero(anchors.fresh & ~whole), np.flatnonzero(~anchors.fresh)
         self._fresh, self._query_rows = tensor(fresh), tensor(anchors.tokens[fresh])
         self._arguments = (
             tensor(anchors.sequences[fresh]),
@@ -116,7 +120,12 @@ class StepChoices:
         self._last, self._rows = tensor(anchors.last), tensor(batch.rows)
         most = max(int(anchors.budgets.max()), int(anchors.counts.max()))
         shape = (len(self._places), len(anchors.tokens), kept.layout.groups[group].kv_heads, most)
+        self._most = int(anchors.budgets[fresh].max()) if len(fresh) else 0
         self._made = torch.full(shape, -1, dtype=torch.int32, device=device)
+        if whole.any():
+            places, indices = tensor(np.flatnonzero(whole)), torch.arange(most, dtype=torch.int32, device=device)
+            counts = self._counts[places, None, None]
+            self._made[:, places] = torch.where(indices < counts, indices + sink_blocks, -1)
         if len(stale):
             before = kept.of(group, tensor(batch.rows[anchors.sequences[stale]]))
             width = min(before.shape[3], most)
@@ -125,9 +134,10 @@ class StepChoices:
     def of(self, layer: int, query: Tensor, blocks: FarBlocks, sink_blocks: int) -> ChosenFar:
         """What the step's query rows [T, Hq, D] read of the layer's far blocks."""
         made = self._made[self._places[layer]]
-        asked = query.index_select(0, self._query_rows)
-        choices, _ = self._choose(asked, blocks, self._tables, *self._arguments, sink_blocks=sink_blocks, most=made.shape[2])
-        made[self._fresh] = choices
+        if self._most:
+            asked = query.index_select(0, self._query_rows)
+            choices, _ = self._choose(asked, blocks, self._tables, *self._arguments, sink_blocks=sink_blocks, most=self._most)
+            made[self._fresh, :, : self._most] = choices
         return ChosenFar(blocks, self._tables, made, self._counts, self._of_tokens)
 
     @property

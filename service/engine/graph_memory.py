@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from service.engine.choosing_memory import StepSize, step_bytes
+from service.engine.choosing_memory import StepSize, step_bytes, tile_tokens
 from service.types.kv_layout import FAR_POSITION, SPLIT_TOKENS, KvGroup, KvLayout
 from service.types.model_spec import ModelSpec
 
@@ -76,5 +76,5 @@ def graph_bytes(spec: ModelSpec, layout: KvLayout, rows: int, context_tokens: in
     activations = rows * (4 * spec.dim + widest) * element_bytes
     splits = min(MOST_SPLITS, rows * splits_of(layout, blocks))
     parts = 4 * splits * max(layer.attention.heads * (layer.attention.head_dim + 2) for layer in spec.layers)
-    choosing = step_bytes(layout, StepSize(rows, rows, blocks * layout.block_tokens), True)
+    choosing = step_bytes(layout, StepSize(rows, rows, blocks * layout.block_tokens), tile_tokens(spec, element_bytes))
     return fixed + activations + parts + choosing + MOST_GRAPHS * GRAPH_BYTES

@@ -66,8 +66,7 @@ def plan_memory(spec: ModelSpec, layout: KvLayout, element_bytes: int, request: 
     """
     context = _context(spec, request)
     workspace = workspace_bytes(spec, request.max_step_tokens, request.max_rows, element_bytes)
-    queries = max(layer.attention.heads // layer.attention.kv_heads for layer in spec.layers)
-    tokens_a_tile = tile_tokens(queries, element_bytes) if usage.on_gpu else 0
+    tokens_a_tile = tile_tokens(spec, element_bytes) if usage.on_gpu else 0
     workspace += step_bytes(layout, StepSize(request.max_step_tokens, request.max_rows, context), tokens_a_tile)
     choices = kept_bytes(layout, request.max_rows)
     graphs = 0

@@ -62,16 +62,17 @@ def test_no_step_takes_more_than_is_planned(data: st.DataObject, refresh: int, b
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_the_largest_step_takes_all_of_it(dense: bool) -> None:
-    """A slice at the end of the context with a choice for each token: two layers' choices, and one more while they are joined."""
+    """A slice at the end of the context with a choice for each token: two layers' choices, and one of the budget while they are joined."""
     spec = FarSpec(blocks=2, dense_prompts=dense)
     made = made_bytes(spec, [Slice(0, CONTEXT - 20, 20, 0)])
-    assert made / 2 * 3 == step_bytes(layout_of(spec), StepSize(20, 1, CONTEXT), 0)
+    assert made + 20 * 2 * 2 * 4 == step_bytes(layout_of(spec), StepSize(20, 1, CONTEXT), 0)
 
 
 def test_a_gpu_keeps_a_score_for_each_candidate_and_who_reads_a_block() -> None:
     spec, step = FarSpec(blocks=2), StepSize(20, 1, CONTEXT)
     # 20 anchors, 2 heads: 15 table entries, 8 of the first stage, and indices and scores of 6 of the second, of 4 bytes each; tiles of 8
     # tokens, of which a slice may begin and end one: marks, indices and bits for each entry.
+    assert step.tiles(8) == 4 and StepSize(5, 5, CONTEXT).tiles(8) == 5
     extra = (20 * 2 * (15 + 8 + 2 * 6) + 4 * 2 * 3 * 15) * 4
     assert step_bytes(layout_of(spec), step, 8) - step_bytes(layout_of(spec), step, 0) == extra
     evicting = layout_of(replace(spec, store=FarStore.EVICT))
@@ -82,8 +83,11 @@ def test_tiles_are_no_smaller_than_is_planned() -> None:
     pytest.importorskip("triton")
     from service.kernels.gpu.window_sparse import sparse_tile
 
+    spec = V5_2.spec(dict(V5_2.shapes)["nano"])
     for dtype, size, queries, chip in product((torch.bfloat16, torch.float32), (64, 80, 128, 256), (1, 2, 3, 4, 7, 8, 16), (80, 90)):
-        assert sparse_tile(dtype, size, queries, chip)[1] >= tile_tokens(queries, dtype.itemsize)
+        attention = replace(spec.layers[0].attention, heads=queries, kv_heads=1)
+        layers = tuple(replace(layer, attention=attention) for layer in spec.layers)
+        assert sparse_tile(dtype, size, queries, chip, True)[1] >= tile_tokens(replace(spec, layers=layers), dtype.itemsize)
 
 
 def test_the_stages_are_those_of_the_kernels() -> None:
@@ -93,8 +97,7 @@ def test_the_stages_are_those_of_the_kernels() -> None:
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_the_plan_counts_both_and_models_without_far_blocks_neither(on_gpu: bool) -> None:
     spec = V5_2.spec(dict(V5_2.shapes)["nano"])
-    attention = spec.layers[0].attention
-    tile = tile_tokens(attention.heads // attention.kv_heads, 4) if on_gpu else 0
+    tile = tile_tokens(spec, 4) if on_gpu else 0
     layout, request = spec.kv_layout(), LoadRequest("model", max_rows=8, max_step_tokens=128)
     usage = Usage(1 << 20, 1 << 20, 64 << 30, on_gpu)
     lines = dict(plan_memory(spec, layout, 4, request, usage).lines)

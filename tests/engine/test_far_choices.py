@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -85,9 +86,32 @@ def test_a_choice_lasts_until_the_next_anchor_and_only_if_the_step_succeeded() -
 
     assert step(100, 6) == [-1] * 4 + [1, 1], "nothing was kept for the anchor at 96"
     assert step(106, 1) == [1]
-    assert step(107, 8, succeed=False) == [1] * 5 + [3] * 3
-    assert step(107, 8) == [1] * 5 + [4] * 3
-    assert step(115, 1) == [4]
+    assert step(107, 8, succeed=False) == [1] * 5 + [2] * 3
+    assert step(107, 8) == [1] * 5 + [3] * 3
+    assert step(115, 1) == [3] and calls == 3
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_whose_budget_covers_all_candidates_asks_nothing(dense: bool) -> None:
+    """The first tokens of a prompt; with dense prompts all of it, so that only generated tokens ask, with their own budget."""
+    layout = layout_of(FarSpec(blocks=2, dense_prompts=dense))
+    slices = [Slice(0, 30, 80, 0)]
+    anchors, tables = anchors_of(layout, slices, 100)
+    asked = []
+
+    def choose(query: Tensor, *arguments: object, most: int, **_: int) -> tuple[Tensor, Tensor]:
+        asked.append((len(query), most))
+        return torch.full((len(query), 2, most), 99, dtype=torch.int32), torch.zeros(len(query), dtype=torch.int32)
+
+    kept = FarChoices(layout, 6, torch.device("cpu"))
+    chosen = StepChoices(anchors, 1, kept, tables.batch(slices), torch.zeros(1, 15, dtype=torch.int32), choose)
+    far = chosen.of(0, torch.zeros(80, 4, 4), FarBlocks(*[torch.zeros(0)] * 7), 1)
+    assert far.choices.shape[2] == anchors.counts.max()
+    whole = anchors.counts == np.maximum(anchors.ends - 1, 0)
+    assert asked == [(int((~whole).sum()), 2)] and 0 < whole.sum() < 80 and (not dense or whole[:70].all())
+    for anchor, (count, all_of_them) in enumerate(zip(anchors.counts.tolist(), whole.tolist(), strict=True)):
+        found = far.choices[anchor, 1].tolist()
+        assert found[:count] == (list(range(1, 1 + count)) if all_of_them else [99] * count) and set(found[count:]) <= {-1}
 
 
 def test_kept_choices_are_those_of_the_row_and_the_layer() -> None:

@@ -65,7 +65,7 @@ def score_part(
     return b_total.to(tl.float32) * (unit * tl.load(p_scales, mask=m_blocks, other=0.0).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def score_kernel(
     p_steps, p_units, p_bounds, p_bound_scales, p_tables, p_sequences, p_ends, p_budgets, p_scores, width,
     stride_bound_block, stride_bound_head, stride_bound_scale_block, stride_bound_scale_head, stride_table,
@@ -89,37 +89,67 @@ def score_kernel(
 
 
 @triton.jit
+def run_length(p_sequences, i_anchor, anchors, TOKENS: tl.constexpr):
+    """How many anchors of a tile of TOKENS, side by side, are of the sequence of i_anchor, which is one of them."""
+    i_first, o_tile = i_anchor // TOKENS * TOKENS, tl.arange(0, TOKENS)
+    b_sequences = tl.load(p_sequences + i_first + o_tile, mask=i_first + o_tile < anchors, other=-1)
+    m_other = b_sequences != tl.load(p_sequences + i_anchor)
+    i_before = tl.max(tl.where(m_other & (i_first + o_tile < i_anchor), o_tile, -1))
+    return tl.min(tl.where(m_other & (i_first + o_tile > i_anchor), o_tile, TOKENS)) - i_before - 1
+
+
+@triton.jit
+def product_of(
+    p_query, p_steps, unit, p_keys, p_scales, stride_query_head, stride_token,
+    GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, QUANTISED: tl.constexpr,
+    NIBBLES: tl.constexpr,
+):  # fmt: skip
+    """The highest product of any of GROUP heads with a key of the block's head at p_keys, whose scales are at p_scales."""
+    o_tokens, o_dim = tl.arange(0, BLOCK_TOKENS), tl.arange(0, BLOCK_DIM)
+    b_keys = load_far(p_keys, o_tokens, stride_token, DIM, BLOCK_DIM, NIBBLES)
+    if QUANTISED:
+        b_best = tl.full([BLOCK_TOKENS], -2147483648, tl.int32)
+        for i_group in tl.static_range(GROUP):
+            b_steps = tl.load(p_steps + i_group * BLOCK_DIM + o_dim).to(tl.int32)
+            b_best = tl.maximum(b_best, tl.sum(b_keys.to(tl.int32) * b_steps[None, :], 1))
+        score = tl.max(b_best.to(tl.float32) * tl.load(p_scales + o_tokens).to(tl.float32)) * unit
+    else:
+        b_product = tl.full([BLOCK_TOKENS], float("-inf"), tl.float32)
+        for i_group in tl.static_range(GROUP):
+            b_query = tl.load(p_query + i_group * stride_query_head + o_dim, mask=o_dim < DIM, other=0.0).to(tl.float32)
+            b_product = tl.maximum(b_product, tl.sum(b_keys.to(tl.float32) * b_query[None, :], 1))
+        score = tl.max(b_product)
+    return score
+
+
+@triton.jit(do_not_specialize=["anchors"])
 def product_kernel(
-    p_query, p_steps, p_units, p_far_keys, p_key_scales, p_tables, p_sequences, p_ends, p_budgets, p_kept, p_scores, most,
+    p_query, p_steps, p_units, p_far_keys, p_key_scales, p_tables, p_sequences, p_ends, p_budgets, p_kept, p_scores, anchors, most,
     stride_query_anchor, stride_query_head, stride_far_key_block, stride_far_key_head, stride_far_key_token,
     stride_scale_block, stride_scale_head, stride_table,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, SINK_BLOCKS: tl.constexpr, SECOND: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, QUANTISED: tl.constexpr, NIBBLES: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, QUANTISED: tl.constexpr, NIBBLES: tl.constexpr, TOKENS: tl.constexpr, FEWEST: tl.constexpr,
 ):  # fmt: skip
-    """One program owns one candidate of one anchor and K/V head: its highest product with a key, in p_scores [A, Hkv, most]."""
-    i_anchor, i_head, i_kept = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    """One program owns every num_programs-th candidate of one anchor and K/V head: their highest products with a key, in p_scores
+    [A, Hkv, most]. With TOKENS, anchors of runs of FEWEST in tiles of TOKENS are left to `product_tile_kernel`."""
+    i_anchor, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    if TOKENS > 0:
+        alike = run_length(p_sequences, i_anchor, anchors, TOKENS)
+        if alike >= FEWEST:
+            return
+    i_pair = i_anchor * tl.num_programs(1) + i_head
     candidates, budget = tl.maximum(tl.load(p_ends + i_anchor) - SINK_BLOCKS, 0), tl.load(p_budgets + i_anchor)
-    if (i_kept < tl.minimum(SECOND * budget, candidates)) & (candidates > budget):
-        i_pair = i_anchor * tl.num_programs(1) + i_head
-        p_table = p_tables + tl.load(p_sequences + i_anchor).to(tl.int64) * stride_table
+    p_table = p_tables + tl.load(p_sequences + i_anchor).to(tl.int64) * stride_table
+    p_heads = p_query + i_anchor * stride_query_anchor + i_head * GROUP * stride_query_head
+    unit = tl.load(p_units + i_pair)
+    for i_kept in range(tl.program_id(2), tl.where(candidates > budget, tl.minimum(SECOND * budget, candidates), 0), tl.num_programs(2)):
         i_block = tl.load(p_table + tl.load(p_kept + i_pair * most + i_kept)).to(tl.int64)
-        o_tokens, o_dim = tl.arange(0, BLOCK_TOKENS), tl.arange(0, BLOCK_DIM)
-        p_key = p_far_keys + i_block * stride_far_key_block + i_head * stride_far_key_head
-        b_keys = load_far(p_key, o_tokens, stride_far_key_token, DIM, BLOCK_DIM, NIBBLES)
-        if QUANTISED:
-            b_best = tl.full([BLOCK_TOKENS], -2147483648, tl.int32)
-            for i_group in tl.static_range(GROUP):
-                b_steps = tl.load(p_steps + (i_pair * GROUP + i_group) * BLOCK_DIM + o_dim).to(tl.int32)
-                b_best = tl.maximum(b_best, tl.sum(b_keys.to(tl.int32) * b_steps[None, :], 1))
-            b_scales = tl.load(p_key_scales + i_block * stride_scale_block + i_head * stride_scale_head + o_tokens).to(tl.float32)
-            score = tl.max(b_best.to(tl.float32) * b_scales) * tl.load(p_units + i_pair)
-        else:
-            p_heads = p_query + i_anchor * stride_query_anchor + i_head * GROUP * stride_query_head
-            b_product = tl.full([BLOCK_TOKENS], float("-inf"), tl.float32)
-            for i_group in tl.static_range(GROUP):
-                b_query = tl.load(p_heads + i_group * stride_query_head + o_dim, mask=o_dim < DIM, other=0.0).to(tl.float32)
-                b_product = tl.maximum(b_product, tl.sum(b_keys.to(tl.float32) * b_query[None, :], 1))
-            score = tl.max(b_product)
+        score = product_of(
+            p_heads, p_steps + i_pair * (GROUP * BLOCK_DIM), unit,
+            p_far_keys + i_block * stride_far_key_block + i_head * stride_far_key_head,
+            p_key_scales + i_block * stride_scale_block + i_head * stride_scale_head, stride_query_head, stride_far_key_token,
+            GROUP, DIM, BLOCK_DIM, BLOCK_TOKENS, QUANTISED, NIBBLES,
+        )  # fmt: skip
         tl.store(p_scores + i_pair * most + i_kept, score)
 
 
@@ -161,7 +191,7 @@ def highest(b_products, TOKENS: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.
     return tl.max(tl.reshape(b_products, [TOKENS, PADDED, COLUMNS]), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["anchors", "width"])
 def score_tile_kernel(
     p_steps, p_units, p_bounds, p_bound_scales, p_tables, p_sequences, p_ends, p_budgets, p_scores, anchors, width,
     stride_bound_block, stride_bound_head, stride_bound_scale_block, stride_bound_scale_head, stride_table,
@@ -198,17 +228,18 @@ def score_tile_kernel(
         i_from = i_to
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["anchors", "most_visits"])
 def product_tile_kernel(
     p_steps, p_units, p_far_keys, p_key_scales, p_tables, p_sequences, p_indices, p_readers, p_visits, p_scores, anchors, most_visits, most,
     stride_far_key_block, stride_far_key_head, stride_far_key_token, stride_scale_block, stride_scale_head, stride_table,
     GROUP: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
-    NIBBLES: tl.constexpr, TOKENS: tl.constexpr,
+    NIBBLES: tl.constexpr, TOKENS: tl.constexpr, FEWEST: tl.constexpr,
 ):  # fmt: skip
     """`product_kernel` for TOKENS anchors one after the other and a store of 8 or 4 bits: a block that several ask for is read once.
 
     The tile's visits are the candidates that any anchor has kept, upwards, by table index; each anchor meets its own in the order of its
-    list, so how many it has met tells where the score belongs.
+    list, so how many it has met tells where the score belongs. Runs of fewer than FEWEST anchors of a sequence are left to
+    `product_kernel`: for each the tile would go through all visits.
     """
     i_head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     o_anchor, b_steps, b_units = load_tile(p_steps, p_units, anchors, TOKENS, GROUP, PADDED, BLOCK_DIM)
@@ -222,7 +253,7 @@ def product_tile_kernel(
     while i_from < last:
         i_sequence, i_to = find_run(p_sequences, o_anchor, i_from, anchors, TOKENS)
         m_run = (o_tile >= i_from) & (o_tile < i_to)
-        for i_visit in tl.range(0, visits):
+        for i_visit in tl.range(0, tl.where(i_to - i_from >= FEWEST, visits, 0)):
             i_readers = tl.load(p_readers + i_visits + i_visit)
             m_reads = m_run & ((i_readers >> o_tile) & 1 != 0)
             # Where no anchor of this sequence asks for it the index is not one of its table.

@@ -17,6 +17,7 @@ from service.kernels.gpu.choice_scores import (
     LARGEST_STEP,
     product_kernel,
     product_tile_kernel,
+    run_length,
     score_kernel,
     score_part,
     score_tile_kernel,
@@ -28,8 +29,10 @@ from service.kernels.reference_sparse import FIRST_STAGE, SECOND_STAGE, FarBlock
 
 # Candidates that one program of the first stage scores, and one of the second at a time.
 SCORED_BLOCKS = 32
-# Rows of queries that a tile of anchors has, and how many anchors for each sequence make tiles worth their while.
-TILE_ROWS, ANCHORS_PER_SEQUENCE = 64, 4
+# Rows of queries that a tile of anchors has, and how many anchors of a sequence, side by side, make it worth its while.
+TILE_ROWS, FEWEST_ANCHORS = 64, 4
+# Programs that share the candidates of an anchor and K/V head whose keys are compared.
+COMPARING = 128
 
 
 @triton.jit
@@ -52,19 +55,20 @@ def best_of(b_scores, m_valid, count):
     return m_above | (m_equal & (b_rank <= count - tl.sum(m_above.to(tl.int32))))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def select_kernel(
     p_steps, p_units, p_part_bounds, p_bound_scales, p_tables, p_sequences, p_ends, p_budgets, p_scores, p_kept, p_choices, p_marks,
     width, most, stride_part_block, stride_part_head, stride_bound_scale_block, stride_bound_scale_head, stride_table,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, SINK_BLOCKS: tl.constexpr, SUBS: tl.constexpr,
     FIRST: tl.constexpr, SECOND: tl.constexpr, CANDIDATES: tl.constexpr, KEPT: tl.constexpr, SCORED: tl.constexpr, TOKENS: tl.constexpr,
+    FEWEST: tl.constexpr,
 ):  # fmt: skip
     """One program owns one anchor and K/V head: the best FIRST · budget candidates by their block, of these the best SECOND · budget by a
     sub-block, in p_choices [A, Hkv, most] in ascending order.
 
     The indices that the first stage keeps pass through p_kept [A, Hkv, KEPT] in ascending order, their scores, SCORED at a time, through
-    p_scores, which is read before. Anchors in tiles of TOKENS, which may be 0, leave their bit with the blocks that they keep, in p_marks
-    [tiles, Hkv, SINK_BLOCKS + width]. Who may choose all candidates leaves nothing.
+    p_scores, which is read before. Runs of FEWEST anchors in tiles of TOKENS, which may be 0, leave their bits with the blocks that they
+    keep, in p_marks [tiles, Hkv, SINK_BLOCKS + width]. Who may choose all candidates leaves nothing.
     """
     i_anchor, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i_pair = i_anchor * tl.num_programs(1) + i_head
@@ -82,7 +86,7 @@ def select_kernel(
     kept = tl.minimum(FIRST * budget, candidates)
     p_heads, unit = p_steps + i_pair * (GROUP * BLOCK_DIM), tl.load(p_units + i_pair)
     p_table = p_tables + tl.load(p_sequences + i_anchor).to(tl.int64) * stride_table
-    for i_first in tl.range(0, KEPT, SCORED, num_stages=1):
+    for i_first in tl.range(0, kept, SCORED, num_stages=1):
         o_scored = i_first + tl.arange(0, SCORED)
         m_scored = o_scored < kept
         b_index = tl.load(p_kept + i_pair * KEPT + o_scored, mask=m_scored, other=0)
@@ -101,8 +105,10 @@ def select_kernel(
     m_chosen = best_of(b_best, m_kept, tl.minimum(SECOND * budget, candidates))
     tl.store(p_choices + i_pair * most + tl.cumsum(m_chosen.to(tl.int32), 0) - 1, b_index, mask=m_chosen)
     if TOKENS > 0:
-        p_tile = p_marks + (i_anchor // TOKENS * tl.num_programs(1) + i_head) * (SINK_BLOCKS + width)
-        tl.atomic_or(p_tile + b_index, (tl.full([KEPT], 1, tl.int32) << (i_anchor % TOKENS)), mask=m_chosen, sem="relaxed")
+        alike = run_length(p_sequences, i_anchor, tl.num_programs(0), TOKENS)
+        if alike >= FEWEST:
+            p_tile = p_marks + (i_anchor // TOKENS * tl.num_programs(1) + i_head) * (SINK_BLOCKS + width)
+            tl.atomic_or(p_tile + b_index, tl.full([KEPT], 1, tl.int32) << (i_anchor % TOKENS), mask=m_chosen, sem="relaxed")
 
 
 @triton.jit
@@ -193,10 +199,9 @@ class _Asked(NamedTuple):
 
     @property
     def tile(self) -> int:
-        """Anchors of a tile, 0 where they are scored one by one: few for each sequence, or keys that are not whole numbers."""
-        if self.far.key_scales is None or len(self.query) < ANCHORS_PER_SEQUENCE * len(self.tables):
-            return 0
-        return min(MOST_TOKENS, max(TILE_ROWS // self.padded, 1))
+        """Anchors of a tile, 0 where all are scored one by one: one for each sequence, or keys that are not whole numbers."""
+        tokens = min(MOST_TOKENS, TILE_ROWS // self.padded)
+        return 0 if self.far.key_scales is None or len(self.query) <= len(self.tables) or tokens < FEWEST_ANCHORS else tokens
 
     @property
     def padded(self) -> int:
@@ -245,8 +250,8 @@ def _keep_by_bounds(asked: _Asked, steps: tuple[Tensor, Tensor]) -> tuple[Tensor
     select_kernel[pairs](
         *steps, far.part_bounds, *whose, scores, indices, kept, marks, width, asked.compared,
         *far.part_bounds.stride()[:2], *strides, SUBS=far.part_bounds.shape[2], FIRST=FIRST_STAGE, SECOND=SECOND_STAGE,
-        CANDIDATES=candidates, KEPT=first, SCORED=min(SCORED_BLOCKS, first), TOKENS=asked.tile, num_warps=_select_warps(candidates),
-        **options,
+        CANDIDATES=candidates, KEPT=first, SCORED=min(SCORED_BLOCKS, first), TOKENS=asked.tile, FEWEST=FEWEST_ANCHORS,
+        num_warps=_select_warps(candidates), **options,
     )  # fmt: skip
     return kept, marks
 
@@ -259,16 +264,18 @@ def _compare_keys(asked: _Asked, steps: tuple[Tensor, Tensor], kept: Tensor, mar
     scale_strides = (0, 0) if far.key_scales is None else far.key_scales.stride()[:2]
     strides = (*far.keys.stride()[:3], *scale_strides, tables.stride(0))
     options = asked.options | {"BLOCK_TOKENS": far.keys.shape[2], "NIBBLES": far.keys.dtype == torch.uint8, "num_warps": 4}
+    options |= {"TOKENS": asked.tile, "FEWEST": FEWEST_ANCHORS}
     if asked.tile:
         visits = gather_visits(marks[None], asked.tile * asked.compared)
         product_tile_kernel[marks.shape[:2]](
             *steps, far.keys, key_scales, tables, asked.sequences, visits.indices, visits.readers, visits.counts, products,
-            len(query), visits.indices.shape[2], asked.compared, *strides, TOKENS=asked.tile, PADDED=asked.padded, **options,
+            len(query), visits.indices.shape[2], asked.compared, *strides, PADDED=asked.padded, **options,
         )  # fmt: skip
-        return products
-    product_kernel[kept.shape](
-        query, *steps, far.keys, key_scales, tables, asked.sequences, asked.ends, asked.budgets, kept, products, asked.compared,
-        *query.stride()[:2], *strides, SINK_BLOCKS=asked.sink_blocks, SECOND=SECOND_STAGE, QUANTISED=far.key_scales is not None, **options,
+    # With tiles a program for what is left over; most find that nothing is.
+    product_kernel[(*asked.pairs, 1 if asked.tile else min(asked.compared, COMPARING))](
+        query, *steps, far.keys, key_scales, tables, asked.sequences, asked.ends, asked.budgets, kept, products,
+        len(query), asked.compared, *query.stride()[:2], *strides, SINK_BLOCKS=asked.sink_blocks, SECOND=SECOND_STAGE,
+        QUANTISED=far.key_scales is not None, **options,
     )  # fmt: skip
     return products
 

@@ -95,7 +95,7 @@ def find_list(
     return i_start, sinks, chosen, i_anchor, entries
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences"])
 def sparse_row_kernel(
     p_query, p_keys, p_values, p_tables, p_query_starts, p_context_lengths, p_ends, p_peaks, p_sums, p_parts,
     p_far_keys, p_far_values, p_key_scales, p_value_scales, p_counts, p_anchors, p_far_tables, p_choices, sequences, scale, cap,

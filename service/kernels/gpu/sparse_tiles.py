@@ -78,9 +78,8 @@ def walk_near(
     o_keys = (o_tokens[:, None] * stride_key_token + o_key[None, :]).to(tl.uint32)
     o_values = (o_tokens[:, None] * stride_value_token + o_value[None, :]).to(tl.uint32)
     i_cut = (first_position + 1) // BLOCK_TOKENS
-    # Where rows begin their splits at different blocks, each block may be one.
-    i_list = tl.min(b_list)
-    m_uneven = tl.max(b_list) != i_list
+    # Rows of one tile begin their splits at the same block, or one later; where they differ by more, each block may be one.
+    i_list, i_most = tl.min(b_list), tl.max(b_list)
     i_next = tl.load(p_table + i_from, mask=i_from < i_to, other=0)
     for i_entry in tl.range(i_from, i_to, disable_licm=True):
         i_block = i_next.to(tl.int64)
@@ -89,7 +88,7 @@ def walk_near(
         b_keys = load_block(p_keys + i_block * stride_key_block, o_keys, o_key, m_owned, KEY_DIM, BLOCK_KEY)
         b_values = load_block(p_values + i_block * stride_value_block, o_values, o_value, m_owned, VALUE_DIM, BLOCK_VALUE)
         b_scores = score_tile(b_query, b_keys, 1.0, scale, CAPPED, False, PRECISION)
-        m_split = ((i_entry + i_list) % SPLIT_BLOCKS == 0) | m_uneven
+        m_split = ((i_entry + i_list) % SPLIT_BLOCKS == 0) | ((i_entry + i_most) % SPLIT_BLOCKS == 0) | (i_most - i_list > 1)
         if m_split | (i_entry >= i_cut) | (i_entry < i_whole):
             m_reads = b_first <= i_entry
             m_seen = ((o_position - i_entry * BLOCK_TOKENS)[:, None] - o_tokens[None, :] >= 0) & m_reads[:, None]  # [M, B]
@@ -183,7 +182,7 @@ def attend_lists(
     return merge_rows(b_all_max, b_all_sum, b_all_acc, b_max, b_sum, b_acc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "most_visits"])
 def sparse_tile_kernel(
     p_query, p_keys, p_values, p_out, p_tables, p_query_starts, p_context_lengths, p_ends, p_sinks,
     p_far_keys, p_far_values, p_key_scales, p_value_scales, p_counts, p_anchors, p_far_tables, p_indices, p_readers, p_cuts, p_visits,

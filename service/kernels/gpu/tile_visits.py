@@ -32,7 +32,7 @@ class Visits(NamedTuple):
     counts: Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "width"])
 def mark_kernel(
     p_query_starts, p_context_lengths, p_ends, p_counts, p_anchors, p_choices, p_marks, sequences, width,
     stride_choice_anchor, stride_choice_head, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr, SINK_BLOCKS: tl.constexpr,
@@ -57,7 +57,7 @@ def mark_kernel(
             tl.atomic_or(p_cuts + i_index, b_bit, mask=m_choice & ((SINK_BLOCKS + o_choice) % SPLIT_BLOCKS == 0), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "most_visits"])
 def gather_kernel(p_marks, p_indices, p_readers, p_cuts, p_visits, width, most_visits, CUTS: tl.constexpr, GATHERED: tl.constexpr):
     """One program owns a tile and one K/V head: what is marked of it, p_marks [1 + CUTS, tiles, Hkv, width], as Visits."""
     i_place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)

@@ -23,6 +23,7 @@ from service.kernels.gpu.paged_attention import (
     capability,
     check_attention,
     score_factors,
+    tile_of,
 )
 from service.kernels.gpu.sparse_rows import sparse_row_kernel
 from service.kernels.gpu.sparse_tiles import sparse_tile_kernel
@@ -31,17 +32,26 @@ from service.kernels.reference_sparse import ChosenFar
 from service.kernels.splits import SPLIT_TOKENS
 
 
-def sparse_tile(dtype: torch.dtype, head_dim: int, group: int, chip: int) -> tuple[Tile, int]:
+def sparse_tile(dtype: torch.dtype, head_dim: int, group: int, chip: int, far: bool) -> tuple[Tile, int]:
     """The tile of prompts on sm_`chip` and how many tokens it holds, a power of two: the widest that the compile gate finds free of spills,
-    in float32 of few."""
+    in float32 of few; that of dense attention for steps in which no row reads anything `far`, such as prompts within their window."""
+    if head_dim <= 128 and dtype != torch.float32 and not far:
+        tile = tile_of(dtype, head_dim, chip)
+        if group <= tile.rows:
+            return tile, _power_below(tile.rows // group)
     if dtype == torch.float32:
         rows = max(16 if head_dim <= 64 else 8, triton.next_power_of_2(group))
-        return Tile(rows, 8, 1), min(MOST_TOKENS, 1 << (rows // group).bit_length() - 1)
+        return Tile(rows, 8, 1), min(MOST_TOKENS, _power_below(rows // group))
     most = 16 if head_dim > 128 else 128 if head_dim <= 64 and chip >= 90 else 32
-    tokens = min(MOST_TOKENS, 1 << max(most // group, 1).bit_length() - 1)
+    tokens = min(MOST_TOKENS, _power_below(max(most // group, 1)))
     rows = max(16, triton.next_power_of_2(tokens * group))
     # Warp groups take 64 rows each: two of them would compute the scores of 64 twice.
-    return Tile(rows, 4 if rows == 64 else 8, 1 if head_dim > 128 else 2), tokens
+    return Tile(rows, 4 if rows == 64 and head_dim <= 64 else 8, 1 if head_dim > 128 else 3), tokens
+
+
+def _power_below(number: int) -> int:
+    """The largest power of two that is at most `number`."""
+    return 1 << number.bit_length() - 1
 
 
 def sparse_row(dtype: torch.dtype, head_dim: int, group: int) -> Tile:
@@ -49,7 +59,8 @@ def sparse_row(dtype: torch.dtype, head_dim: int, group: int) -> Tile:
     rows = max(16, triton.next_power_of_2(group))
     if head_dim <= 64 and dtype != torch.float32 and rows == 16:
         return Tile(rows, 4, 3)
-    return Tile(rows, 4 if rows == 64 else 8, 1 if head_dim > 128 else 2)
+    stages = 1 if head_dim > 128 else 2 if dtype == torch.float32 else 3
+    return Tile(rows, 4 if rows == 64 and head_dim <= 64 else 8, stages)
 
 
 def plan_sparse(
@@ -115,13 +126,15 @@ def window_sparse_attention(
     check_attention(query, key_blocks, value_blocks, near_tables)
     heads, (kv_heads, block_tokens) = query.shape[1], key_blocks.shape[1:3]
     size = max(query.shape[2], value_blocks.shape[3])
-    tile, tokens = sparse_tile(query.dtype, size, heads // kv_heads, capability(query.device))
+    tile, tokens = sparse_tile(query.dtype, size, heads // kv_heads, capability(query.device), far is not None)
     if plan is None:
         plan = AttentionPlan(query_starts, context_lengths, query.device, window)
     entries = most_entries(window, refresh, block_tokens, sink_blocks, 0 if far is None else far.choices.shape[2])
-    work = plan.sparse(tokens, max(2, -(-entries // (SPLIT_TOKENS // block_tokens))))
+    splits = max(2, -(-entries // (SPLIT_TOKENS // block_tokens)))
+    work = plan.sparse(tokens, splits)
     shape = (query.shape[0], heads, value_blocks.shape[3])
-    out = query.new_zeros(shape) if work.tiles else query.new_empty(shape)
+    decoded = work.splits == splits * len(query)  # Every row; else some may see nothing and be written by nobody.
+    out = query.new_empty(shape) if decoded else query.new_zeros(shape)
     options = attention_options(query, key_blocks, value_blocks, context_lengths.shape[0], (None, softcap, sink_logits))
     options |= {"WINDOW": window, "REFRESH": refresh, "SINK_BLOCKS": sink_blocks, "maxnreg": REGISTERS}
     call = _Call((query, key_blocks, value_blocks, out, near_tables), (query_starts, context_lengths), work, far, sink_logits)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from service.kernels.gpu.choice_scores import LARGEST_STEP
-from service.kernels.gpu.choose_far import TILE_ROWS, tile_candidates
+from service.kernels.gpu.choose_far import FEWEST_ANCHORS, TILE_ROWS, tile_candidates
 from service.kernels.gpu.int8_linear import product_tile
 from service.kernels.gpu.ordered_linear import ordered_tile
 from service.kernels.gpu.paged_attention import decode_tile, tile_of
@@ -171,13 +171,22 @@ def sparse_shapes() -> list[Shape]:
     others = ((80, "int4"), (96, "int8"), (256, "int8"), (256, "int4"), (256, "native"))
     cases += [("bf16", dim, 4, store, chip) for (dim, store), chip in product(others, ALL)]
     cases += [("fp32", dim, 4, store, chip) for dim, store, chip in product((64, 128), ("int8", "native"), ALL)]
+    # Prompts that lie in their window read nothing far.
+    cases += [("bf16", dim, group, "none", chip) for dim, group, chip in product((64, 128), (1, 4), ALL)]
+    cases += [("bf16", 128, 7, "none", chip) for chip in ALL] + [("bf16", 256, 4, "none", chip) for chip in ALL]
     shapes = []
     for kind, dim, group, store, chip in cases:
         constants = attention_constants(dim, group, 2048, **({"PRECISION": "ieee"} if kind == "fp32" else {}))
-        constants |= {"REFRESH": 1, "SINK_BLOCKS": 1, "HAS_FAR": True, "QUANTISED": store != "native", "NIBBLES": store == "int4"}
-        kept = ("*fp32", "fp32") if (kind, store) == ("fp32", "native") else STORES[store]
+        constants |= {
+            "REFRESH": 1,
+            "SINK_BLOCKS": 1,
+            "HAS_FAR": store != "none",
+            "QUANTISED": store in ("int8", "int4"),
+            "NIBBLES": store == "int4",
+        }
+        kept = ("*fp32", "fp32") if (kind, store) == ("fp32", "native") else STORES.get(store, STORES["native"])
         types, stack = attention_types(kind) | sparse_types(*kept), FLOAT32_STACK if kind == "fp32" else 0
-        (tile, tokens), row = sparse_tile(TORCH_TYPES[kind], dim, group, chip), sparse_row(TORCH_TYPES[kind], dim, group)
+        (tile, tokens), row = sparse_tile(TORCH_TYPES[kind], dim, group, chip, store != "none"), sparse_row(TORCH_TYPES[kind], dim, group)
         wide, lone = constants | {"ROWS": tile.rows, "TOKENS": tokens}, constants | {"ROWS": row.rows}
         name = f"{kind}-d{dim}-g{group}-{store}"
         limits = (stack, tile.rows >= 64, (chip,))
@@ -205,7 +214,7 @@ def far_shapes() -> list[Shape]:
         block, wide = 1 << (dim - 1).bit_length(), "" if dim == 128 else f"-d{dim}"
         sizes = {"KEY_DIM": dim, "VALUE_DIM": dim, "BLOCK_KEY": block, "BLOCK_VALUE": block, "BLOCK_TOKENS": 64, "SUBS": 4}
         choose = {"GROUP": 4, "DIM": dim, "BLOCK_DIM": block, "SINK_BLOCKS": 1, "SUBS": 4, "KEPT": 128, "SCORED": 32}
-        choose |= {"FIRST": FIRST_STAGE, "SECOND": SECOND_STAGE}
+        choose |= {"FIRST": FIRST_STAGE, "SECOND": SECOND_STAGE, "FEWEST": FEWEST_ANCHORS}
         types = attention_types("bf16") | sparse_types(*STORES["int8"])
         shapes.append(Shape(f"steps{wide}", "choice_scores", "steps_kernel", types, choose | {"HEADS": 4, "LARGEST": LARGEST_STEP}, 1))
         shapes.append(Shape(f"score{wide}", "choice_scores", "score_kernel", types, choose | {"CANDIDATES": 32}, 4))
@@ -224,7 +233,7 @@ def far_shapes() -> list[Shape]:
             types = attention_types("bf16") | sparse_types(*STORES[store])
             stack = WIDE_STACK if dim > 128 and store == "int8" else 0
             shapes.append(Shape(f"demote-{store}{wide}", "far_store", "demote_kernel", types, sizes | {"LEVELS": levels}, 8, 3, stack))
-            how = {"BLOCK_TOKENS": 64, "QUANTISED": levels > 0, "NIBBLES": store == "int4"}
+            how = {"BLOCK_TOKENS": 64, "QUANTISED": levels > 0, "NIBBLES": store == "int4", "TOKENS": TILE_ROWS // 4}
             shapes.append(Shape(f"product-{store}{wide}", "choice_scores", "product_kernel", types, choose | how, 4))
             if levels > 0:
                 options = (types, choose | how | tile, 4)

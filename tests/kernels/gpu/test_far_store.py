@@ -167,10 +167,10 @@ GROUPS = ((1, 1), (4, 2), (3, 1), (5, 1))
 @pytest.mark.parametrize(("heads", "kv_heads"), GROUPS)
 def test_anchors_in_tiles_choose_what_each_chooses_alone(heads: int, kv_heads: int, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Anchors of three sequences, of which tiles hold one or more; scores are those of one anchor's kernels, bit for bit."""
-    monkeypatch.setattr(choose_far, "TILE_ROWS", 16)
+    monkeypatch.setattr(choose_far, "TILE_ROWS", 4 << (heads // kv_heads - 1).bit_length())  # four anchors
     shape = {"heads": heads, "kv_heads": kv_heads, "window": 16, "store": store, "seed": heads}
-    call = make_sparse([120, 150, 90], [3, 8, 2], refresh=1, budget=2, **shape).choosing
-    assert call is not None and len(call.query) >= choose_far.ANCHORS_PER_SEQUENCE * len(call.tables)
+    call = make_sparse([120, 150, 90], [3, 9, 2], refresh=1, budget=2, **shape).choosing
+    assert call is not None and choose_far.FEWEST_ANCHORS == 4  # Runs of three are left to the kernels of one anchor.
     budgets = 1 + torch.arange(len(call.query), dtype=torch.int32) % 3
     mixed = replace(call, budgets=budgets, most=3)
     found, expected = choices_of(mixed), mixed.run()
@@ -214,7 +214,7 @@ FAULTS = ("bounds of blocks", "bounds of parts", "keys", "budgets")
 @pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize("store", ["int8", "int4", "native"] if ON_DEVICE else ["int4"])
 def test_a_fault_in_what_any_stage_reads_is_seen(store: str, tiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose_far, "ANCHORS_PER_SEQUENCE", 0 if tiled else 1000)
+    monkeypatch.setattr(choose_far, "FEWEST_ANCHORS", 1 if tiled else 1000)
     shape = {"budget": 3} if ON_DEVICE else {"budget": 2, "heads": 2, "kv_heads": 1}
     call = make_sparse([400 if ON_DEVICE else 180], [24 if ON_DEVICE else 2], refresh=1, store=store, **shape).choosing
     assert call is not None and call.candidate_ends.max() > 4 * call.most + 4

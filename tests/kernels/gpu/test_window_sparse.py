@@ -201,7 +201,7 @@ def test_only_chosen_blocks_are_read() -> None:
 
 def test_a_plan_made_ahead_gives_the_same() -> None:
     batch = batch_of(*MIXED, refresh=4)
-    tile, tokens = window_sparse.sparse_tile(torch.float32, 16, 2, 90)
+    tile, tokens = window_sparse.sparse_tile(torch.float32, 16, 2, 90, True)
     most = window_sparse.most_entries(40, 4, 16, 1, 2)
     rule: dict[str, Any] = {"window": 40, "refresh": 4, "sink_blocks": 1}
     plan = window_sparse.plan_sparse(
@@ -251,20 +251,24 @@ def test_planted_faults_are_seen(fault: str) -> None:
 
 def test_tiles_are_as_wide_as_they_fit() -> None:
     def found(kind: torch.dtype, size: int, group: int, chip: int = 90) -> tuple[tuple[int, int, int], int]:
-        tile, tokens = window_sparse.sparse_tile(kind, size, group, chip)
+        tile, tokens = window_sparse.sparse_tile(kind, size, group, chip, True)
         assert tokens * group <= tile.rows and tokens & (tokens - 1) == 0 and tokens <= tile_visits.MOST_TOKENS
         return tuple(tile), tokens
 
-    assert found(torch.bfloat16, 64, 4) == ((128, 8, 2), 32)
-    assert found(torch.bfloat16, 64, 2) == ((64, 4, 2), 32)
-    assert found(torch.bfloat16, 64, 1) == ((32, 8, 2), 32)
-    assert found(torch.bfloat16, 64, 7) == ((128, 8, 2), 16)
-    assert found(torch.bfloat16, 64, 4, 80) == ((32, 8, 2), 8)
-    assert found(torch.bfloat16, 128, 4) == ((32, 8, 2), 8)
-    assert found(torch.bfloat16, 128, 32) == ((32, 8, 2), 1)
+    assert found(torch.bfloat16, 64, 4) == ((128, 8, 3), 32)
+    assert found(torch.bfloat16, 64, 2) == ((64, 4, 3), 32)
+    assert found(torch.bfloat16, 64, 1) == ((32, 8, 3), 32)
+    assert found(torch.bfloat16, 64, 7) == ((128, 8, 3), 16)
+    assert found(torch.bfloat16, 64, 4, 80) == ((32, 8, 3), 8)
+    assert found(torch.bfloat16, 128, 4) == ((32, 8, 3), 8)
+    assert found(torch.bfloat16, 128, 32) == ((32, 8, 3), 1)
     assert found(torch.bfloat16, 256, 4) == ((16, 8, 1), 4)
     assert found(torch.float32, 128, 4) == ((8, 8, 1), 2)
     assert found(torch.float32, 128, 16) == ((16, 8, 1), 1)
+    # Where nothing is far, those of dense attention.
+    assert window_sparse.sparse_tile(torch.bfloat16, 128, 4, 90, False) == (paged_attention.Tile(128, 8, 3), 32)
+    assert window_sparse.sparse_tile(torch.bfloat16, 64, 1, 80, False) == (paged_attention.Tile(128, 8, 3), 128)
+    assert window_sparse.sparse_tile(torch.bfloat16, 128, 200, 90, False)[1] == 1
 
 
 @pytest.mark.parametrize("sink_blocks", [0, 1, 2])
@@ -280,6 +284,12 @@ def test_rows_of_a_tile_may_differ_in_all_that_they_read(sink_blocks: int) -> No
     check_error(together, uneven.reference(), uneven.run(), torch.float32)
     alone = [run(cut(uneven, 1, row, row + 1)) for row in (76, 89, 90, 91, 111, 135)]
     assert torch.equal(torch.cat(alone), together[[76, 89, 90, 91, 111, 135]])
+
+
+def test_rows_that_no_program_owns_are_zero() -> None:
+    """A slice longer than its context, and a sequence without rows: neither tiles nor splits."""
+    batch = batch_of([0, 86], [40, 0])
+    assert torch.equal(run(batch), torch.zeros_like(batch.query)) and torch.equal(batch.run(), torch.zeros_like(batch.query))
 
 
 def test_visits_are_what_some_token_of_a_tile_chose() -> None:
