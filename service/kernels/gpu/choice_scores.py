@@ -65,6 +65,19 @@ def score_part(
     return b_total.to(tl.float32) * (unit * tl.load(p_scales, mask=m_blocks, other=0.0).to(tl.float32))
 
 
+@triton.jit
+def score_parts(
+    p_steps, unit, p_bounds, p_scales, i_blocks, m_blocks,
+    SUBS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+):  # fmt: skip
+    """The highest score [C] of any of the SUBS parts of blocks, see `score_part`."""
+    b_best = tl.full([i_blocks.shape[0]], float("-inf"), tl.float32)
+    for i_part in range(SUBS):
+        b_part = score_part(p_steps, unit, p_bounds, p_scales, i_blocks, m_blocks, i_part, GROUP, DIM, BLOCK_DIM)
+        b_best = tl.maximum(b_best, b_part)
+    return b_best
+
+
 @triton.jit(do_not_specialize=["width"])
 def score_kernel(
     p_steps, p_units, p_bounds, p_bound_scales, p_tables, p_sequences, p_ends, p_budgets, p_scores, width,

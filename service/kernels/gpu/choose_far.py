@@ -19,7 +19,7 @@ from service.kernels.gpu.choice_scores import (
     product_tile_kernel,
     run_length,
     score_kernel,
-    score_part,
+    score_parts,
     score_tile_kernel,
     steps_kernel,
 )
@@ -93,10 +93,7 @@ def select_kernel(
         i_blocks = tl.load(p_table + b_index, mask=m_scored, other=0).to(tl.int64)
         o_bounds = i_blocks * stride_part_block + i_head * stride_part_head
         p_scales = p_bound_scales + i_blocks * stride_bound_scale_block + i_head * stride_bound_scale_head
-        b_best = tl.full([SCORED], float("-inf"), tl.float32)
-        for i_part in range(SUBS):
-            b_part = score_part(p_heads, unit, p_part_bounds, p_scales, o_bounds, m_scored, i_part, GROUP, DIM, BLOCK_DIM)
-            b_best = tl.maximum(b_best, b_part)
+        b_best = score_parts(p_heads, unit, p_part_bounds, p_scales, o_bounds, m_scored, SUBS, GROUP, DIM, BLOCK_DIM)
         tl.store(p_scores + i_pair * width + o_scored, b_best, mask=m_scored)
     tl.debug_barrier()
     m_kept = o_kept < kept
