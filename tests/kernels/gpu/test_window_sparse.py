@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -292,25 +291,14 @@ def test_rows_that_no_program_owns_are_zero() -> None:
     assert torch.equal(run(batch), torch.zeros_like(batch.query)) and torch.equal(batch.run(), torch.zeros_like(batch.query))
 
 
-def test_visits_are_what_some_token_of_a_tile_chose() -> None:
-    batch = moved(batch_of([130, 3, 76], [60, 1, 9], refresh=1, budget=3))
-    plan = paged_attention.AttentionPlan(batch.query_starts, batch.context_lengths, DEVICE, 40)
-    work = plan.sparse(8, 2)
-    # Rows 0 … 59 stand at positions 70 … 129, the last nine at 67 … 75.
-    tiles = [[row for row in range(60) if (row + 70) // 8 == run] for run in range(8, 17)]
-    tiles += [[row for row in range(61, 70) if (row + 6) // 8 == run] for run in (8, 9)]
-    lengths = (batch.query_starts, batch.context_lengths, work.tile_ends)
-    visits = tile_visits.find_visits(lengths, work.tiles, 8, batch.far, sink_blocks=1, split_blocks=2)
-    choices, counts, anchors = (tensor.cpu() for tensor in (batch.far.choices, batch.far.counts, batch.far.anchors))
-    assert work.tiles == len(tiles) and int(visits.counts.max()) > 3
-    for (tile, rows), head in itertools.product(enumerate(tiles), range(2)):
-        chosen = [choices[anchors[row], head, : counts[anchors[row]]].tolist() for row in rows]
-        blocks = sorted({block for one in chosen for block in one})
-        readers = [sum(1 << bit for bit, one in enumerate(chosen) if block in one) for block in blocks]
-        # Behind one sink each second choice begins a split.
-        cuts = [sum(1 << bit for bit, one in enumerate(chosen) if block in one[1::2]) for block in blocks]
-        found = [tensor[tile, head, : int(visits.counts[tile, head])].tolist() for tensor in visits[:3]]
-        assert found == [blocks, readers, cuts]
+def test_whole_tiles_of_sixteen_bits_have_the_bits_of_single_rows() -> None:
+    """Thirty-two tokens a tile, all bits of a visit's readers, across starts of windows."""
+    batch = batch_of([170], [75], heads=2, kv_heads=1, refresh=1, budget=3, dtype=torch.float16)
+    assert window_sparse.sparse_tile(torch.float16, 16, 2, 90, True)[1] == tile_visits.MOST_TOKENS == 32
+    together = run(batch)
+    check_error(together, batch.reference(), batch.run(), torch.float16)
+    rows = (0, 1, 32, 33, 63, 64, 74)
+    assert torch.equal(torch.cat([run(cut(batch, 0, row, row + 1)) for row in rows]), together[list(rows)])
 
 
 def test_most_entries_bounds_every_list() -> None:
