@@ -111,6 +111,24 @@ def run_length(p_sequences, i_anchor, anchors, TOKENS: tl.constexpr):
     return tl.min(tl.where(m_other & (i_first + o_tile > i_anchor), o_tile, TOKENS)) - i_before - 1
 
 
+@triton.jit(do_not_specialize=["anchors", "width"])
+def mark_kept_kernel(
+    p_sequences, p_ends, p_budgets, p_kept, p_marks, anchors, width, most,
+    SINK_BLOCKS: tl.constexpr, SECOND: tl.constexpr, TOKENS: tl.constexpr, FEWEST: tl.constexpr, MARKED: tl.constexpr,
+):  # fmt: skip
+    """One program owns one anchor and K/V head: its bit in p_marks [tiles, Hkv, width] at the candidates that it kept, p_kept
+    [A, Hkv, most], where it is one of a run of FEWEST in a tile of TOKENS."""
+    i_anchor, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    candidates, budget = tl.maximum(tl.load(p_ends + i_anchor) - SINK_BLOCKS, 0), tl.load(p_budgets + i_anchor)
+    alike = run_length(p_sequences, i_anchor, anchors, TOKENS)
+    if (alike >= FEWEST) & (candidates > budget):
+        o_kept = tl.arange(0, MARKED)
+        m_kept = o_kept < tl.minimum(SECOND * budget, candidates)
+        i_index = tl.load(p_kept + (i_anchor * tl.num_programs(1) + i_head) * most + o_kept, mask=m_kept, other=0)
+        p_tile = p_marks + (i_anchor // TOKENS * tl.num_programs(1) + i_head) * width
+        tl.atomic_or(p_tile + i_index, tl.full([MARKED], 1, tl.int32) << (i_anchor % TOKENS), mask=m_kept, sem="relaxed")
+
+
 @triton.jit
 def product_of(
     p_query, p_steps, unit, p_keys, p_scales, stride_query_head, stride_token,

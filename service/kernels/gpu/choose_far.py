@@ -15,16 +15,16 @@ from torch import Tensor
 
 from service.kernels.gpu.choice_scores import (
     LARGEST_STEP,
+    mark_kept_kernel,
     product_kernel,
     product_tile_kernel,
-    run_length,
     score_kernel,
     score_parts,
     score_tile_kernel,
     steps_kernel,
 )
 from service.kernels.gpu.paged_attention import capability
-from service.kernels.gpu.tile_visits import MOST_TOKENS, gather_visits
+from service.kernels.gpu.tile_visits import MOST_TOKENS, Visits, gather_visits
 from service.kernels.reference_sparse import FIRST_STAGE, SECOND_STAGE, FarBlocks
 
 # Candidates that one program of the first stage scores, and one of the second at a time.
@@ -57,18 +57,16 @@ def best_of(b_scores, m_valid, count):
 
 @triton.jit(do_not_specialize=["width"])
 def select_kernel(
-    p_steps, p_units, p_part_bounds, p_bound_scales, p_tables, p_sequences, p_ends, p_budgets, p_scores, p_kept, p_choices, p_marks,
-    width, most, stride_part_block, stride_part_head, stride_bound_scale_block, stride_bound_scale_head, stride_table,
+    p_steps, p_units, p_part_bounds, p_bound_scales, p_tables, p_sequences, p_ends, p_budgets, p_scores, p_kept, p_choices, width, most,
+    stride_part_block, stride_part_head, stride_bound_scale_block, stride_bound_scale_head, stride_table,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, SINK_BLOCKS: tl.constexpr, SUBS: tl.constexpr,
-    FIRST: tl.constexpr, SECOND: tl.constexpr, CANDIDATES: tl.constexpr, KEPT: tl.constexpr, SCORED: tl.constexpr, TOKENS: tl.constexpr,
-    FEWEST: tl.constexpr,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, CANDIDATES: tl.constexpr, KEPT: tl.constexpr, SCORED: tl.constexpr,
 ):  # fmt: skip
     """One program owns one anchor and K/V head: the best FIRST · budget candidates by their block, of these the best SECOND · budget by a
     sub-block, in p_choices [A, Hkv, most] in ascending order.
 
     The indices that the first stage keeps pass through p_kept [A, Hkv, KEPT] in ascending order, their scores, SCORED at a time, through
-    p_scores, which is read before. Runs of FEWEST anchors in tiles of TOKENS, which may be 0, leave their bits with the blocks that they
-    keep, in p_marks [tiles, Hkv, SINK_BLOCKS + width]. Who may choose all candidates leaves nothing.
+    p_scores, which is read before. Who may choose all candidates leaves nothing.
     """
     i_anchor, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i_pair = i_anchor * tl.num_programs(1) + i_head
@@ -86,7 +84,7 @@ def select_kernel(
     kept = tl.minimum(FIRST * budget, candidates)
     p_heads, unit = p_steps + i_pair * (GROUP * BLOCK_DIM), tl.load(p_units + i_pair)
     p_table = p_tables + tl.load(p_sequences + i_anchor).to(tl.int64) * stride_table
-    for i_first in tl.range(0, kept, SCORED, num_stages=1):
+    for i_first in tl.range(0, KEPT, SCORED, num_stages=1):
         o_scored = i_first + tl.arange(0, SCORED)
         m_scored = o_scored < kept
         b_index = tl.load(p_kept + i_pair * KEPT + o_scored, mask=m_scored, other=0)
@@ -101,11 +99,6 @@ def select_kernel(
     b_index = tl.load(p_kept + i_pair * KEPT + o_kept, mask=m_kept, other=0)
     m_chosen = best_of(b_best, m_kept, tl.minimum(SECOND * budget, candidates))
     tl.store(p_choices + i_pair * most + tl.cumsum(m_chosen.to(tl.int32), 0) - 1, b_index, mask=m_chosen)
-    if TOKENS > 0:
-        alike = run_length(p_sequences, i_anchor, tl.num_programs(0), TOKENS)
-        if alike >= FEWEST:
-            p_tile = p_marks + (i_anchor // TOKENS * tl.num_programs(1) + i_head) * (SINK_BLOCKS + width)
-            tl.atomic_or(p_tile + b_index, tl.full([KEPT], 1, tl.int32) << (i_anchor % TOKENS), mask=m_chosen, sem="relaxed")
 
 
 @triton.jit
@@ -157,8 +150,8 @@ def choose_far(
     query = query if query.stride(2) == 1 else query.contiguous()
     asked = _Asked(query, far, far_tables, sequences, candidate_ends, budgets, sink_blocks, SECOND_STAGE * max(most, 1))
     steps = _steps(asked)
-    kept, marks = _keep_by_bounds(asked, steps)
-    products = _compare_keys(asked, steps, kept, marks)
+    kept = _keep_by_bounds(asked, steps)
+    products = _compare_keys(asked, steps, kept)
     candidates = triton.next_power_of_2(asked.compared)
     pick_kernel[kept.shape[:2]](
         candidate_ends, budgets, kept, products, choices, counts, asked.compared, most, SINK_BLOCKS=sink_blocks, SECOND=SECOND_STAGE,
@@ -217,9 +210,8 @@ def _steps(asked: _Asked) -> tuple[Tensor, Tensor]:
     return steps, units
 
 
-def _keep_by_bounds(asked: _Asked, steps: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Candidates that two stages of bounds keep, ascending, int32 [A, Hkv, compared], nothing behind the last; and which anchors of a tile
-    keep a block, bits in int32 [tiles, Hkv, entries of a table]."""
+def _keep_by_bounds(asked: _Asked, steps: tuple[Tensor, Tensor]) -> Tensor:
+    """Candidates that two stages of bounds keep, ascending, int32 [A, Hkv, compared]; nothing behind the last."""
     query, far, tables = asked.query, asked.far, asked.tables
     device = query.device
     pairs, width = asked.pairs, max(tables.shape[1] - asked.sink_blocks, 1)
@@ -231,10 +223,9 @@ def _keep_by_bounds(asked: _Asked, steps: tuple[Tensor, Tensor]) -> tuple[Tensor
     strides = (*far.bound_scales.stride(), tables.stride(0))
     options = asked.options | {"SINK_BLOCKS": asked.sink_blocks}
     bounds = (*steps, far.bounds, *whose, scores)
-    tiles = triton.cdiv(pairs[0], asked.tile) if asked.tile else 0
-    if tiles:
+    if asked.tile:
         scored = tile_candidates(asked.block_dim, capability(query.device))
-        score_tile_kernel[(tiles, pairs[1], triton.cdiv(width, scored))](
+        score_tile_kernel[(triton.cdiv(pairs[0], asked.tile), pairs[1], triton.cdiv(width, scored))](
             *bounds, pairs[0], width, *far.bounds.stride()[:2], *strides,
             CANDIDATES=scored, TOKENS=asked.tile, PADDED=asked.padded, num_warps=4, **options,
         )  # fmt: skip
@@ -242,18 +233,16 @@ def _keep_by_bounds(asked: _Asked, steps: tuple[Tensor, Tensor]) -> tuple[Tensor
         score_kernel[(*pairs, triton.cdiv(width, SCORED_BLOCKS))](
             *bounds, width, *far.bounds.stride()[:2], *strides, CANDIDATES=SCORED_BLOCKS, num_warps=4, **options
         )
-    marks = torch.zeros((tiles, pairs[1], asked.sink_blocks + width), dtype=torch.int32, device=device)
     candidates = max(triton.next_power_of_2(width), 2)
     select_kernel[pairs](
-        *steps, far.part_bounds, *whose, scores, indices, kept, marks, width, asked.compared,
+        *steps, far.part_bounds, *whose, scores, indices, kept, width, asked.compared,
         *far.part_bounds.stride()[:2], *strides, SUBS=far.part_bounds.shape[2], FIRST=FIRST_STAGE, SECOND=SECOND_STAGE,
-        CANDIDATES=candidates, KEPT=first, SCORED=min(SCORED_BLOCKS, first), TOKENS=asked.tile, FEWEST=FEWEST_ANCHORS,
-        num_warps=_select_warps(candidates), **options,
+        CANDIDATES=candidates, KEPT=first, SCORED=min(SCORED_BLOCKS, first), num_warps=_select_warps(candidates), **options,
     )  # fmt: skip
-    return kept, marks
+    return kept
 
 
-def _compare_keys(asked: _Asked, steps: tuple[Tensor, Tensor], kept: Tensor, marks: Tensor) -> Tensor:
+def _compare_keys(asked: _Asked, steps: tuple[Tensor, Tensor], kept: Tensor) -> Tensor:
     """The highest product of each candidate that was kept with a key, float32 [A, Hkv, compared]."""
     query, far, tables = asked.query, asked.far, asked.tables
     products = torch.empty(kept.shape, dtype=torch.float32, device=query.device)
@@ -263,8 +252,8 @@ def _compare_keys(asked: _Asked, steps: tuple[Tensor, Tensor], kept: Tensor, mar
     options = asked.options | {"BLOCK_TOKENS": far.keys.shape[2], "NIBBLES": far.keys.dtype == torch.uint8, "num_warps": 4}
     options |= {"TOKENS": asked.tile, "FEWEST": FEWEST_ANCHORS}
     if asked.tile:
-        visits = gather_visits(marks[None], asked.tile * asked.compared)
-        product_tile_kernel[marks.shape[:2]](
+        visits = _tile_visits(asked, kept)
+        product_tile_kernel[visits.counts.shape](
             *steps, far.keys, key_scales, tables, asked.sequences, visits.indices, visits.readers, visits.counts, products,
             len(query), visits.indices.shape[2], asked.compared, *strides, PADDED=asked.padded, **options,
         )  # fmt: skip
@@ -275,6 +264,18 @@ def _compare_keys(asked: _Asked, steps: tuple[Tensor, Tensor], kept: Tensor, mar
         QUANTISED=far.key_scales is not None, **options,
     )  # fmt: skip
     return products
+
+
+def _tile_visits(asked: _Asked, kept: Tensor) -> Visits:
+    """The blocks that some anchor of a tile has kept; anchors that are left to `product_kernel` take no part."""
+    anchors, kv_heads = asked.pairs
+    width = asked.tables.shape[1]
+    marks = torch.zeros((triton.cdiv(anchors, asked.tile), kv_heads, width), dtype=torch.int32, device=kept.device)
+    mark_kept_kernel[asked.pairs](
+        asked.sequences, asked.ends, asked.budgets, kept, marks, anchors, width, asked.compared, SINK_BLOCKS=asked.sink_blocks,
+        SECOND=SECOND_STAGE, TOKENS=asked.tile, FEWEST=FEWEST_ANCHORS, MARKED=triton.next_power_of_2(asked.compared), num_warps=1,
+    )  # fmt: skip
+    return gather_visits(marks[None], asked.tile * asked.compared)
 
 
 def tile_candidates(block_dim: int, chip: int) -> int:

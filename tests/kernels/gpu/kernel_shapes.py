@@ -224,9 +224,10 @@ def far_shapes() -> list[Shape]:
             options = (types, constants, 4, 3, 0, True, (chip,))
             shapes.append(Shape(f"score-tile{wide}", "choice_scores", "score_tile_kernel", *options))
         for candidates, warps in ((256, 4), (2048, 4), (8192, 16), (16384, 8)) if dim == 128 else ((2048, 4),):
-            constants = choose | {"CANDIDATES": candidates, "TOKENS": TILE_ROWS // 4}
+            constants = choose | {"CANDIDATES": candidates}
             shapes.append(Shape(f"select-{candidates}{wide}", "choose_far", "select_kernel", types, constants, warps))
         if dim == 128:
+            shapes.append(Shape("mark-kept", "choice_scores", "mark_kept_kernel", types, choose | tile | {"MARKED": 128}, 1))
             shapes.append(Shape("pick", "choose_far", "pick_kernel", types, choose | {"MOST": 32}, 4))
             shapes.append(Shape("pick-8192", "choose_far", "pick_kernel", types, choose | {"KEPT": 8192, "MOST": 2048}, 8))
         for store, levels in (("int8", 127), ("int4", 7), ("native", 0)):

@@ -188,8 +188,8 @@ def scores_of(call: Any, tiled: bool) -> tuple[Tensor, Tensor]:
         asked = type("Alone", (choose_far._Asked,), {"tile": 0})(*asked)
     assert bool(asked.tile) == tiled
     steps = choose_far._steps(asked)
-    kept, marks = choose_far._keep_by_bounds(asked, steps)
-    products = choose_far._compare_keys(asked, steps, kept, marks)
+    kept = choose_far._keep_by_bounds(asked, steps)
+    products = choose_far._compare_keys(asked, steps, kept)
     candidates = (call.candidate_ends - call.sink_blocks).clamp(min=0)
     counts = torch.minimum(reference_sparse.SECOND_STAGE * call.budgets, candidates) * (candidates > call.budgets)
     there = (torch.arange(compared) < counts[:, None])[:, None].expand(kept.shape)
