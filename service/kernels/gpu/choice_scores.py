@@ -18,11 +18,11 @@ LARGEST_STEP = 32639
 
 
 @triton.jit
-def steps_kernel(
+def write_steps(
     p_query, p_steps, p_units, stride_query_anchor, stride_query_head, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     HEADS: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
-    """One program owns one query and K/V head: its GROUP heads in steps, p_steps [A, Hq, BLOCK_DIM] int16, 0 from DIM on, of a unit
+    """Store the GROUP heads of this program's query and K/V head in steps, p_steps [A, Hq, BLOCK_DIM] int16, 0 from DIM on, of a unit,
     p_units [A, Hkv] float32; all 0 where the unit is not a positive number."""
     i_anchor, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_head, o_dim = tl.arange(0, HEADS), tl.arange(0, BLOCK_DIM)
@@ -38,6 +38,15 @@ def steps_kernel(
     o_steps = (i_anchor * tl.num_programs(1) + i_head) * GROUP + o_head
     tl.store(p_steps + o_steps[:, None] * BLOCK_DIM + o_dim[None, :], b_steps, mask=m_head[:, None])
     tl.store(p_units + i_anchor * tl.num_programs(1) + i_head + tl.arange(0, 1), tl.where(m_usable, unit, 0.0))
+
+
+@triton.jit
+def steps_kernel(
+    p_query, p_steps, p_units, stride_query_anchor, stride_query_head, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    HEADS: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
+    """One program owns one query and K/V head, see `write_steps`."""
+    write_steps(p_query, p_steps, p_units, stride_query_anchor, stride_query_head, GROUP, DIM, BLOCK_DIM, HEADS, LARGEST)
 
 
 @triton.jit
@@ -80,12 +89,14 @@ def score_parts(
 
 @triton.jit(do_not_specialize=["width"])
 def score_kernel(
-    p_steps, p_units, p_bounds, p_bound_scales, p_tables, p_sequences, p_ends, p_budgets, p_scores, width,
+    p_query, p_steps, p_units, p_bounds, p_bound_scales, p_tables, p_sequences, p_ends, p_budgets, p_scores, width,
+    stride_query_anchor, stride_query_head,
     stride_bound_block, stride_bound_head, stride_bound_scale_block, stride_bound_scale_head, stride_table,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, SINK_BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr,
+    HEADS: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     """One program owns CANDIDATES candidates of one anchor and K/V head: it stores their blocks' scores in p_scores [A, Hkv, width], or
-    nothing where the budget covers all candidates."""
+    nothing where the budget covers all candidates. All of an anchor write the same steps, for themselves and for later launches."""
     i_anchor, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i_pair = i_anchor * tl.num_programs(1) + i_head
     o_candidate = tl.program_id(2) * CANDIDATES + tl.arange(0, CANDIDATES)
@@ -96,6 +107,8 @@ def score_kernel(
         i_blocks = tl.load(p_table + SINK_BLOCKS + o_candidate, mask=m_candidate, other=0).to(tl.int64)
         o_bounds = i_blocks * stride_bound_block + i_head * stride_bound_head
         p_scales = p_bound_scales + i_blocks * stride_bound_scale_block + i_head * stride_bound_scale_head
+        write_steps(p_query, p_steps, p_units, stride_query_anchor, stride_query_head, GROUP, DIM, BLOCK_DIM, HEADS, LARGEST)
+        tl.debug_barrier()
         p_heads, unit = p_steps + i_pair * (GROUP * BLOCK_DIM), tl.load(p_units + i_pair)
         b_scores = score_part(p_heads, unit, p_bounds, p_scales, o_bounds, m_candidate, 0, GROUP, DIM, BLOCK_DIM)
         tl.store(p_scores + i_pair * width + o_candidate, b_scores, mask=m_candidate)

@@ -200,18 +200,13 @@ class _Asked(NamedTuple):
 
 
 def _steps(asked: _Asked) -> tuple[Tensor, Tensor]:
-    """Queries in steps, int16 [A, Hq, block_dim], and the units of these, float32 [A, Hkv]."""
-    query = asked.query
-    steps = torch.empty((*query.shape[:2], asked.block_dim), dtype=torch.int16, device=query.device)
-    units = torch.empty(asked.pairs, dtype=torch.float32, device=query.device)
-    steps_kernel[asked.pairs](
-        query, steps, units, *query.stride()[:2], HEADS=asked.padded, LARGEST=LARGEST_STEP, num_warps=1, **asked.options
-    )
-    return steps, units
+    """Room for queries in steps, int16 [A, Hq, block_dim], and the units of these, float32 [A, Hkv]."""
+    steps = torch.empty((*asked.query.shape[:2], asked.block_dim), dtype=torch.int16, device=asked.query.device)
+    return steps, torch.empty(asked.pairs, dtype=torch.float32, device=steps.device)
 
 
 def _keep_by_bounds(asked: _Asked, steps: tuple[Tensor, Tensor]) -> Tensor:
-    """Candidates that two stages of bounds keep, ascending, int32 [A, Hkv, compared]; nothing behind the last."""
+    """Candidates that two stages of bounds keep, ascending, int32 [A, Hkv, compared]; nothing behind the last. Fills the steps."""
     query, far, tables = asked.query, asked.far, asked.tables
     device = query.device
     pairs, width = asked.pairs, max(tables.shape[1] - asked.sink_blocks, 1)
@@ -222,8 +217,9 @@ def _keep_by_bounds(asked: _Asked, steps: tuple[Tensor, Tensor]) -> Tensor:
     whose = (far.bound_scales, tables, asked.sequences, asked.ends, asked.budgets)
     strides = (*far.bound_scales.stride(), tables.stride(0))
     options = asked.options | {"SINK_BLOCKS": asked.sink_blocks}
-    bounds = (*steps, far.bounds, *whose, scores)
+    bounds, how = (*steps, far.bounds, *whose, scores), {"HEADS": asked.padded, "LARGEST": LARGEST_STEP}
     if asked.tile:
+        steps_kernel[pairs](query, *steps, *query.stride()[:2], num_warps=1, **asked.options, **how)
         scored = tile_candidates(asked.block_dim, capability(query.device))
         score_tile_kernel[(triton.cdiv(pairs[0], asked.tile), pairs[1], triton.cdiv(width, scored))](
             *bounds, pairs[0], width, *far.bounds.stride()[:2], *strides,
@@ -231,8 +227,9 @@ def _keep_by_bounds(asked: _Asked, steps: tuple[Tensor, Tensor]) -> Tensor:
         )  # fmt: skip
     else:
         score_kernel[(*pairs, triton.cdiv(width, SCORED_BLOCKS))](
-            *bounds, width, *far.bounds.stride()[:2], *strides, CANDIDATES=SCORED_BLOCKS, num_warps=4, **options
-        )
+            query, *bounds, width, *query.stride()[:2], *far.bounds.stride()[:2], *strides,
+            CANDIDATES=SCORED_BLOCKS, num_warps=4, **options, **how,
+        )  # fmt: skip
     candidates = max(triton.next_power_of_2(width), 2)
     select_kernel[pairs](
         *steps, far.part_bounds, *whose, scores, indices, kept, width, asked.compared,

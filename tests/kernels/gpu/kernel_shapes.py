@@ -214,10 +214,11 @@ def far_shapes() -> list[Shape]:
         block, wide = 1 << (dim - 1).bit_length(), "" if dim == 128 else f"-d{dim}"
         sizes = {"KEY_DIM": dim, "VALUE_DIM": dim, "BLOCK_KEY": block, "BLOCK_VALUE": block, "BLOCK_TOKENS": 64, "SUBS": 4}
         choose = {"GROUP": 4, "DIM": dim, "BLOCK_DIM": block, "SINK_BLOCKS": 1, "SUBS": 4, "KEPT": 128, "SCORED": 32}
+        steps = {"HEADS": 4, "LARGEST": LARGEST_STEP}
         choose |= {"FIRST": FIRST_STAGE, "SECOND": SECOND_STAGE, "FEWEST": FEWEST_ANCHORS}
         types = attention_types("bf16") | sparse_types(*STORES["int8"])
-        shapes.append(Shape(f"steps{wide}", "choice_scores", "steps_kernel", types, choose | {"HEADS": 4, "LARGEST": LARGEST_STEP}, 1))
-        shapes.append(Shape(f"score{wide}", "choice_scores", "score_kernel", types, choose | {"CANDIDATES": 32}, 4))
+        shapes.append(Shape(f"steps{wide}", "choice_scores", "steps_kernel", types, choose | steps, 1))
+        shapes.append(Shape(f"score{wide}", "choice_scores", "score_kernel", types, choose | steps | {"CANDIDATES": 32}, 4))
         tile = {"PADDED": 4, "TOKENS": TILE_ROWS // 4}
         for chip in ALL:
             constants = choose | tile | {"CANDIDATES": tile_candidates(block, chip)}
