@@ -23,7 +23,7 @@ from service.kernels.gpu.choice_scores import (
     score_tile_kernel,
     steps_kernel,
 )
-from service.kernels.gpu.paged_attention import capability
+from service.kernels.gpu.paged_attention import REGISTERS, capability
 from service.kernels.gpu.tile_visits import MOST_TOKENS, Visits, gather_visits
 from service.kernels.reference_sparse import FIRST_STAGE, SECOND_STAGE, FarBlocks
 
@@ -231,10 +231,11 @@ def _keep_by_bounds(asked: _Asked, steps: tuple[Tensor, Tensor]) -> Tensor:
             CANDIDATES=SCORED_BLOCKS, num_warps=4, **options, **how,
         )  # fmt: skip
     candidates = max(triton.next_power_of_2(width), 2)
+    warps = _select_warps(candidates)
     select_kernel[pairs](
         *steps, far.part_bounds, *whose, scores, indices, kept, width, asked.compared,
         *far.part_bounds.stride()[:2], *strides, SUBS=far.part_bounds.shape[2], FIRST=FIRST_STAGE, SECOND=SECOND_STAGE,
-        CANDIDATES=candidates, KEPT=first, SCORED=min(SCORED_BLOCKS, first), num_warps=_select_warps(candidates), **options,
+        CANDIDATES=candidates, KEPT=first, SCORED=min(SCORED_BLOCKS, first), num_warps=warps, maxnreg=select_registers(warps), **options,
     )  # fmt: skip
     return kept
 
@@ -285,6 +286,11 @@ def tile_candidates(block_dim: int, chip: int) -> int:
 def _pick_warps(candidates: int) -> int:
     """Warps with which pick_kernel spills on no chip; `--prefill dense` picks from 8,192 at 128K."""
     return 4 if candidates <= 2048 else 8
+
+
+def select_registers(warps: int) -> int | None:
+    """Registers that a thread of select_kernel may have: few warps spill with what the assembler allows by itself, many with more."""
+    return REGISTERS if warps == 4 else None
 
 
 def _select_warps(candidates: int) -> int:

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from loadtests.rows import keep, surroundings
+from service.kernels.gpu.choose_far import select_registers
 from service.kernels.gpu.paged_attention import REGISTERS
 from tests.kernels.gpu.kernel_shapes import SHAPES, Shape
 
@@ -59,6 +60,8 @@ def compile_shape(shape: Shape, capability: int) -> Compiled:
     options = {"num_warps": shape.warps, "num_stages": shape.stages, "enable_fp_fusion": shape.fusion}
     if shape.module in ("dense_tiles", "dense_rows", "sparse_tiles", "sparse_rows"):
         options["maxnreg"] = REGISTERS
+    if shape.kernel == "select_kernel":
+        options["maxnreg"] = select_registers(shape.warps)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     cubin, ptx = made.asm["cubin"], made.asm["ptx"]
     code = dumped(cubin, "--dump-sass")
