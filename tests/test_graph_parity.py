@@ -18,7 +18,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from service.engine import decode_graphs
+from service.engine import decode_graphs, torch_backend
 from service.engine.decode_graphs import Recorder
 from service.inputs.tokens import TokenCodec
 from service.kernels import dispatch
@@ -101,7 +101,11 @@ def _users(name: str) -> Iterator[Any]:
 
 
 async def serve(
-    case: Case, recorder: Recorder | None, lengths: Sequence[int] = PROMPTS, **changes: Any
+    case: Case,
+    recorder: Recorder | None,
+    lengths: Sequence[int] = PROMPTS,
+    prepare: Callable[[InlineBackend], None] | None = None,
+    **changes: Any,
 ) -> tuple[list[Any], InlineBackend, Telemetry]:
     """What the prompts are answered with, side by side: tokens and their log-probs."""
     telemetry = Telemetry()
@@ -109,12 +113,33 @@ async def serve(
     model = Model("tiny", backend.manifest, TokenCodec.load(case.directory), backend)
     router = Router([model], SchedulerSettings(batch_size=4, step_tokens=256), telemetry)
     await router.start()
+    if prepare is not None:
+        prepare(backend)
     generator = torch.Generator().manual_seed(4)
     prompts = [tuple(torch.randint(0, 256, (length,), generator=generator).tolist()) for length in lengths]
     streams = [router.submit([request_for(prompt, tokens=4 + 2 * at)])[0] for at, prompt in enumerate(prompts)]
     found = [await collect(stream) for stream in streams]
     await router.close()
     return [tokens for tokens, *_ in found], backend, telemetry
+
+
+async def test_every_kernel_is_used_before_the_first_request(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slice and decoding rows behind the window, recorded and replayed; requests then get what they get without it."""
+    used: dict[str, int] = {}
+    tape = Tape()
+
+    def prepare(backend: InlineBackend) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            taken = torch_backend.take_counts
+            patch.setattr(torch_backend, "take_counts", lambda: used.update({op: 1 for op, _ in taken()}))
+            backend.engine.compile_kernels()
+
+    with kernels_of_a_gpu("splits"):
+        found, _, telemetry = await serve(case, tape, prepare=prepare)
+    assert found == (await serve(case, None))[0]
+    far = {"choose_far", "window_sparse_attention", "demote"} if case.attention.far_blocks else set()
+    assert used.keys() >= {"paged_attention", "rotate_write"} | far
+    assert metric(telemetry, "decode_graph_steps_total", how="recorded") == tape.recorded - 1, "one row was recorded before"
 
 
 @pytest.mark.parametrize("plans", ["splits", pytest.param("tiles", marks=pytest.mark.slow)])

@@ -19,6 +19,7 @@ from service.engine.decode_graphs import DecodeGraphs, Recorder
 from service.engine.distribution import log_probs
 from service.engine.drawing import draw_tokens
 from service.engine.far_choices import FarChoices
+from service.engine.idle_batches import idle_batch, idle_batches
 from service.engine.images import ImageStore
 from service.engine.kv_pool import KvPool
 from service.engine.memory import SCORED_ROWS
@@ -29,7 +30,7 @@ from service.kernels.dispatch import take_counts
 from service.models.decoder import Decoder
 from service.processor import worthwhile_threads
 from service.types.plan import BatchPlan, PromptLogprobs, SampledToken, Slice, StepResult, Want
-from service.types.request import TokenLogprob
+from service.types.request import Sampling, Stop, TokenLogprob
 
 
 class TorchBackend:
@@ -90,29 +91,26 @@ class TorchBackend:
     @torch.inference_mode()
     def warm_up(self, tokens: int) -> None:
         """Compute a few tokens through block 1, which nobody owns yet, so that no request pays for the first use of the libraries."""
-        width = self._pool.layout.block_tokens
-        blocks = [min(1 + at // width, 1) for at in range(tokens)]
-        ids = np.array(blocks, np.int64)
-        positions = np.arange(tokens)
-        table = np.ones((1, -(-tokens // width)), np.int32)
-        groups = len(self._pool.layout.groups)
-        batch = Batch(
-            rows=np.zeros(1, np.int64),
-            starts=np.zeros(1, np.int64),
-            lengths=np.full(1, tokens),
-            tokens=np.zeros(tokens, np.int64),
-            positions=positions,
-            query_starts=np.array([0, tokens], np.int32),
-            context_lengths=np.array([tokens], np.int32),
-            block_tables=(table,) * groups,
-            block_ids=(ids,) * groups,
-            offsets=positions % width,
-            sampled=np.zeros(1, np.int64),
-            scored=np.zeros(0, np.int64),
-            prompt_tokens=np.full(1, tokens),
-        )
-        self._decoder.logits(self._hidden(batch)[-1:])
+        self._decoder.logits(self._hidden(idle_batch(self._pool.layout, 0, tokens))[-1:])
         self._images.warm_up()
+        if self._device.type == "cuda":
+            self.compile_kernels()
+        self._forget_counts()
+
+    @torch.inference_mode()
+    def compile_kernels(self) -> None:
+        """Use every kernel once that is compiled when it is first met: a step that met them all would take as long as a deadline."""
+        layout, ones = self._pool.layout, torch.ones(1, dtype=torch.int64, device=self._device)
+        for index, group in enumerate(layout.groups):
+            if group.source is not None:
+                self._pool.demote(index, ones, ones)
+        hidden = [self._hidden(batch)[-1:] for batch in idle_batches(layout, self._tables.tokens.shape[1] - 1)]
+        logits = torch.zeros_like(self._decoder.logits(hidden[-1]))
+        self._sampler.open(0, Sampling(), Stop(max_tokens=1), 0)
+        draw_tokens(self._sampler, logits, np.zeros(1, np.int64), np.ones(1, np.int64), self._tables.tokens)
+        self._forget_counts()
+
+    def _forget_counts(self) -> None:
         take_counts()
         if self._graphs is not None:
             self._graphs.take_counts()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from service.kernels.gpu.compiling import kernel
 from service.kernels.gpu.far_store import round_half_even
 from service.kernels.gpu.sparse_tiles import load_far
 
@@ -40,7 +41,7 @@ def write_steps(
     tl.store(p_units + i_anchor * tl.num_programs(1) + i_head + tl.arange(0, 1), tl.where(m_usable, unit, 0.0))
 
 
-@triton.jit
+@kernel
 def steps_kernel(
     p_query, p_steps, p_units, stride_query_anchor, stride_query_head, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     HEADS: tl.constexpr, LARGEST: tl.constexpr,
@@ -87,7 +88,7 @@ def score_parts(
     return b_best
 
 
-@triton.jit(do_not_specialize=["width"])
+@kernel
 def score_kernel(
     p_query, p_steps, p_units, p_bounds, p_bound_scales, p_tables, p_sequences, p_ends, p_budgets, p_scores, width,
     stride_query_anchor, stride_query_head,
@@ -124,7 +125,7 @@ def run_length(p_sequences, i_anchor, anchors, TOKENS: tl.constexpr):
     return tl.min(tl.where(m_other & (i_first + o_tile > i_anchor), o_tile, TOKENS)) - i_before - 1
 
 
-@triton.jit(do_not_specialize=["anchors", "width"])
+@kernel
 def mark_kept_kernel(
     p_sequences, p_ends, p_budgets, p_kept, p_marks, anchors, width, most,
     SINK_BLOCKS: tl.constexpr, SECOND: tl.constexpr, TOKENS: tl.constexpr, FEWEST: tl.constexpr, MARKED: tl.constexpr,
@@ -166,7 +167,7 @@ def product_of(
     return score
 
 
-@triton.jit(do_not_specialize=["anchors"])
+@kernel
 def product_kernel(
     p_query, p_steps, p_units, p_far_keys, p_key_scales, p_tables, p_sequences, p_ends, p_budgets, p_kept, p_scores, anchors, most,
     stride_query_anchor, stride_query_head, stride_far_key_block, stride_far_key_head, stride_far_key_token,
@@ -235,7 +236,7 @@ def highest(b_products, TOKENS: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.
     return tl.max(tl.reshape(b_products, [TOKENS, PADDED, COLUMNS]), 1)
 
 
-@triton.jit(do_not_specialize=["anchors", "width"])
+@kernel
 def score_tile_kernel(
     p_steps, p_units, p_bounds, p_bound_scales, p_tables, p_sequences, p_ends, p_budgets, p_scores, anchors, width,
     stride_bound_block, stride_bound_head, stride_bound_scale_block, stride_bound_scale_head, stride_table,
@@ -272,7 +273,7 @@ def score_tile_kernel(
         i_from = i_to
 
 
-@triton.jit(do_not_specialize=["anchors", "most_visits"])
+@kernel
 def product_tile_kernel(
     p_steps, p_units, p_far_keys, p_key_scales, p_tables, p_sequences, p_indices, p_readers, p_visits, p_scores, anchors, most_visits, most,
     stride_far_key_block, stride_far_key_head, stride_far_key_token, stride_scale_block, stride_scale_head, stride_table,

@@ -23,6 +23,7 @@ from service.kernels.gpu.choice_scores import (
     score_tile_kernel,
     steps_kernel,
 )
+from service.kernels.gpu.compiling import kernel
 from service.kernels.gpu.paged_attention import REGISTERS, capability
 from service.kernels.gpu.tile_visits import MOST_TOKENS, Visits, gather_visits
 from service.kernels.reference_sparse import FIRST_STAGE, SECOND_STAGE, FarBlocks
@@ -55,7 +56,7 @@ def best_of(b_scores, m_valid, count):
     return m_above | (m_equal & (b_rank <= count - tl.sum(m_above.to(tl.int32))))
 
 
-@triton.jit(do_not_specialize=["width"])
+@kernel
 def select_kernel(
     p_steps, p_units, p_part_bounds, p_bound_scales, p_tables, p_sequences, p_ends, p_budgets, p_scores, p_kept, p_choices, width, most,
     stride_part_block, stride_part_head, stride_bound_scale_block, stride_bound_scale_head, stride_table,
@@ -101,7 +102,7 @@ def select_kernel(
     tl.store(p_choices + i_pair * most + tl.cumsum(m_chosen.to(tl.int32), 0) - 1, b_index, mask=m_chosen)
 
 
-@triton.jit
+@kernel
 def pick_kernel(
     p_ends, p_budgets, p_kept, p_scores, p_choices, p_counts, compared, most,
     SINK_BLOCKS: tl.constexpr, SECOND: tl.constexpr, KEPT: tl.constexpr, MOST: tl.constexpr,

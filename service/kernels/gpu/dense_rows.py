@@ -6,14 +6,14 @@ of work items is read on the device, so a launch recorded in a graph stays right
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from service.kernels.gpu.compiling import kernel
 from service.kernels.gpu.dense_tiles import find_sequence, walk_blocks
 from service.kernels.gpu.online_softmax import finish_rows, merge_rows, start_rows
 
 
-@triton.jit
+@kernel
 def decode_kernel(
     p_query, p_keys, p_values, p_out, p_tables, p_query_starts, p_context_lengths, p_split_ends, p_sinks, p_peaks, p_sums, p_parts,
     sequences, scale, cap, stride_query_token, stride_query_head, stride_out_token, stride_out_head, stride_table,
@@ -66,7 +66,7 @@ def decode_kernel(
         i_item += tl.num_programs(0)
 
 
-@triton.jit
+@kernel
 def reduce_kernel(
     p_out, p_query_starts, p_split_ends, p_sinks, p_peaks, p_sums, p_parts, stride_out_token, stride_out_head,
     VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr, SINKS: tl.constexpr,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from service.kernels.gpu.compiling import kernel
 from service.kernels.gpu.online_softmax import add_tile, finish_rows, merge_rows, score_tile, start_rows
 
 
@@ -87,7 +88,7 @@ def tile_rows(p_query_starts, p_context_lengths, i_sequence, i_token, ROWS: tl.c
     return (i_row + o_token).to(tl.int64), m_rows, o_position, i_token + shift, tl.minimum(i_token + ROWS // GROUP, count) - 1 + shift
 
 
-@triton.jit
+@kernel
 def prefill_kernel(
     p_query, p_keys, p_values, p_out, p_tables, p_query_starts, p_context_lengths, p_tile_ends, p_sinks, sequences, scale, cap,
     stride_query_token, stride_query_head, stride_out_token, stride_out_head, stride_table,

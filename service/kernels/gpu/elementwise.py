@@ -11,11 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from service.kernels.gpu.compiling import kernel
+
 # Values that one program holds at once, unless a single row is longer.
 TILE_VALUES = 4096
 
 
-@triton.jit
+@kernel
 def norm_kernel(
     p_x, p_residual, p_weight, p_out, p_total, rows, heads, eps, stride_outer, stride_inner,
     DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
@@ -40,7 +42,7 @@ def norm_kernel(
     tl.store(p_out + o_out, b_x * b_inverse[:, None] * b_weight[None, :], mask=m_values)
 
 
-@triton.jit
+@kernel
 def rotate_kernel(
     p_x, p_cos, p_sin, p_out, rows, heads, stride_token, stride_head,
     DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, ROWS: tl.constexpr,
@@ -62,7 +64,7 @@ def rotate_kernel(
         tl.store(p_out + o_out + o_rest[None, :], tl.load(p_x + o_in + o_rest[None, :], mask=m_rest), mask=m_rest)
 
 
-@triton.jit
+@kernel
 def swiglu_kernel(p_gate_up, p_out, hidden, stride_row, BLOCK: tl.constexpr):
     """One program owns BLOCK outputs of one row."""
     i_row, o_at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -72,7 +74,7 @@ def swiglu_kernel(p_gate_up, p_out, hidden, stride_row, BLOCK: tl.constexpr):
     tl.store(p_out + i_row * hidden + o_at, b_gate * tl.sigmoid(b_gate) * b_up, mask=m_at)
 
 
-@triton.jit
+@kernel
 def gate_kernel(p_x, p_logits, p_out, rows, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """One program owns ROWS (token, head) rows of DIM values and one logit each."""
     o_rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from service.kernels.gpu.compiling import kernel
 from service.kernels.reference_sparse import FarBlocks
 
 
@@ -62,7 +63,7 @@ def store_bounds(p_bounds, b_high, b_low, b_unit, m_usable, o_parts, DIM: tl.con
     tl.store(p_bounds + o_at + DIM, -whole_units(-b_low, b_unit, m_usable), mask=m_at)
 
 
-@triton.jit
+@kernel
 def demote_kernel(
     p_keys, p_values, p_far_keys, p_far_values, p_key_scales, p_value_scales,
     p_bounds, p_part_bounds, p_bound_scales, p_near_ids, p_far_ids,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from service.kernels.gpu.compiling import kernel
 from service.kernels.gpu.paged_attention import capability
 from service.kernels.quantised import QuantisedWeight, TorchQuantisedLinear
 
@@ -30,7 +31,7 @@ class ProductTile(NamedTuple):
     stages: int
 
 
-@triton.jit
+@kernel
 def quantise_kernel(p_x, p_steps, p_scales, inputs, stride_row, BLOCK: tl.constexpr):
     """One program owns one row: its largest value, then its steps −127 … 127; the row is read twice, the second time from the cache."""
     i_row = tl.program_id(0).to(tl.int64)
@@ -52,7 +53,7 @@ def quantise_kernel(p_x, p_steps, p_scales, inputs, stride_row, BLOCK: tl.conste
     tl.store(p_scales + i_row + tl.arange(0, 1), b_scale)
 
 
-@triton.jit
+@kernel
 def product_kernel(
     p_x, p_weight, p_row_scales, p_scales, p_bias, p_out, rows, outputs, inputs, stride_row,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, EXACT: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from service.kernels.gpu.compiling import kernel
+
 
 @triton.jit
 def narrowed(b_x, p_blocks):
@@ -33,7 +35,7 @@ def copy_value(
     tl.store(p_value_blocks + o_value + o_dim, narrowed(b_value, p_value_blocks), mask=o_dim < DIM)
 
 
-@triton.jit
+@kernel
 def write_kernel(
     p_key, p_value, p_key_blocks, p_value_blocks, p_block_ids, p_offsets,
     stride_key_token, stride_key_head, stride_value_token, stride_value_head,
@@ -72,7 +74,7 @@ def write_kv(key: Tensor, value: Tensor, key_blocks: Tensor, value_blocks: Tenso
         )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def rotate_write_kernel(
     p_heads, p_value, p_cos, p_sin, p_out, p_key_blocks, p_value_blocks, p_block_ids, p_offsets, query_heads,
     stride_token, stride_head, stride_value_token, stride_value_head,

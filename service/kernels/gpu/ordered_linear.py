@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from service.kernels.gpu.compiling import kernel
 from service.kernels.linear import PlainLinear
 
 
@@ -31,7 +32,7 @@ def ordered_tile(dtype: torch.dtype) -> OrderedTile:
     return OrderedTile(32, 32, 32, 4, 2) if dtype == torch.float32 else OrderedTile(64, 64, 64, 4, 4)
 
 
-@triton.jit
+@kernel
 def ordered_kernel(
     p_x, p_weight, p_bias, p_out, rows, outputs, inputs, stride_row, stride_output,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,

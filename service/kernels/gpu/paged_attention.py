@@ -207,7 +207,7 @@ def attention_options(
     """The constants that a launch is compiled for; `scoring` are the window, the cap on scores and the learned sinks."""
     window, softcap, sinks = scoring
     return {
-        "SEQUENCES": max(16, triton.next_power_of_2(sequences)),
+        "SEQUENCES": sequence_room(sequences),
         "GROUP": query.shape[1] // keys.shape[1],
         "KEY_DIM": query.shape[2],
         "VALUE_DIM": values.shape[3],
@@ -220,6 +220,11 @@ def attention_options(
         "SINKS": sinks is not None,
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
     }
+
+
+def sequence_room(sequences: int) -> int:
+    """How many sequences a kernel looks through for the one that owns a work item: a power of two, the same for all up to 256."""
+    return max(256, triton.next_power_of_2(sequences))
 
 
 @cache

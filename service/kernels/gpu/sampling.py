@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from service.kernels.gpu.compiling import kernel
+
 # Logits that one pass holds at a time.
 PIECE = 1024
 
@@ -96,7 +98,7 @@ def draw(p_row, vocabulary, peak, temperature, border, ties, min_p, number, BLOC
     return token
 
 
-@triton.jit
+@kernel
 def sample_kernel(
     p_logits, p_temperature, p_top_k, p_top_p, p_min_p, p_numbers, p_tokens, vocabulary, stride_row,
     GREEDY_BELOW: tl.constexpr, BLOCK: tl.constexpr,

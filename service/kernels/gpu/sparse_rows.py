@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from service.kernels.gpu.compiling import kernel
 from service.kernels.gpu.dense_tiles import find_sequence, walk_blocks
 from service.kernels.gpu.online_softmax import add_tile, score_tile, start_rows
 from service.kernels.gpu.sparse_tiles import load_far, near_start
@@ -95,7 +96,7 @@ def find_list(
     return i_start, sinks, chosen, i_anchor, entries
 
 
-@triton.jit(do_not_specialize=["sequences"])
+@kernel
 def sparse_row_kernel(
     p_query, p_keys, p_values, p_tables, p_query_starts, p_context_lengths, p_ends, p_peaks, p_sums, p_parts,
     p_far_keys, p_far_values, p_key_scales, p_value_scales, p_counts, p_anchors, p_far_tables, p_choices, sequences, scale, cap,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from service.kernels.gpu.compiling import kernel
 from service.kernels.gpu.dense_tiles import find_sequence, load_block
 from service.kernels.gpu.online_softmax import add_tile, finish_rows, merge_rows, score_tile, start_rows
 
@@ -182,7 +183,7 @@ def attend_lists(
     return merge_rows(b_all_max, b_all_sum, b_all_acc, b_max, b_sum, b_acc)
 
 
-@triton.jit(do_not_specialize=["sequences", "most_visits"])
+@kernel
 def sparse_tile_kernel(
     p_query, p_keys, p_values, p_out, p_tables, p_query_starts, p_context_lengths, p_ends, p_sinks,
     p_far_keys, p_far_values, p_key_scales, p_value_scales, p_counts, p_anchors, p_far_tables, p_indices, p_readers, p_cuts, p_visits,

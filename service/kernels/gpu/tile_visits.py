@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from service.kernels.gpu.compiling import kernel
+from service.kernels.gpu.paged_attention import sequence_room
 from service.kernels.gpu.sparse_tiles import find_tile
 from service.kernels.reference_sparse import ChosenFar
 
@@ -32,7 +33,7 @@ class Visits(NamedTuple):
     counts: Tensor
 
 
-@triton.jit(do_not_specialize=["sequences", "width"])
+@kernel
 def mark_kernel(
     p_query_starts, p_context_lengths, p_ends, p_counts, p_anchors, p_choices, p_marks, sequences, width,
     stride_choice_anchor, stride_choice_head, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr, SINK_BLOCKS: tl.constexpr,
@@ -57,7 +58,7 @@ def mark_kernel(
             tl.atomic_or(p_cuts + i_index, b_bit, mask=m_choice & ((SINK_BLOCKS + o_choice) % SPLIT_BLOCKS == 0), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["width", "most_visits"])
+@kernel
 def gather_kernel(p_marks, p_indices, p_readers, p_cuts, p_visits, width, most_visits, CUTS: tl.constexpr, GATHERED: tl.constexpr):
     """One program owns a tile and one K/V head: what is marked of it, p_marks [1 + CUTS, tiles, Hkv, width], as Visits."""
     i_place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
@@ -88,7 +89,7 @@ def find_visits(
     """
     kv_heads, width, sequences = far.choices.shape[1], far.tables.shape[1], len(lengths[1])
     marks = torch.zeros((2, tiles, kv_heads, width), dtype=torch.int32, device=far.tables.device)
-    options: dict[str, Any] = {"SEQUENCES": max(16, triton.next_power_of_2(sequences)), "TOKENS": tokens, "MARKED": MARKED}
+    options: dict[str, Any] = {"SEQUENCES": sequence_room(sequences), "TOKENS": tokens, "MARKED": MARKED}
     mark_kernel[tiles, kv_heads](
         *lengths, far.counts, far.anchors, far.choices, marks, sequences, width, *far.choices.stride()[:2],
         SINK_BLOCKS=sink_blocks, SPLIT_BLOCKS=split_blocks, num_warps=1, **options,

@@ -55,7 +55,9 @@ def compile_shape(shape: Shape, capability: int) -> Compiled:
     function = shape.function()
     signature = {name: shape.types.get(name, "constexpr") for name in function.arg_names}
     constants = {name: value for name, value in shape.constants.items() if name in signature}
-    attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in shape.aligned(signature)}
+    unaligned = {param.name for param in function.params if param.do_not_specialize or param.do_not_specialize_on_alignment}
+    aligned = [name for name in shape.aligned(signature) if name not in unaligned]
+    attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(function, signature, constants, attributes)
     options = {"num_warps": shape.warps, "num_stages": shape.stages, "enable_fp_fusion": shape.fusion}
     if shape.module in ("dense_tiles", "dense_rows", "sparse_tiles", "sparse_rows"):

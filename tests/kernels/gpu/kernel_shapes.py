@@ -78,7 +78,7 @@ def attention_constants(dim: int, group: int, window: int, **changes: Any) -> di
     """Constants of the dense attention kernels."""
     block = 1 << (dim - 1).bit_length()
     constants = {
-        "SEQUENCES": 64, "GROUP": group, "KEY_DIM": dim, "VALUE_DIM": dim, "BLOCK_KEY": block, "BLOCK_VALUE": block,
+        "SEQUENCES": 256, "GROUP": group, "KEY_DIM": dim, "VALUE_DIM": dim, "BLOCK_KEY": block, "BLOCK_VALUE": block,
         "BLOCK_TOKENS": 64, "SPLIT_BLOCKS": 8, "WINDOW": window, "CAPPED": False, "SINKS": False, "PRECISION": "tf32",
     }  # fmt: skip
     return constants | changes
@@ -203,7 +203,7 @@ def sparse_shapes() -> list[Shape]:
 def visit_shapes() -> list[Shape]:
     """What tiles of prompts visit of the far store."""
     types = attention_types("bf16") | sparse_types(*STORES["int8"])
-    constants = {"SEQUENCES": 64, "TOKENS": 32, "SINK_BLOCKS": 1, "SPLIT_BLOCKS": 8, "MARKED": MARKED, "GATHERED": GATHERED, "CUTS": True}
+    constants = {"SEQUENCES": 256, "TOKENS": 32, "SINK_BLOCKS": 1, "SPLIT_BLOCKS": 8, "MARKED": MARKED, "GATHERED": GATHERED, "CUTS": True}
     return [Shape(f"visits-{part}", "tile_visits", f"{part}_kernel", types, constants, 1) for part in ("mark", "gather")]
 
 

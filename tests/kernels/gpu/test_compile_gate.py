@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+from service.kernels.gpu.compiling import UNALIGNED, VARYING
 from tests.house.source import ROOT
 from tests.kernels.gpu.compile_gate import SHARED_BYTES, repeats, serialized
 from tests.kernels.gpu.kernel_shapes import SHAPES, Shape
@@ -103,3 +104,22 @@ def test_products_that_wait_for_each_other_are_seen() -> None:
     codes = ((product + wait) * 3, product * 3 + wait, product + wait, "HMMA.16816.F32 R4, R8, R12, R4 ;", "")
     found = [serialized(code) for code in codes]
     assert found == [True, False, False, False, False]
+
+
+# Integers that a model and its settings fix.
+FIXED = {"inputs", "outputs", "hidden", "heads", "query_heads", "vocabulary"}
+
+
+def test_what_changes_from_step_to_step_makes_no_variants() -> None:
+    """Every integer of a kernel is of the model, a stride of something of the model, or of those that no variant is compiled for."""
+    for shape in SHAPES:
+        names = shape.function().arg_names
+        integers = {name for name in names if shape.types.get(name) == "i32"}
+        assert {name for name in integers if not name.startswith("stride_")} <= FIXED | set(VARYING), shape.name
+        moving = {name for name in integers if name.startswith("stride_") and name.endswith(("table", "choice_anchor", "choice_head"))}
+        pointers = {name for name in names if shape.types.get(name) in ("*i32", "*i64")}
+        assert moving <= set(VARYING) and pointers <= set(UNALIGNED) | WHOLE, shape.name
+
+
+# Integers that have memory of their own, or begin at a row's end.
+WHOLE = {"p_visits", "p_marks", "p_kept", "p_near_ids", "p_far_ids", "p_top_k", "p_tokens"}
