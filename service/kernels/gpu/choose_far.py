@@ -40,20 +40,43 @@ COMPARING = 128
 def best_of(b_scores, m_valid, count):
     """The mask of the `count` best of b_scores [C] float32 (all valid ones if there are no more); ties go to the lower index.
 
-    Floats are mapped to unsigned integers of the same order; the count-th best is found bit by bit, then what is above it is taken and of
-    what equals it the first ones: 32 counts instead of a sort.
+    Floats are mapped to unsigned integers of the same order. Up to 128 are compared each with each; of more the count-th best is found
+    three bits at a time, of thousands bit by bit, and what is above it is taken, and of what equals it the first ones: 1, 11 or 32 sums
+    over all, one after the other, instead of a sort.
     """
     b_bits = (b_scores + 0.0).to(tl.int32, bitcast=True)
     b_keys = tl.where(b_bits < 0, ~b_bits, b_bits | -2147483648).to(tl.uint32, bitcast=True)
     b_keys = tl.where(m_valid, b_keys, 0)
-    threshold = tl.zeros([1], tl.uint32)
-    for i_bit in range(32):
-        b_trial = threshold | (tl.full([1], 2147483648, tl.uint32) >> i_bit)
+    if b_scores.shape[0] <= 128:
+        o_index = tl.arange(0, b_scores.shape[0])
+        m_before = (b_keys[None, :] > b_keys[:, None]) | ((b_keys[None, :] == b_keys[:, None]) & (o_index[None, :] < o_index[:, None]))
+        m_best = m_valid & (tl.sum((m_before & m_valid[None, :]).to(tl.int32), 1) < count)
+    else:
+        threshold = tl.zeros([1], tl.uint32)
+        if b_scores.shape[0] <= 2048:
+            threshold = raise_threshold(b_keys, threshold, count, 30, 4)
+            for i_pass in range(10):
+                threshold = raise_threshold(b_keys, threshold, count, 27 - 3 * i_pass, 8)
+        else:
+            for i_bit in range(32):
+                threshold = raise_threshold(b_keys, threshold, count, 31 - i_bit, 2)
+        m_above, m_equal = b_keys > threshold, m_valid & (b_keys == threshold)
+        b_rank = tl.cumsum(m_equal.to(tl.int32), 0)
+        m_best = m_above | (m_equal & (b_rank <= count - tl.sum(m_above.to(tl.int32))))
+    return m_best
+
+
+@triton.jit
+def raise_threshold(b_keys, threshold, count, shift, TRIALS: tl.constexpr):
+    """The threshold [1] with its next bits, from `shift` on: the highest of TRIALS that at least `count` of b_keys [C] reach."""
+    if TRIALS == 2:
+        b_trial = threshold | (tl.full([1], 1, tl.uint32) << shift)
         threshold = tl.where(tl.sum((b_keys >= b_trial).to(tl.int32)) >= count, b_trial, threshold)
-    m_above = b_keys > threshold
-    m_equal = m_valid & (b_keys == threshold)
-    b_rank = tl.cumsum(m_equal.to(tl.int32), 0)
-    return m_above | (m_equal & (b_rank <= count - tl.sum(m_above.to(tl.int32))))
+    else:
+        b_trials = threshold + (tl.arange(0, TRIALS).to(tl.uint32) << shift)
+        b_reached = tl.sum((b_keys[None, :] >= b_trials[:, None]).to(tl.int32), 1)  # The first trial is the threshold itself.
+        threshold += tl.maximum(tl.sum((b_reached >= count).to(tl.int32)) - 1, 0).to(tl.uint32) << shift
+    return threshold
 
 
 @kernel

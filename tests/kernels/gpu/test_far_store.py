@@ -13,6 +13,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
 from service.kernels import reference_sparse
 from service.kernels.gpu import choose_far, far_store
 from service.kernels.native import binding
@@ -258,6 +261,33 @@ def test_ties_go_to_the_lower_index(strengths: list[int], budget: int, sinks: in
     chosen = choose_far.choose_far(query.to(DEVICE), placed(far), *(tensor.to(DEVICE) for tensor in tensors), sink_blocks=sinks, most=5)
     expected = reference_sparse.choose_far(query, far, *tensors, sink_blocks=sinks, most=5)
     assert torch.equal(chosen[0].cpu(), expected[0]) and torch.equal(chosen[1].cpu(), expected[1])
+
+
+@triton.jit
+def best_kernel(p_scores, p_best, valid, count, SIZE: tl.constexpr):
+    """What `best_of` takes of the first `valid` scores."""
+    o_index = tl.arange(0, SIZE)
+    b_best = choose_far.best_of(tl.load(p_scores + o_index), o_index < valid, count)
+    tl.store(p_best + o_index, b_best.to(tl.int32))
+
+
+@pytest.mark.parametrize(("size", "valid"), [(2, 1), (64, 64), (128, 77), (256, 256), (2048, 1500), (4096, 4096)])
+@pytest.mark.parametrize("count", [0, 1, 16, 50, 5000])
+def test_the_best_of_any_number(size: int, valid: int, count: int) -> None:
+    """Each with each, three bits at a time and bit by bit: scores of both signs, infinite ones, zeros of both signs, and many ties."""
+    generator = torch.Generator().manual_seed(size + count)
+    scores = torch.randn(size, generator=generator)
+    scores[::3] = scores[::3].round()
+    scores[1::7] = 0.0
+    scores[2::7] = -0.0
+    scores[size // 2] = float("inf")
+    scores[size - 1] = float("-inf")
+    found = torch.empty(size, dtype=torch.int32, device=DEVICE)
+    best_kernel[(1,)](scores.to(DEVICE), found, valid, count, SIZE=size)
+    order = scores[:valid].sort(descending=True, stable=True).indices[:count]
+    expected = torch.zeros(size, dtype=torch.int32)
+    expected[order] = 1
+    assert torch.equal(found.cpu(), expected)
 
 
 def test_no_anchors_give_no_choices() -> None:
