@@ -15,7 +15,7 @@ SLICE_TOKENS, CONTEXT_TOKENS = 48, 1200
 
 
 def idle_batch(layout: KvLayout, start: int, tokens: int) -> Batch:
-    """One slice of `tokens` tokens from position `start` on."""
+    """One slice of `tokens` tokens from position `start` on: of a prompt, or one token that was generated."""
     width, positions = layout.block_tokens, np.arange(start, start + tokens)
     groups, ids = len(layout.groups), np.ones(tokens, np.int64)
     return Batch(
@@ -31,7 +31,7 @@ def idle_batch(layout: KvLayout, start: int, tokens: int) -> Batch:
         offsets=positions % width,
         sampled=np.zeros(1, np.int64),
         scored=np.zeros(0, np.int64),
-        prompt_tokens=np.full(1, start + tokens),
+        prompt_tokens=np.full(1, start + tokens if tokens > 1 else start),
     )
 
 

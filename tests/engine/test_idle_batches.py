@@ -26,6 +26,17 @@ def test_a_slice_and_a_row_choose_among_more_blocks_than_they_may_read() -> None
     assert (find_anchors(within, far[0], far[0].far, layout.block_tokens).counts == 0).all()
 
 
+def test_a_generated_token_chooses_where_prompts_read_everything() -> None:
+    group = V5_2.spec(dict(V5_2.shapes)["reference"]).kv_layout().groups[-1]
+    assert group.far is not None and group.source is not None
+    dense = replace(group.far, dense_prompts=True)
+    layout = V5_2.spec(dict(V5_2.shapes)["reference"]).kv_layout()
+    _, behind, row, _ = idle_batches(layout, 16_384)
+    candidates = [find_anchors(batch, group, dense, layout.block_tokens) for batch in (behind, row)]
+    asks = [(found.ends - dense.sink_blocks > found.counts) for found in candidates]
+    assert not asks[0].any() and asks[1].all()
+
+
 def test_a_row_is_read_in_pieces_where_nothing_is_far() -> None:
     layout = V2_3.spec(dict(V2_3.shapes)["nano"]).kv_layout()
     assert idle_batches(layout, 4096)[-1].context_lengths[0] > 2 * SPLIT_TOKENS
