@@ -13,7 +13,7 @@ import triton.language as tl
 from service.kernels.gpu.compiling import kernel
 from service.kernels.gpu.dense_tiles import find_sequence, walk_blocks
 from service.kernels.gpu.online_softmax import add_tile, score_tile, start_rows
-from service.kernels.gpu.sparse_tiles import load_far, near_start
+from service.kernels.gpu.sparse_tiles import load_scaled, near_start
 
 
 @triton.jit
@@ -32,12 +32,14 @@ def walk_far(
         i_block = i_next.to(tl.int64)
         i_next = tl.load(p_table + i_index, mask=i_choice + 1 < i_to, other=0)
         i_index = tl.load(p_choices + i_choice + 2, mask=i_choice + 2 < i_to, other=0)
-        b_keys = load_far(p_keys + i_block * stride_key_block, o_tokens, stride_key_token, KEY_DIM, BLOCK_KEY, NIBBLES)
-        b_values = load_far(p_values + i_block * stride_value_block, o_tokens, stride_value_token, VALUE_DIM, BLOCK_VALUE, NIBBLES)
-        b_key_scale, b_value_scale = 1.0, 1.0
-        if QUANTISED:
-            b_key_scale = tl.load(p_key_scales + i_block * stride_scale_block + o_tokens).to(tl.float32)  # [B]
-            b_value_scale = tl.load(p_value_scales + i_block * stride_scale_block + o_tokens).to(tl.float32)
+        b_keys, b_key_scale = load_scaled(
+            p_keys + i_block * stride_key_block, p_key_scales + i_block * stride_scale_block, o_tokens, stride_key_token,
+            KEY_DIM, BLOCK_KEY, QUANTISED, NIBBLES,
+        )  # fmt: skip
+        b_values, b_value_scale = load_scaled(
+            p_values + i_block * stride_value_block, p_value_scales + i_block * stride_scale_block, o_tokens, stride_value_token,
+            VALUE_DIM, BLOCK_VALUE, QUANTISED, NIBBLES,
+        )  # fmt: skip
         b_scores = score_tile(b_query, b_keys, b_key_scale, scale, CAPPED, QUANTISED, PRECISION)
         b_max, b_sum, b_acc = add_tile(
             b_scores, b_values, b_value_scale, b_max, b_sum, b_acc, scale, cap, CAPPED, QUANTISED, PRECISION, b_query.dtype

@@ -53,6 +53,17 @@ def load_far(p_block, o_tokens, stride_token, DIM: tl.constexpr, BLOCK_DIM: tl.c
 
 
 @triton.jit
+def load_scaled(
+    p_block, p_scales, o_tokens, stride_token, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, QUANTISED: tl.constexpr, NIBBLES: tl.constexpr
+):  # fmt: skip
+    """(`load_far`, the scales of its tokens [BLOCK_TOKENS] float32, or 1 where it has none)."""
+    b_scale = 1.0
+    if QUANTISED:
+        b_scale = tl.load(p_scales + o_tokens).to(tl.float32)
+    return load_far(p_block, o_tokens, stride_token, DIM, BLOCK_DIM, NIBBLES), b_scale
+
+
+@triton.jit
 def begin_split(m_cut, b_max, b_sum, b_acc, b_all_max, b_all_sum, b_all_acc):
     """The states of rows m_cut [M] with the split at hand merged into those before it and begun anew; the others as they are."""
     b_new_max, b_new_sum, b_new_acc = merge_rows(b_all_max, b_all_sum, b_all_acc, b_max, b_sum, b_acc)
@@ -119,12 +130,14 @@ def walk_visits(
         i_next = tl.load(p_table + i_index, mask=i_visit + 1 < visits, other=0)
         i_index = tl.load(p_indices + i_visit + 2, mask=i_visit + 2 < visits, other=0)
         i_readers, i_cuts = tl.load(p_readers + i_visit), tl.load(p_cuts + i_visit)
-        b_keys = load_far(p_keys + i_block * stride_key_block, o_tokens, stride_key_token, KEY_DIM, BLOCK_KEY, NIBBLES)
-        b_values = load_far(p_values + i_block * stride_value_block, o_tokens, stride_value_token, VALUE_DIM, BLOCK_VALUE, NIBBLES)
-        b_key_scale, b_value_scale = 1.0, 1.0
-        if QUANTISED:
-            b_key_scale = tl.load(p_key_scales + i_block * stride_scale_block + o_tokens).to(tl.float32)  # [B]
-            b_value_scale = tl.load(p_value_scales + i_block * stride_scale_block + o_tokens).to(tl.float32)
+        b_keys, b_key_scale = load_scaled(
+            p_keys + i_block * stride_key_block, p_key_scales + i_block * stride_scale_block, o_tokens, stride_key_token,
+            KEY_DIM, BLOCK_KEY, QUANTISED, NIBBLES,
+        )  # fmt: skip
+        b_values, b_value_scale = load_scaled(
+            p_values + i_block * stride_value_block, p_value_scales + i_block * stride_scale_block, o_tokens, stride_value_token,
+            VALUE_DIM, BLOCK_VALUE, QUANTISED, NIBBLES,
+        )  # fmt: skip
         b_scores = score_tile(b_query, b_keys, b_key_scale, scale, CAPPED, QUANTISED, PRECISION)
         # All ones where every token of a whole tile reads the block.
         if (i_cuts != 0) | (i_readers != (-1 if TOKENS == 32 else (1 << TOKENS) - 1)):

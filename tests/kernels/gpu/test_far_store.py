@@ -18,6 +18,7 @@ import triton.language as tl
 
 from service.kernels import reference_sparse
 from service.kernels.gpu import choose_far, far_store
+from service.kernels.gpu.choose_far import best_of
 from service.kernels.native import binding
 from service.kernels.native.window_sparse import choose_far as native_choose_far
 from service.kernels.reference_sparse import FarBlocks
@@ -267,7 +268,7 @@ def test_ties_go_to_the_lower_index(strengths: list[int], budget: int, sinks: in
 def best_kernel(p_scores, p_best, valid, count, SIZE: tl.constexpr):
     """What `best_of` takes of the first `valid` scores."""
     o_index = tl.arange(0, SIZE)
-    b_best = choose_far.best_of(tl.load(p_scores + o_index), o_index < valid, count)
+    b_best = best_of(tl.load(p_scores + o_index), o_index < valid, count)
     tl.store(p_best + o_index, b_best.to(tl.int32))
 
 
