@@ -26,8 +26,15 @@ if "torch" not in MISSING:
     import torch
 
     torch.set_num_threads(1)
-    if not torch.cuda.is_available():
-        # Read by triton when it is first imported: without a device its kernels are interpreted on CPU tensors.
+    if torch.cuda.is_available():
+        os.environ.pop("EMULATE_SM", None)
+    elif "EMULATE_SM" in os.environ:
+        # Before a kernel is imported: without a device they are compiled for this chip, and what was compiled is run on CPU tensors.
+        from tests.kernels.gpu.ptx import driver
+
+        driver.use(int(os.environ["EMULATE_SM"]))
+    else:
+        # Read by triton when it is first imported: they are interpreted on CPU tensors.
         os.environ["TRITON_INTERPRET"] = "1"
 
 

@@ -1,18 +1,23 @@
-"""A CUDA graph's stand-in without a device: every tensor operation and every launch of an interpreted Triton kernel, written down and done
-again on the same tensors, with the numbers and shapes of the first time.
+"""A CUDA graph's stand-in without a device: every tensor operation and every launch of an interpreted or emulated kernel, written down and
+done again on the same tensors, with the numbers and shapes of the first time.
 
 As a real one it refuses what would wait for the device or bring new values to it. What the caller does in Python is not done again.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
-from triton.runtime.interpreter import GridExecutor
+
+if "EMULATE_SM" in os.environ:
+    from tests.kernels.gpu.ptx.driver import Launcher as Launching
+else:
+    from triton.runtime.interpreter import GridExecutor as Launching
 
 # Operations that read a value back, or take one from the host: a graph cannot have them.
 REFUSED = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "lift_fresh", "masked_select", "_unique2"}
@@ -30,7 +35,7 @@ class Tape(TorchDispatchMode):
 
     def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
         self._entries = entries = []
-        launch = GridExecutor.__call__
+        launch = Launching.__call__
 
         def noted(executor: Any, *args: Any, **kwargs: Any) -> None:
             self.launches += 1
@@ -38,12 +43,12 @@ class Tape(TorchDispatchMode):
             with _disable_current_modes():
                 launch(executor, *args, **kwargs)
 
-        GridExecutor.__call__ = noted
+        Launching.__call__ = noted
         try:
             with self:
                 result = work()
         finally:
-            GridExecutor.__call__ = launch
+            Launching.__call__ = launch
         self.recorded += 1
 
         def replay() -> Tensor:

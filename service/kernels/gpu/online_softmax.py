@@ -33,6 +33,16 @@ def score_tile(b_query, b_keys, b_key_scale, scale, CAPPED: tl.constexpr, QUANTI
 
 
 @triton.jit
+def sum_weights(b_weights):
+    """Sums [M] of weights [M, N] from 0 to 2, in whole numbers of 2^-22, so in any order: which threads hold a row differs between kernels.
+
+    2 and a weight is a float32 that counts in these; the bits of 2 itself add up to a multiple of 2^32.
+    """
+    tl.static_assert(b_weights.shape[1] % 4 == 0)
+    return tl.sum((b_weights + 2.0).to(tl.int32, bitcast=True), 1).to(tl.float32) * 2.384185791015625e-07
+
+
+@triton.jit
 def add_tile(
     b_scores, b_values, b_value_scale, b_max, b_sum, b_acc, scale, cap,
     CAPPED: tl.constexpr, QUANTISED: tl.constexpr, PRECISION: tl.constexpr, TYPE: tl.constexpr,
@@ -48,7 +58,7 @@ def add_tile(
     b_peak = tl.where(b_new == float("-inf"), 0.0, b_new)
     b_weights = tl.exp2(tl.fma(b_scores, factor, -b_peak[:, None]))  # [M, N]
     b_shrink = tl.exp2(b_max - b_peak)
-    b_sum = tl.fma(b_sum, b_shrink, tl.sum(b_weights, 1))
+    b_sum = tl.fma(b_sum, b_shrink, sum_weights(b_weights))
     if QUANTISED:
         b_weights = b_weights * b_value_scale[None, :]
     b_acc = tl.dot(b_weights.to(TYPE), b_values.to(TYPE), b_acc * b_shrink[:, None], input_precision=PRECISION)

@@ -1,10 +1,12 @@
 """The GPU kernels run on the device where there is one, else in Triton's interpreter on CPU tensors: same tests, smaller shapes.
 
-The interpreter (tests/conftest.py chooses it before triton is imported) computes bfloat16 wrongly: that type is tested on a device only.
+The interpreter (tests/conftest.py chooses it before triton is imported) computes bfloat16 wrongly and sums in another order than compiled
+kernels: what needs them runs on a device, or with EMULATE_SM, where they are compiled and what was compiled runs without one.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,10 +18,16 @@ from torch import Tensor
 from service.kernels.reference_sparse import ChosenFar, FarBlocks
 
 ON_DEVICE = torch.cuda.is_available()
+# EMULATE_SM=80, 87 or 90, see `ptx/driver.py`.
+EMULATED = 0 if ON_DEVICE else int(os.environ.get("EMULATE_SM", "0"))
+COMPILED = ON_DEVICE or EMULATED > 0
+CAPABILITY = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1] if ON_DEVICE else EMULATED or 90
 DEVICE = torch.device("cuda" if ON_DEVICE else "cpu")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16) if ON_DEVICE else (torch.float32, torch.float16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16) if COMPILED else (torch.float32, torch.float16)
 # The first block whose elements int32 cannot count where blocks stand APART_BYTES from each other, and how many there are of its kind.
 FAR_BLOCK, APART_BYTES, FAR_BLOCKS = 32768, 131072, 64
+
+needs_e4m3 = pytest.mark.skipif(CAPABILITY < 89, reason="8-bit floats come with compute capability 8.9")
 
 
 def pytest_configure(config: pytest.Config) -> None:

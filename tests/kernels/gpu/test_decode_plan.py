@@ -20,7 +20,7 @@ from service.kernels.gpu import choose_far, decode_plan, kv_store, window_sparse
 from service.kernels.gpu import paged_attention as kernel
 from service.kernels.reference_sparse import ChosenFar, FarBlocks
 from tests.kernels.conftest import PagedBatch, make_batch
-from tests.kernels.gpu.conftest import DEVICE, ON_DEVICE, moved
+from tests.kernels.gpu.conftest import COMPILED, DEVICE, ON_DEVICE, moved
 from tests.kernels.sparse_batches import SparseBatch, make_sparse
 from tests.tape import Tape
 
@@ -34,7 +34,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Splits of two blocks, and products that compute each row by itself."""
     for module in (kernel, window_sparse, decode_plan, splits):
         monkeypatch.setattr(module, "SPLIT_TOKENS", 32)
-    if not ON_DEVICE:
+    if not COMPILED:
         monkeypatch.setattr(np, "matmul", lambda a, b, dtype: np.einsum("ij,jk->ik", a, b, dtype=dtype))
         monkeypatch.setattr(kernel, "tile_of", lambda dtype, size, capability: kernel.Tile(16, 4, 1))
 

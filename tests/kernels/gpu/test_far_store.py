@@ -22,7 +22,7 @@ from service.kernels.gpu.choose_far import best_of
 from service.kernels.native import binding
 from service.kernels.native.window_sparse import choose_far as native_choose_far
 from service.kernels.reference_sparse import FarBlocks
-from tests.kernels.gpu.conftest import DEVICE, DTYPES, FAR_BLOCK, ON_DEVICE, FarApart, past_int32
+from tests.kernels.gpu.conftest import COMPILED, DEVICE, DTYPES, FAR_BLOCK, FarApart, needs_e4m3, past_int32
 from tests.kernels.sparse_batches import choosing_faults, make_sparse, make_store, permuted
 
 
@@ -103,6 +103,7 @@ def test_any_scale_gives_the_bytes_of_the_reference(seed: int, factor: float) ->
     assert same(actual, expected)
 
 
+@needs_e4m3
 @pytest.mark.parametrize("store", ["int8", "int4"])
 def test_near_blocks_in_eight_bits_are_demoted_as_what_they_widen_to(store: str) -> None:
     torch.manual_seed(1)
@@ -216,16 +217,16 @@ FAULTS = ("bounds of blocks", "bounds of parts", "keys", "budgets")
 
 
 @pytest.mark.parametrize("tiled", [False, True])
-@pytest.mark.parametrize("store", ["int8", "int4", "native"] if ON_DEVICE else ["int4"])
+@pytest.mark.parametrize("store", ["int8", "int4", "native"] if COMPILED else ["int4"])
 def test_a_fault_in_what_any_stage_reads_is_seen(store: str, tiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose_far, "FEWEST_ANCHORS", 1 if tiled else 1000)
-    shape = {"budget": 3} if ON_DEVICE else {"budget": 2, "heads": 2, "kv_heads": 1}
-    call = make_sparse([400 if ON_DEVICE else 180], [24 if ON_DEVICE else 2], refresh=1, store=store, **shape).choosing
+    shape = {"budget": 3} if COMPILED else {"budget": 2, "heads": 2, "kv_heads": 1}
+    call = make_sparse([400 if COMPILED else 180], [24 if COMPILED else 2], refresh=1, store=store, **shape).choosing
     assert call is not None and call.candidate_ends.max() > 4 * call.most + 4
     expected = call.run()
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(choices_of(call), expected, strict=True))
     for fault, wrong in choosing_faults(call).items():
-        if ON_DEVICE or fault in FAULTS:
+        if COMPILED or fault in FAULTS:
             found = choices_of(wrong)
             assert not (torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])), fault
 

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from service.kernels import reference
 from service.kernels.gpu import elementwise, kv_store
 from service.kernels.gpu.paged_attention import FP8
-from tests.kernels.gpu.conftest import DEVICE, DTYPES, FAR_BLOCK, ON_DEVICE, FarApart, check_error
+from tests.kernels.gpu.conftest import COMPILED, DEVICE, DTYPES, FAR_BLOCK, FarApart, check_error, needs_e4m3
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -69,7 +69,7 @@ def check_turned(found: tuple[Tensor, ...], arguments: tuple[Tensor, ...], where
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fault", ["query", "key", "value", "angle", "place"])
 def test_planted_faults_are_seen(fault: str, dtype: torch.dtype) -> None:
-    """One element of another sign, the cosine of one pair 2 % off, two tokens at each other's places."""
+    """One element of another sign, the cosine of one pair 2 % off (bfloat16: 10 %), two tokens at each other's places."""
     torch.manual_seed(5)
     heads, value = torch.randn(5, 4, 16).to(dtype).to(DEVICE), torch.randn(5, 2, 16).to(dtype).to(DEVICE)
     phase, ids = torch.rand(5, 8, device=DEVICE), torch.arange(5, device=DEVICE)
@@ -78,7 +78,7 @@ def test_planted_faults_are_seen(fault: str, dtype: torch.dtype) -> None:
     sound = heads, value, phase.cos(), phase.sin()
     broken = [tensor.clone() for tensor in sound]
     if fault == "angle":
-        broken[2][3, 2] *= 1.02
+        broken[2][3, 2] *= 1.1 if dtype == torch.bfloat16 else 1.02
     elif fault != "place":
         at = {"query": (0, 3, 0, 2), "key": (0, 3, 3, 2), "value": (1, 3, 1, 2)}[fault]
         broken[at[0]][at[1:]] *= -1
@@ -95,12 +95,13 @@ def widened(blocks: torch.Tensor) -> torch.Tensor:
     return blocks.float().nan_to_num(9.0)
 
 
+@needs_e4m3
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_eight_bits_hold_the_nearest_value_and_the_largest_for_all_beyond(dtype: torch.dtype) -> None:
     """Every finite value of the type between -70000 and 70000 in steps, halves, tiny ones, infinities and NaN."""
     odd = torch.tensor([0.0, -0.0, 7e4, -7e4, float("inf"), float("nan")])
     some = torch.cat((torch.linspace(-600, 600, 400), torch.randn(80) * 0.01, odd))
-    if not ON_DEVICE:  # the interpreter turns to 8 bits wrongly (127.8 to 64, NaN to 384): what needs no rounding, and what lies beyond
+    if not COMPILED:  # the interpreter turns to 8 bits wrongly (127.8 to 64, NaN to 384): what needs no rounding, and what lies beyond
         some = torch.where(some.abs() <= 448, some.to(FP8).float(), some).nan_to_num(500.0)
     key = some[:480].view(10, 2, 24).to(dtype).to(DEVICE)
     value = some[-480:].view(10, 2, 24).to(dtype).to(DEVICE)

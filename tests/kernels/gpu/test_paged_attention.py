@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from service.kernels import reference
 from service.kernels.gpu import paged_attention as kernel
 from tests.kernels.conftest import PagedBatch, make_batch
-from tests.kernels.gpu.conftest import DEVICE, DTYPES, ON_DEVICE, FarApart, check_error, moved, past_int32
+from tests.kernels.gpu.conftest import COMPILED, DEVICE, DTYPES, FarApart, check_error, moved, needs_e4m3, past_int32
 
 MIXED = ([33, 1, 16, 47, 0, 17, 40, 15], [1, 1, 1, 7, 1, 0, 40, 15])
 
@@ -26,14 +26,14 @@ MIXED = ([33, 1, 16, 47, 0, 17, 40, 15], [1, 1, 1, 7, 1, 0, 40, 15])
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Splits and tiles so small that few tokens fill several."""
     monkeypatch.setattr(kernel, "SPLIT_TOKENS", 32)
-    if not ON_DEVICE:
+    if not COMPILED:
         monkeypatch.setattr(kernel, "tile_of", lambda dtype, size, capability: kernel.Tile(16, 4, 1))
 
 
 @pytest.fixture
 def rows_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter's products go to BLAS, whose bits depend on where in a tile a row lies; these compute each row by itself."""
-    if not ON_DEVICE:
+    if not COMPILED:
         monkeypatch.setattr(np, "matmul", lambda a, b, dtype: np.einsum("ij,jk->ik", a, b, dtype=dtype))
 
 
@@ -54,6 +54,7 @@ def sixteen_bit_attention(query: Tensor, *arguments: Any, **options: Any) -> Ten
     return reference.paged_attention(query, *arguments, **options)
 
 
+@needs_e4m3
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 33])
 def test_eight_bits_have_the_bits_of_what_they_widen_to(window: int | None, dtype: torch.dtype) -> None:
@@ -98,7 +99,7 @@ def test_block_sizes(block_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None
     check(batch_of([block_tokens + 1, block_tokens], [1, 3], block_tokens=block_tokens, window=None))
 
 
-@pytest.mark.parametrize("dtype", DTYPES if ON_DEVICE else DTYPES[:1])  # the interpreter has one order of sums
+@pytest.mark.parametrize("dtype", DTYPES if COMPILED else DTYPES[:1])  # the interpreter has one order of sums
 @pytest.mark.parametrize("window", [None, 18])
 @pytest.mark.parametrize("size", [1, 3, 16])
 def test_slices_equal_one_pass_bit_for_bit(size: int, window: int | None, dtype: torch.dtype, rows_apart: None) -> None:
@@ -114,7 +115,7 @@ def test_slices_equal_one_pass_bit_for_bit(size: int, window: int | None, dtype:
     assert torch.equal(torch.cat(parts), expected[:end])
 
 
-@pytest.mark.parametrize("dtype", DTYPES if ON_DEVICE else DTYPES[:1])
+@pytest.mark.parametrize("dtype", DTYPES if COMPILED else DTYPES[:1])
 @pytest.mark.parametrize("scoring", [{}, {"softcap": 1.5, "sink_logits": torch.tensor([0.5, -3.0, 4.0, 0.0])}])
 @pytest.mark.parametrize("window", [None, 31, 32, 33, 70])
 def test_a_tile_that_crosses_many_splits_has_the_bits_of_decoded_rows(
@@ -127,6 +128,18 @@ def test_a_tile_that_crosses_many_splits_has_the_bits_of_decoded_rows(
     for row in (0, 7, 18, 19, 20, 51, 52, 59):
         one = {"query_starts": torch.tensor([0, 1], dtype=torch.int32), "context_lengths": torch.tensor([141 + row], dtype=torch.int32)}
         assert torch.equal(run(replace(batch, query=batch.query[row : row + 1], **one)), expected[row : row + 1])
+
+
+@pytest.mark.skipif(not COMPILED, reason="interpreted, all kernels sum in one order")
+@pytest.mark.parametrize(("size", "group"), [(64, 4), (128, 8)])
+def test_the_order_of_sums_is_the_same_in_every_kernel(size: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of a tile and the same rows decoded, so many that another order of some sums would show in 16 bits."""
+    monkeypatch.setattr(kernel, "SPLIT_TOKENS", 128)
+    shape: dict[str, Any] = {"block_tokens": 64, "heads": group, "kv_heads": 1, "size": size, "dtype": torch.float16}
+    batch = batch_of([400], [36], **shape)
+    rows = torch.arange(37, dtype=torch.int32)
+    one_by_one = {"block_tables": batch.block_tables.expand(36, -1).contiguous(), "query_starts": rows, "context_lengths": rows[1:] + 364}
+    assert torch.equal(run(batch), run(replace(batch, **one_by_one)))
 
 
 def test_alone_equals_in_a_batch_bit_for_bit() -> None:
@@ -157,7 +170,7 @@ def test_a_plan_of_tiles_alone_decodes_in_them(window: int | None) -> None:
 
     found = moved(batch).run(attend).cpu()
     check_error(found, batch.reference(), found, batch.query.dtype)
-    assert torch.equal(found, run(batch)) or ON_DEVICE
+    assert torch.equal(found, run(batch)) or COMPILED
 
 
 def test_permuting_physical_blocks_changes_nothing() -> None:

@@ -16,13 +16,13 @@ pytest.importorskip("triton")
 from service.kernels import reference_sparse
 from service.kernels.gpu import choose_far, far_store, window_sparse
 from service.kernels.splits import SPLIT_TOKENS
-from tests.kernels.gpu.conftest import DEVICE, ON_DEVICE, check_error, moved, placed
+from tests.kernels.gpu.conftest import COMPILED, DEVICE, check_error, moved, placed
 from tests.kernels.sparse_batches import Choosing, SparseBatch, make_sparse, make_store
 
 STORES = ("int8", "int4", "native")
 # bfloat16 is interpreted wrongly.
-SIXTEEN = (torch.bfloat16, torch.float16) if ON_DEVICE else (torch.float16,)
-on_device = pytest.mark.skipif(not ON_DEVICE, reason="takes minutes in the interpreter")
+SIXTEEN = (torch.bfloat16, torch.float16) if COMPILED else (torch.float16,)
+on_device = pytest.mark.skipif(not COMPILED, reason="takes minutes in the interpreter")
 
 
 class Served(NamedTuple):
@@ -45,7 +45,7 @@ SERVED = (
 
 def batch_of(served: Served, dtype: torch.dtype, contexts: list[int], counts: list[int], window: int, budget: int) -> SparseBatch:
     """Rows of two K/V heads, one where they are interpreted."""
-    kv_heads = 2 if ON_DEVICE else 1
+    kv_heads = 2 if COMPILED else 1
     heads = {"heads": kv_heads * served.group, "kv_heads": kv_heads, "size": served.size}
     rule = {"block_tokens": 64, "sub_blocks": 4, "window": window, "refresh": served.refresh, "budget": budget}
     return make_sparse(contexts, counts, store=served.store, dtype=dtype, **heads, **rule)
@@ -103,7 +103,7 @@ def test_a_fault_at_this_size_is_seen(dtype: torch.dtype) -> None:
 
 def check_choices(call: Choosing) -> None:
     """The reference's counts and choices; another block only where its best product with a key is that of the one it stands for, but for
-    the order of its sum."""
+    the order of its sum, or where rounding the query to 15 bits moved a block over the border of an earlier stage."""
     positional = (call.tables, call.sequences, call.candidate_ends, call.budgets)
     store = call.blocks._replace(**{name: t.to(DEVICE) for name, t in call.blocks._asdict().items() if t is not None})
     found, counts = choose_far.choose_far(
@@ -121,8 +121,25 @@ def check_choices(call: Choosing) -> None:
             for one, other in ((ours, theirs), (theirs, ours))
         ]
         assert found[anchor, head].tolist() == sorted(ours) and min(ours) >= call.sink_blocks
-        torch.testing.assert_close(*(torch.tensor(side) for side in scores), rtol=1e-5, atol=1e-5)
+        if not (theirs - ours) & at_a_border(call, anchor, head):
+            torch.testing.assert_close(*(torch.tensor(side) for side in scores), rtol=1e-5, atol=1e-5)
     assert len(differing) <= 0.02 * expected.shape[0] * expected.shape[1]
+
+
+def at_a_border(call: Choosing, anchor: int, head: int) -> set[int]:
+    """The candidates whose bound is within 1 : 10,000 of the last that the first or the second stage keeps."""
+    table, budget = call.tables[int(call.sequences[anchor])], int(call.budgets[anchor])
+    query = call.query.unflatten(1, (call.blocks.bounds.shape[1], -1))[anchor, head]
+    left, near = list(range(call.sink_blocks, int(call.candidate_ends[anchor]))), set()
+    bounds = {index: reference_sparse.bound_scores(query, call.blocks, int(table[index]), head) for index in left}
+    for stage, kept in enumerate((reference_sparse.FIRST_STAGE * budget, reference_sparse.SECOND_STAGE * budget)):
+        by = {index: float(bounds[index][0] if stage == 0 else bounds[index][1:].max()) for index in left}
+        left = sorted(left, key=lambda index: -by[index])
+        if len(left) > kept:
+            border = by[left[kept - 1]]
+            near |= {index for index in left if abs(by[index] - border) <= 1e-4 * abs(border)}
+        left = left[:kept]
+    return near
 
 
 @on_device

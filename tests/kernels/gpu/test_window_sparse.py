@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from service.kernels import reference_sparse
 from service.kernels.gpu import paged_attention, tile_visits, window_sparse
 from service.kernels.gpu.paged_attention import FP8
-from tests.kernels.gpu.conftest import DEVICE, DTYPES, ON_DEVICE, FarApart, check_error, moved, past_int32, placed
+from tests.kernels.gpu.conftest import COMPILED, DEVICE, DTYPES, FarApart, check_error, moved, needs_e4m3, past_int32, placed
 from tests.kernels.sparse_batches import SparseBatch, make_sparse, of_one_value, permuted
 
 MIXED = ([150, 1, 70, 17, 40], [1, 1, 6, 17, 1])
@@ -27,7 +27,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Splits of two blocks, and products that compute each row by itself: BLAS bits depend on where in a tile a row lies."""
     monkeypatch.setattr(paged_attention, "SPLIT_TOKENS", 32)
     monkeypatch.setattr(window_sparse, "SPLIT_TOKENS", 32)
-    if not ON_DEVICE:
+    if not COMPILED:
         monkeypatch.setattr(np, "matmul", lambda a, b, dtype: np.einsum("ij,jk->ik", a, b, dtype=dtype))
         monkeypatch.setattr(paged_attention, "tile_of", lambda dtype, size, capability: paged_attention.Tile(16, 4, 1))
 
@@ -56,6 +56,7 @@ def test_sixteen_bits(store: str, dtype: torch.dtype) -> None:
     check(batch_of(*MIXED, store=store, dtype=dtype))
 
 
+@needs_e4m3
 @pytest.mark.parametrize("store", ["int8", "native"])
 def test_eight_bits_have_the_bits_of_what_they_widen_to(store: str) -> None:
     batch = batch_of(*MIXED, store=store)
@@ -169,7 +170,7 @@ def cut(batch: SparseBatch, sequence: int, first: int, last: int) -> SparseBatch
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES if ON_DEVICE else DTYPES[:1])  # the interpreter has one order of sums
+@pytest.mark.parametrize("dtype", DTYPES if COMPILED else DTYPES[:1])  # the interpreter has one order of sums
 @pytest.mark.parametrize("refresh", [1, 4])
 @pytest.mark.parametrize("size", [1, 3, 7])
 def test_slices_equal_one_pass_bit_for_bit(size: int, refresh: int, dtype: torch.dtype) -> None:
