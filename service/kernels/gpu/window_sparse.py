@@ -55,12 +55,12 @@ def _power_below(number: int) -> int:
 
 
 def sparse_row(dtype: torch.dtype, head_dim: int, group: int) -> Tile:
-    """The tile of one decoding row's query heads."""
+    """The tile of one decoding row's query heads. Four warps where their registers suffice: two programs then fit a multiprocessor, and one
+    computes while the other waits."""
     rows = max(16, triton.next_power_of_2(group))
-    if head_dim <= 64 and dtype != torch.float32 and rows == 16:
-        return Tile(rows, 4, 3)
-    stages = 1 if head_dim > 128 else 2 if dtype == torch.float32 else 3
-    return Tile(rows, 4 if rows == 64 and head_dim <= 64 else 8, stages)
+    if dtype == torch.float32 or head_dim > 128:
+        return Tile(rows, 8, 1 if head_dim > 128 else 2)
+    return Tile(rows, 4 if rows == 16 or (rows == 64 and head_dim <= 64) else 8, 3)
 
 
 def plan_sparse(
