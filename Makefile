@@ -7,7 +7,7 @@ ARGS ?=
 # Machines with a GPU bring a torch of their own; it is used as it is.
 GPU_PYTHON ?= python3
 
-.PHONY: help setup serve test test-all tools check arm-check gpu-check gpu-bench docs image image-test unit-test clean
+.PHONY: help setup serve test test-all tools check arm-check gpu-check gpu-bench docs gpu-emulate image image-test unit-test clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -55,6 +55,10 @@ arm-check: $(VENV)/.test ## run the compiled kernels' tests for aarch64 under em
 gpu-check: ## run the kernels' tests on the GPU; GPU_PYTHON needs torch, triton, numpy, pytest and hypothesis, nothing else of ours
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "make: $(GPU_PYTHON) finds no CUDA device; name an interpreter whose torch does with GPU_PYTHON="; exit 2; }
 	@$(GPU_PYTHON) -m pytest -p no:cacheprovider -m "not slow" tests/kernels/gpu tests/kernels/test_dispatch.py $(ARGS)
+
+SM ?= 90
+gpu-emulate: $(VENV)/.test ## compile the kernels for a GPU (SM=80, 87 or 90) and run their tests on what was compiled, without the GPU
+	@EMULATE_SM=$(SM) $(BIN)/python -m pytest -n 2 -m "not slow" tests/kernels/gpu tests/test_graph_parity.py --deselect tests/kernels/gpu/test_compile_gate.py $(ARGS)
 
 gpu-bench: ## speed of the kernels and of serving on the GPU beside limits and peers, rows in loadtests/results (needs torch, triton and numpy in GPU_PYTHON; serving also msgspec and prometheus_client)
 	@$(GPU_PYTHON) -m loadtests.gpu_bench --keep $(ARGS)

@@ -53,7 +53,7 @@ class RuleAttend:
         choices, counts = reference_sparse.choose_far(*asked, sink_blocks=far.sink_blocks, most=max(budgets))
         of_tokens = torch.arange(self._tokens) // far.refresh
         self.far_blocks_read += int(counts[of_tokens].sum()) * keys.shape[1]
-        return ChosenFar(store, table, choices, counts, of_tokens)
+        return ChosenFar(store, table, choices, counts, of_tokens, far.budget(0))
 
 
 def _in_blocks(x: Tensor, blocks: int) -> Tensor:

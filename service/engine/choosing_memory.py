@@ -52,7 +52,7 @@ def step_bytes(layout: KvLayout, step: StepSize, tokens_a_tile: int) -> int:
     """Bytes that choosing takes in one step at most: the choices of all layers until the step has succeeded, a layer's once more while
     earlier ones are joined to them. On a GPU, where tiles have `tokens_a_tile` (elsewhere 0), there are besides a score for each candidate,
     the indices of the first stage, indices and scores of the second, and who of a tile reads which block: marks by block and a list, while
-    keys are compared; marks and a list of two kinds while rows attend."""
+    keys are compared, and again while rows attend."""
     total, largest = 0, 0
     for group, spec in _far_groups(layout):
         candidates = max(layout.entries(group, max(step.context_tokens - 1, 0)) - spec.sink_blocks, 0)
@@ -67,7 +67,7 @@ def step_bytes(layout: KvLayout, step: StepSize, tokens_a_tile: int) -> int:
         if tokens_a_tile and most:
             tiles = step.tiles(tokens_a_tile) * group.kv_heads
             scored = heads * (blocks + kept + 2 * compared) + tiles * 3 * blocks
-            marked = tiles * 5 * blocks
+            marked = tiles * 3 * blocks
         largest = max(largest, (heads * budget + scored) * _INDEX_BYTES, marked * _INDEX_BYTES)
     return total + largest
 

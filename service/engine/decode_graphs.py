@@ -154,8 +154,8 @@ class DecodeGraphs:
 
     def _choices(self, group: int, step: FixedStep) -> FixedChoices:
         far, tables = self._layout.groups[group].far, step.fields.tables[group]
-        most = 0 if far is None else far.budget(FAR_POSITION)
-        return FixedChoices(step.fields.far[group], tables, most, resolve("choose_far", *self._pool.place))
+        budget, most = (0, 0) if far is None else (far.budget(0), far.budget(FAR_POSITION))
+        return FixedChoices(step.fields.far[group], tables, budget, most, resolve("choose_far", *self._pool.place))
 
 
 def _nothing() -> None:

@@ -105,7 +105,7 @@ class StepChoices:
         self._group, self._kept, self._tables, self._choose = group, kept, tables, choose
         self._places = {layer: at for at, layer in enumerate(kept.layout.groups[group].layers)}
         far = kept.layout.groups[group].far
-        sink_blocks = far.sink_blocks if far is not None else 0
+        sink_blocks, self._budget = (far.sink_blocks, far.budget(0)) if far is not None else (0, 0)
         # Who may choose all candidates has nothing to ask.
         whole = anchors.counts == np.maximum(anchors.ends - sink_blocks, 0)
         fresh, stale = np.flatnonzero(anchors.fresh & ~whole), np.flatnonzero(~anchors.fresh)
@@ -138,7 +138,7 @@ class StepChoices:
             asked = query.index_select(0, self._query_rows)
             choices, _ = self._choose(asked, blocks, self._tables, *self._arguments, sink_blocks=sink_blocks, most=self._most)
             made[self._fresh, :, : self._most] = choices
-        return ChosenFar(blocks, self._tables, made, self._counts, self._of_tokens)
+        return ChosenFar(blocks, self._tables, made, self._counts, self._of_tokens, self._budget)
 
     @property
     def step(self) -> FarStep:
@@ -158,13 +158,14 @@ class StepChoices:
 class FixedChoices:
     """The choices of rows that decode, one token each and a choice for every token, from tensors at fixed places.
 
-    `ends`, `budgets` and `counts` [S] int32 are filled before the step, as `Anchors` has them; `most` is the largest budget there is.
+    `ends`, `budgets` and `counts` [S] int32 are filled before the step, as `Anchors` has them; `budget` is the smallest of these and `most`
+    the largest that there is.
     Nothing is kept: a choice for every token goes on with none.
     """
 
-    def __init__(self, fields: tuple[Tensor, Tensor, Tensor], tables: Tensor, most: int, choose: Kernel) -> None:
+    def __init__(self, fields: tuple[Tensor, Tensor, Tensor], tables: Tensor, budget: int, most: int, choose: Kernel) -> None:
         self._ends, self._budgets, self._counts = fields
-        self._tables, self._most, self._choose = tables, most, choose
+        self._tables, self._budget, self._most, self._choose = tables, budget, most, choose
         self._rows = torch.arange(len(tables), dtype=torch.int32, device=tables.device)
 
     def of(self, layer: int, query: Tensor, blocks: FarBlocks, sink_blocks: int) -> ChosenFar:
@@ -172,7 +173,7 @@ class FixedChoices:
         del layer
         where = self._tables, self._rows, self._ends, self._budgets
         choices, _ = self._choose(query, blocks, *where, sink_blocks=sink_blocks, most=self._most)
-        return ChosenFar(blocks, self._tables, choices, self._counts, self._rows)
+        return ChosenFar(blocks, self._tables, choices, self._counts, self._rows, self._budget)
 
     def keep(self) -> None:
         """Nothing is kept."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from service.engine.choosing_memory import StepSize, step_bytes, tile_tokens
-from service.types.kv_layout import FAR_POSITION, SPLIT_TOKENS, KvGroup, KvLayout
+from service.types.kv_layout import SPLIT_TOKENS, KvGroup, KvLayout
 from service.types.model_spec import ModelSpec
 
 # Shapes that are kept recorded, and what the driver may take for one.
@@ -56,11 +56,13 @@ def splits_of(layout: KvLayout, blocks: int) -> int:
 
 
 def _splits(group: KvGroup, tokens: int, block_tokens: int) -> int:
-    if group.far is not None:
-        # Pieces of the list of sinks, chosen blocks and the window, as `window_sparse.most_entries` counts it.
-        window = (group.window or 0) - 1 + group.far.refresh + block_tokens - 1
-        entries = group.far.sink_blocks + group.far.budget(FAR_POSITION) + window // block_tokens + 1
-        return max(2, -(-entries // (SPLIT_TOKENS // block_tokens)))
+    far = group.far
+    if far is not None:
+        # As `kernels.splits.most_sparse_splits` counts them, which a process without torch cannot ask.
+        blocks, budget = SPLIT_TOKENS // block_tokens, far.budget(0)
+        near = ((group.window or 0) - 1 + far.refresh + block_tokens - 1) // block_tokens + 1
+        before = far.sink_blocks + (max(budget, -(-budget * blocks // 4)) + 1 if budget else 0)
+        return max(2, -(-before // blocks) + (near + blocks - 2) // blocks + 1)
     whole = max(-(-tokens // SPLIT_TOKENS), 1)
     return whole if group.window is None else min(whole, (group.window + SPLIT_TOKENS - 2) // SPLIT_TOKENS + 1)
 

@@ -43,7 +43,8 @@ class ChosenFar(NamedTuple):
 
     `tables` int32 [S, M] give far block ids by sequence and table index. Row t reads, for K/V head h, the table indices
     choices[a, h, : counts[a]] with a = anchors[t]; none where that is −1. `choices` int32 [A, Hkv, most], `counts` int32 [A], both as
-    `choose_far` gives them (in this step or an earlier one), `anchors` int64 [T].
+    `choose_far` gives them (in this step or an earlier one), `anchors` int64 [T]. `budget` is how many blocks the model's rows choose at
+    least, where there are as many: the same in every step, since the order of a kernel's sums may follow from it.
     """
 
     blocks: FarBlocks
@@ -51,6 +52,7 @@ class ChosenFar(NamedTuple):
     choices: Tensor
     counts: Tensor
     anchors: Tensor
+    budget: int
 
 
 def near_start(position: int, window: int, refresh: int, block_tokens: int) -> int:

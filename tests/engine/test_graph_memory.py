@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +12,7 @@ from service.engine.graph_memory import GRAPH_BYTES, MOST_GRAPHS, Shape, fixed_v
 from service.engine.memory import Usage, plan_memory
 from service.kernels import splits
 from service.types.catalog import V5_2
-from service.types.kv_layout import SPLIT_TOKENS, KvGroup, KvLayout
+from service.types.kv_layout import SPLIT_TOKENS, FarStore, KvGroup, KvLayout
 from service.types.plan import LoadRequest
 
 
@@ -35,9 +37,6 @@ def test_pieces_are_those_of_the_kernels(window: int | None, blocks: int) -> Non
 
 
 def test_pieces_of_a_list_are_those_of_the_kernels() -> None:
-    pytest.importorskip("triton")
-    from service.kernels.gpu.window_sparse import most_entries
-
     spec = V5_2.spec(dict(V5_2.shapes)["nano"])
     layout = spec.kv_layout()
     sparse = [group for group in layout.groups if group.far is not None and group.source is None]
@@ -45,9 +44,10 @@ def test_pieces_of_a_list_are_those_of_the_kernels() -> None:
     for group in sparse:
         far = group.far
         assert far is not None
-        entries = most_entries(group.window or 0, far.refresh, 64, far.sink_blocks, far.budget(1 << 20))
-        alone = KvLayout((group,))
-        assert splits_of(alone, 64) == max(2, -(-entries // 8)) == splits_of(alone, 4096)
+        for spec in (far, replace(far, blocks=40), replace(far, sink_blocks=9), replace(far, store=FarStore.EVICT)):
+            alone, budget = KvLayout((replace(group, far=spec),)), spec.budget(0) or None
+            most = splits.most_sparse_splits(group.window or 0, spec.refresh, 64, spec.sink_blocks, budget)
+            assert splits_of(alone, 64) == most == splits_of(alone, 4096)
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])

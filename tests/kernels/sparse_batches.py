@@ -242,7 +242,7 @@ def make_sparse(
                 whole[0][0], whole[1][0] = keys[sequence][start:end].transpose(0, 1), values[sequence][start:end].transpose(0, 1)
                 reference_sparse.demote(*whole, blocks, torch.tensor([0]), torch.tensor([physical]))
     choosing, anchors = _choosing(queries, contexts, counts, tables["far"], blocks, (window, refresh, block_tokens, sink_blocks, budget))
-    far = None if store == "evict" else ChosenFar(blocks, tables["far"], *choosing.run(), anchors)
+    far = None if store == "evict" else ChosenFar(blocks, tables["far"], *choosing.run(), anchors, budget)
     return SparseBatch(
         torch.cat([query[len(query) - count :] for query, count in zip(queries, counts, strict=True)]),
         key_blocks,

@@ -170,7 +170,7 @@ def product_of(
 @kernel
 def product_kernel(
     p_query, p_steps, p_units, p_far_keys, p_key_scales, p_tables, p_sequences, p_ends, p_budgets, p_kept, p_scores, anchors, most,
-    stride_query_anchor, stride_query_head, stride_far_key_block, stride_far_key_head, stride_far_key_token,
+    stride_query_anchor, stride_query_head, stride_far_key_block, stride_far_key_head, stride_far_key_token: tl.constexpr,
     stride_scale_block, stride_scale_head, stride_table,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, SINK_BLOCKS: tl.constexpr, SECOND: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, QUANTISED: tl.constexpr, NIBBLES: tl.constexpr, TOKENS: tl.constexpr, FEWEST: tl.constexpr,
@@ -276,7 +276,7 @@ def score_tile_kernel(
 @kernel
 def product_tile_kernel(
     p_steps, p_units, p_far_keys, p_key_scales, p_tables, p_sequences, p_indices, p_readers, p_visits, p_scores, anchors, most_visits, most,
-    stride_far_key_block, stride_far_key_head, stride_far_key_token, stride_scale_block, stride_scale_head, stride_table,
+    stride_far_key_block, stride_far_key_head, stride_far_key_token: tl.constexpr, stride_scale_block, stride_scale_head, stride_table,
     GROUP: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     NIBBLES: tl.constexpr, TOKENS: tl.constexpr, FEWEST: tl.constexpr,
 ):  # fmt: skip

@@ -297,7 +297,7 @@ def _tile_visits(asked: _Asked, kept: Tensor) -> Visits:
         asked.sequences, asked.ends, asked.budgets, kept, marks, anchors, width, asked.compared, SINK_BLOCKS=asked.sink_blocks,
         SECOND=SECOND_STAGE, TOKENS=asked.tile, FEWEST=FEWEST_ANCHORS, MARKED=triton.next_power_of_2(asked.compared), num_warps=1,
     )  # fmt: skip
-    return gather_visits(marks[None], asked.tile * asked.compared)
+    return gather_visits(marks, asked.tile * asked.compared)
 
 
 def tile_candidates(block_dim: int, chip: int) -> int:

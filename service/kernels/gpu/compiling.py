@@ -2,7 +2,8 @@
 
 Triton compiles a variant of a kernel where an integer is 1 or divisible by 16, and where a pointer is aligned to 16 bytes; a variant that
 is first met while requests wait costs them seconds. Invariant: a kernel's variants follow from its constants and from types, strides and
-sizes of layers; lengths, counts and where a step's arrays begin make none.
+sizes of layers; lengths, counts and where a step's arrays begin make none. Strides between a block's tokens are constants: what a thread
+reads of a block then has one address and offsets that take no register.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ UNALIGNED = (
         "p_block_ids",
         "p_offsets",
     ),
-    *("p_sequences", "p_budgets", "p_anchors", "p_counts", "p_choices", "p_indices", "p_readers", "p_cuts", "p_sums"),
+    *("p_sequences", "p_budgets", "p_anchors", "p_counts", "p_choices", "p_indices", "p_readers", "p_sums"),
 )
 
 

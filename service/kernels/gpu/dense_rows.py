@@ -17,10 +17,10 @@ from service.kernels.gpu.online_softmax import finish_rows, merge_rows, start_ro
 def decode_kernel(
     p_query, p_keys, p_values, p_out, p_tables, p_query_starts, p_context_lengths, p_split_ends, p_sinks, p_peaks, p_sums, p_parts,
     sequences, scale, cap, stride_query_token, stride_query_head, stride_out_token, stride_out_head, stride_table,
-    stride_key_block, stride_key_head, stride_key_token, stride_value_block, stride_value_head, stride_value_token,
-    SEQUENCES: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, SPLIT_BLOCKS: tl.constexpr,
-    WINDOW: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    stride_key_block, stride_key_head, stride_key_token: tl.constexpr, stride_value_block, stride_value_head,
+    stride_value_token: tl.constexpr, SEQUENCES: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    SPLIT_BLOCKS: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program takes every num_programs-th work item, a (sequence, split), for one K/V head; its rows are the GROUP query heads.
 

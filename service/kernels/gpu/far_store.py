@@ -67,8 +67,10 @@ def store_bounds(p_bounds, b_high, b_low, b_unit, m_usable, o_parts, DIM: tl.con
 def demote_kernel(
     p_keys, p_values, p_far_keys, p_far_values, p_key_scales, p_value_scales,
     p_bounds, p_part_bounds, p_bound_scales, p_near_ids, p_far_ids,
-    stride_key_block, stride_key_head, stride_key_token, stride_value_block, stride_value_head, stride_value_token,
-    stride_far_key_block, stride_far_key_head, stride_far_key_token, stride_far_value_block, stride_far_value_head, stride_far_value_token,
+    stride_key_block, stride_key_head, stride_key_token: tl.constexpr, stride_value_block, stride_value_head,
+    stride_value_token: tl.constexpr,
+    stride_far_key_block, stride_far_key_head, stride_far_key_token: tl.constexpr, stride_far_value_block, stride_far_value_head,
+    stride_far_value_token: tl.constexpr,
     stride_scale_block, stride_scale_head, stride_bound_block, stride_bound_head, stride_part_block, stride_part_head,
     stride_bound_scale_block, stride_bound_scale_head,
     KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr, BLOCK_TOKENS: tl.constexpr,

@@ -1,8 +1,8 @@
-"""Kernel of attention over two stores for decoding rows: the splits of a row's compacted list of blocks side by side.
+"""Kernel of attention over two stores for decoding rows: the splits of what a row reads side by side.
 
-The list of a position is: sinks, chosen far blocks upwards, the near blocks from the window's start. A split is SPLIT_BLOCKS entries of
-that list, so with nothing far it is the split of dense attention. Invariant: what a program reads, and in which order, is a function of its
-row's position and of the choice made at its anchor; shapes and plans are the business of `window_sparse.py`.
+A row reads sinks, chosen far blocks upwards, and the near blocks from the window's start; its splits are those of a prompt's tile
+(`sparse_tiles.far_span`). Invariant: what a program reads, and in which order, is a function of its row's position and of the choice made
+at its anchor; shapes and plans are the business of `window_sparse.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 from service.kernels.gpu.compiling import kernel
 from service.kernels.gpu.dense_tiles import find_sequence, walk_blocks
 from service.kernels.gpu.online_softmax import add_tile, score_tile, start_rows
-from service.kernels.gpu.sparse_tiles import load_scaled, near_start
+from service.kernels.gpu.sparse_tiles import far_span, load_scaled, near_start
 
 
 @triton.jit
@@ -48,67 +48,80 @@ def walk_far(
 
 
 @triton.jit
-def attend_list(
+def attend_split(
     p_keys, p_values, p_table, p_far_keys, p_far_values, p_key_scales, p_value_scales, p_far_table, p_choices,
-    b_query, o_position, position, i_from, i_to, sinks, chosen, i_start, scale, cap,
+    b_query, o_position, position, i_sink, i_sinks, i_choice, i_choices, i_near, i_nears, scale, cap,
     stride_key_block, stride_key_token, stride_value_block, stride_value_token,
     stride_far_key_block, stride_far_key_token, stride_far_value_block, stride_far_value_token, stride_scale_block,
     ROWS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, CAPPED: tl.constexpr, QUANTISED: tl.constexpr, NIBBLES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The state of the rows at `position` after entries i_from … i_to − 1 of their list.
-
-    Entries below `sinks` are sink blocks, the next `chosen` are choices, the others the near blocks from i_start on.
-    """
+    """The state of the rows at `position` after sinks i_sink … i_sinks − 1, choices i_choice … i_choices − 1, and near blocks i_near …
+    i_nears − 1."""
     b_max, b_sum, b_acc = start_rows(ROWS, BLOCK_VALUE)
     b_max, b_sum, b_acc, _, _, _ = walk_blocks(
         p_keys, p_values, p_table, b_query, o_position, position, position, b_max, b_sum, b_acc, b_max, b_sum, b_acc,
-        i_from, tl.minimum(i_to, sinks), 0, scale, cap, stride_key_block, stride_key_token, stride_value_block, stride_value_token,
+        i_sink, i_sinks, 0, scale, cap, stride_key_block, stride_key_token, stride_value_block, stride_value_token,
         KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, 0, 0, CAPPED, PRECISION,
     )  # fmt: skip
     b_max, b_sum, b_acc = walk_far(
         p_far_keys, p_far_values, p_key_scales, p_value_scales, p_far_table, p_choices, b_query, b_max, b_sum, b_acc,
-        tl.maximum(i_from - sinks, 0), tl.minimum(i_to - sinks, chosen), scale, cap,
+        i_choice, i_choices, scale, cap,
         stride_far_key_block, stride_far_key_token, stride_far_value_block, stride_far_value_token, stride_scale_block,
         KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, CAPPED, QUANTISED, NIBBLES, PRECISION,
     )  # fmt: skip
-    i_near = i_start - sinks - chosen
     b_max, b_sum, b_acc, _, _, _ = walk_blocks(
         p_keys, p_values, p_table, b_query, o_position, position, position, b_max, b_sum, b_acc, b_max, b_sum, b_acc,
-        tl.maximum(i_from + i_near, i_start), i_to + i_near, -i_near, scale, cap,
-        stride_key_block, stride_key_token, stride_value_block, stride_value_token,
+        i_near, i_nears, 0, scale, cap, stride_key_block, stride_key_token, stride_value_block, stride_value_token,
         KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, 0, 0, CAPPED, PRECISION,
     )  # fmt: skip
     return b_max, b_sum, b_acc
 
 
 @triton.jit
-def find_list(
-    p_anchors, p_counts, i_row, position, HAS_FAR: tl.constexpr, WINDOW: tl.constexpr, REFRESH: tl.constexpr, SINK_BLOCKS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
+def find_split(
+    i_item, position, i_start, span, HAS_FAR: tl.constexpr, SINK_BLOCKS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    SPLIT_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """(first near block, sinks before it, chosen far blocks, row of choices, entries) of the list of the row at `position`."""
-    i_start = near_start(position, WINDOW, REFRESH, BLOCK_TOKENS)
-    sinks = tl.minimum(i_start, SINK_BLOCKS)
-    i_anchor, chosen = tl.cast(0, tl.int64), tl.cast(0, tl.int32)
-    if HAS_FAR:
-        i_anchor = tl.load(p_anchors + i_row).to(tl.int64)
-        chosen = tl.load(p_counts + i_anchor, mask=i_anchor >= 0, other=0)
-    entries = tl.where(position < 0, 0, sinks + chosen + position // BLOCK_TOKENS + 1 - i_start)
-    return i_start, sinks, chosen, i_anchor, entries
+    """(first block and end among sinks and far blocks, first block and end among near ones) of split i_item of the row at `position`.
+
+    Splits before the window come first; the last of them goes on in the window where the first of those begins at the same block.
+    """
+    i_end = i_start if HAS_FAR else tl.minimum(i_start, SINK_BLOCKS)
+    before, i_group = tl.cdiv(i_end, span), i_start // SPLIT_BLOCKS
+    i_group += i_item - before + ((before > 0) & ((before - 1) * span == i_group * SPLIT_BLOCKS)).to(tl.int32)
+    i_blocks = tl.where(position < 0, 0, position // BLOCK_TOKENS + 1)
+    i_near, i_nears = tl.maximum(i_group * SPLIT_BLOCKS, i_start), tl.minimum((i_group + 1) * SPLIT_BLOCKS, i_blocks)
+    return i_item * span, tl.minimum((i_item + 1) * span, i_end), i_near, i_nears
+
+
+@triton.jit
+def find_choices(p_anchors, p_counts, p_choices, i_row, i_from, i_to, stride_choice_anchor, COUNTED: tl.constexpr):
+    """(the choices of a row, ascending, and which of them are blocks i_from … i_to − 1: the first and the end)."""
+    i_anchor = tl.load(p_anchors + i_row).to(tl.int64)
+    chosen = tl.load(p_counts + i_anchor, mask=i_anchor >= 0, other=0)
+    p_choices += i_anchor * stride_choice_anchor
+    i_choice, i_choices = tl.cast(0, tl.int32), tl.cast(0, tl.int32)
+    for i_some in range(0, chosen, COUNTED):
+        o_choice = i_some + tl.arange(0, COUNTED)
+        b_index = tl.load(p_choices + o_choice, mask=o_choice < chosen, other=2147483647)
+        i_choice += tl.sum((b_index < i_from).to(tl.int32))
+        i_choices += tl.sum((b_index < i_to).to(tl.int32))
+    return p_choices, i_choice, i_choices
 
 
 @kernel
 def sparse_row_kernel(
     p_query, p_keys, p_values, p_tables, p_query_starts, p_context_lengths, p_ends, p_peaks, p_sums, p_parts,
     p_far_keys, p_far_values, p_key_scales, p_value_scales, p_counts, p_anchors, p_far_tables, p_choices, sequences, scale, cap,
-    stride_query_token, stride_query_head, stride_table, stride_key_block, stride_key_head, stride_key_token,
-    stride_value_block, stride_value_head, stride_value_token, stride_far_key_block, stride_far_key_head, stride_far_key_token,
-    stride_far_value_block, stride_far_value_head, stride_far_value_token, stride_scale_block, stride_scale_head,
-    stride_far_table, stride_choice_anchor, stride_choice_head, SEQUENCES: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    stride_query_token, stride_query_head, stride_table, stride_key_block, stride_key_head, stride_key_token: tl.constexpr,
+    stride_value_block, stride_value_head, stride_value_token: tl.constexpr, stride_far_key_block, stride_far_key_head,
+    stride_far_key_token: tl.constexpr, stride_far_value_block, stride_far_value_head, stride_far_value_token: tl.constexpr,
+    stride_scale_block, stride_scale_head, stride_far_table, stride_choice_anchor, stride_choice_head,
+    SEQUENCES: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     SPLIT_BLOCKS: tl.constexpr, WINDOW: tl.constexpr, REFRESH: tl.constexpr, SINK_BLOCKS: tl.constexpr, HAS_FAR: tl.constexpr,
-    QUANTISED: tl.constexpr, NIBBLES: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    BUDGET: tl.constexpr, QUANTISED: tl.constexpr, NIBBLES: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program owns one split of one decoding row and one K/V head; it leaves peaks and sums [items, Hq] and parts [items, Hq, Dv] for
     `reduce_kernel`, empty where the list is shorter."""
@@ -121,17 +134,19 @@ def sparse_row_kernel(
     m_rows, o_head = o_rows < GROUP, i_head * GROUP + o_rows
     o_query = (i_row * stride_query_token + o_head * stride_query_head)[:, None] + o_key[None, :]
     b_query = tl.load(p_query + o_query, mask=m_rows[:, None] & (o_key < KEY_DIM)[None, :], other=0.0)  # [ROWS, BLOCK_KEY]
-    i_start, sinks, chosen, i_anchor, entries = find_list(
-        p_anchors, p_counts, i_row, position, HAS_FAR, WINDOW, REFRESH, SINK_BLOCKS, BLOCK_TOKENS
-    )
-    b_max, b_sum, b_acc = attend_list(
+    i_start = near_start(position, WINDOW, REFRESH, BLOCK_TOKENS)
+    span = far_span(position, HAS_FAR, BUDGET, WINDOW, REFRESH, SINK_BLOCKS, BLOCK_TOKENS, SPLIT_BLOCKS)
+    i_far, i_end, i_near, i_nears = find_split(i_item, position, i_start, span, HAS_FAR, SINK_BLOCKS, BLOCK_TOKENS, SPLIT_BLOCKS)
+    p_choices, i_choice, i_choices = p_choices + i_head * stride_choice_head, tl.cast(0, tl.int32), tl.cast(0, tl.int32)
+    if HAS_FAR:
+        p_choices, i_choice, i_choices = find_choices(p_anchors, p_counts, p_choices, i_row, i_far, i_end, stride_choice_anchor, 32)
+    b_max, b_sum, b_acc = attend_split(
         p_keys + i_head * stride_key_head, p_values + i_head * stride_value_head, p_tables + i_sequence.to(tl.int64) * stride_table,
         p_far_keys + i_head * stride_far_key_head, p_far_values + i_head * stride_far_value_head,
         p_key_scales + i_head * stride_scale_head, p_value_scales + i_head * stride_scale_head,
-        p_far_tables + i_sequence.to(tl.int64) * stride_far_table,
-        p_choices + i_anchor * stride_choice_anchor + i_head * stride_choice_head,
-        b_query, tl.where(m_rows, position, -1), position, i_item * SPLIT_BLOCKS, tl.minimum((i_item + 1) * SPLIT_BLOCKS, entries),
-        sinks, chosen, i_start, scale, cap, stride_key_block, stride_key_token, stride_value_block, stride_value_token,
+        p_far_tables + i_sequence.to(tl.int64) * stride_far_table, p_choices, b_query, tl.where(m_rows, position, -1), position,
+        i_far, tl.minimum(i_end, SINK_BLOCKS), i_choice, i_choices, i_near, i_nears, scale, cap,
+        stride_key_block, stride_key_token, stride_value_block, stride_value_token,
         stride_far_key_block, stride_far_key_token, stride_far_value_block, stride_far_value_token, stride_scale_block,
         ROWS, KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, CAPPED, QUANTISED, NIBBLES, PRECISION,
     )  # fmt: skip

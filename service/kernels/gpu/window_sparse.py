@@ -29,7 +29,7 @@ from service.kernels.gpu.sparse_rows import sparse_row_kernel
 from service.kernels.gpu.sparse_tiles import sparse_tile_kernel
 from service.kernels.gpu.tile_visits import MOST_TOKENS, find_visits
 from service.kernels.reference_sparse import ChosenFar
-from service.kernels.splits import SPLIT_TOKENS
+from service.kernels.splits import most_sparse_splits
 
 
 def sparse_tile(dtype: torch.dtype, head_dim: int, group: int, chip: int, far: bool) -> tuple[Tile, int]:
@@ -42,11 +42,14 @@ def sparse_tile(dtype: torch.dtype, head_dim: int, group: int, chip: int, far: b
     if dtype == torch.float32:
         rows = max(16 if head_dim <= 64 else 8, triton.next_power_of_2(group))
         return Tile(rows, 8, 1), min(MOST_TOKENS, _power_below(rows // group))
-    most = 16 if head_dim > 128 else 128 if head_dim <= 64 and chip >= 90 else 32
+    if chip >= 90:
+        most, stages = (64, 2) if head_dim > 128 else (128, 3)
+    else:
+        most, stages = (16, 1) if head_dim > 128 else (32 if head_dim <= 64 else 64, 3)
     tokens = min(MOST_TOKENS, _power_below(max(most // group, 1)))
     rows = max(16, triton.next_power_of_2(tokens * group))
     # Warp groups take 64 rows each: two of them would compute the scores of 64 twice.
-    return Tile(rows, 4 if rows == 64 and head_dim <= 64 else 8, 1 if head_dim > 128 else 3), tokens
+    return Tile(rows, 4 if rows == 64 and head_dim <= 64 else 8, stages), tokens
 
 
 def _power_below(number: int) -> int:
@@ -95,11 +98,6 @@ def plan_sparse_tiles(
     return AttentionPlan(query_starts, context_lengths, near_tables.device, window, tiled=True)
 
 
-def most_entries(window: int, refresh: int, block_tokens: int, sink_blocks: int, most: int) -> int:
-    """Blocks that one row reads at most: sinks, `most` far blocks, and the window of its anchor with what follows up to the row."""
-    return sink_blocks + most + (window - 1 + refresh + block_tokens - 1) // block_tokens + 1
-
-
 def window_sparse_attention(
     query: Tensor,
     key_blocks: Tensor,
@@ -120,17 +118,18 @@ def window_sparse_attention(
     """Causal attention of query [T, Hq, D] to sinks, chosen far blocks and the window: [T, Hq, Dv], sums in float32.
 
     Arguments as in `reference_sparse.window_sparse_attention`, types and strides as in `paged_attention`. A store of 8 or 4 bits is widened
-    in registers, its scales applied to scores and weights. A row reads `most_entries` blocks at most, whatever its context: at D = Dv = 64
-    and one K/V head 256 bytes a near and 132 a far token. Raises ValueError for other types, sizes or strides.
+    in registers, its scales applied to scores and weights. What a row reads does not grow with its context: at D = Dv = 64 and one K/V head
+    256 bytes a near and 132 a far token. Raises ValueError for other types, sizes or strides.
     """
     check_attention(query, key_blocks, value_blocks, near_tables)
     heads, (kv_heads, block_tokens) = query.shape[1], key_blocks.shape[1:3]
     size = max(query.shape[2], value_blocks.shape[3])
     tile, tokens = sparse_tile(query.dtype, size, heads // kv_heads, capability(query.device), far is not None)
+    if far is not None:
+        tokens = min(tokens, block_tokens)  # All of one block, see `far_span`.
     if plan is None:
         plan = AttentionPlan(query_starts, context_lengths, query.device, window)
-    entries = most_entries(window, refresh, block_tokens, sink_blocks, 0 if far is None else far.choices.shape[2])
-    splits = max(2, -(-entries // (SPLIT_TOKENS // block_tokens)))
+    splits = most_sparse_splits(window, refresh, block_tokens, sink_blocks, None if far is None else far.budget)
     work = plan.sparse(tokens, splits)
     shape = (query.shape[0], heads, value_blocks.shape[3])
     decoded = work.splits == splits * len(query)  # Every row; else some may see nothing and be written by nobody.
@@ -161,12 +160,9 @@ def _launch_tiles(call: _Call, tile: Tile, tokens: int, numbers: tuple[int, floa
     query, keys, values, out, tables = call.tensors
     lengths = (*call.lengths, call.work.tile_ends)
     stores, far_strides, far_options = _far_arguments(call.far, keys, tables)
-    visits: tuple[Tensor, ...] = (tables,) * 5
+    visits: tuple[Tensor, ...] = (tables,) * 4
     if call.far is not None:
-        found = find_visits(
-            lengths, call.work.tiles, tokens, call.far, sink_blocks=options["SINK_BLOCKS"], split_blocks=options["SPLIT_BLOCKS"]
-        )
-        visits = (call.far.tables, *found)
+        visits = (call.far.tables, *find_visits(lengths, call.work.tiles, tokens, call.far))
     strides = (*query.stride()[:2], *out.stride()[:2], tables.stride(0), *keys.stride()[:3], *values.stride()[:3])
     sparse_tile_kernel[(call.work.tiles, keys.shape[1])](
         *call.tensors, *lengths, call.sinks, *stores, *visits, *numbers, visits[1].shape[-1], *strides, *far_strides, visits[0].stride(0),
@@ -181,12 +177,13 @@ def _launch_rows(call: _Call, tile: Tile, numbers: tuple[int, float, float], opt
     peaks, sums = query.new_empty((2, splits, heads), dtype=torch.float32)
     parts = query.new_empty((splits, heads, out.shape[2]), dtype=torch.float32)
     stores, far_strides, far_options = _far_arguments(call.far, keys, tables)
-    far_tables, choices = (tables, tables) if call.far is None else (call.far.tables, call.far.choices)
-    choice_strides = (0, 0) if call.far is None else choices.stride()[:2]
+    far = call.far
+    chosen = (tables,) * 4 if far is None else (far.counts, far.anchors, far.tables, far.choices)
+    choice_strides = (0, 0) if far is None else far.choices.stride()[:2]
     strides = (*query.stride()[:2], tables.stride(0), *keys.stride()[:3], *values.stride()[:3])
     sparse_row_kernel[(splits, keys.shape[1])](
-        query, keys, values, tables, *call.lengths, split_ends, peaks, sums, parts, *stores, far_tables, choices, *numbers,
-        *strides, *far_strides, far_tables.stride(0), *choice_strides,
+        query, keys, values, tables, *call.lengths, split_ends, peaks, sums, parts, *stores, *chosen, *numbers,
+        *strides, *far_strides, chosen[2].stride(0), *choice_strides,
         ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages, **{name: options[name] for name in options if name != "SINKS"},
         **far_options,
     )  # fmt: skip
@@ -197,15 +194,13 @@ def _launch_rows(call: _Call, tile: Tile, numbers: tuple[int, float, float], opt
 
 
 def _far_arguments(far: ChosenFar | None, keys: Tensor, tables: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...], dict[str, Any]]:
-    """Tensors, strides and constants of the far store and its choices; where there is none or it has no scales, tensors that are never
-    read."""
-    options: dict[str, Any] = {"HAS_FAR": far is not None, "QUANTISED": False, "NIBBLES": False}
+    """Tensors, strides and constants of the far store; where there is none or it has no scales, tensors that are never read."""
+    options: dict[str, Any] = {"HAS_FAR": far is not None, "BUDGET": 0 if far is None else far.budget, "QUANTISED": False, "NIBBLES": False}
     if far is None:
-        return (keys, keys, keys, keys, tables, tables), (0,) * 8, options
+        return (keys,) * 4, (0,) * 8, options
     store = far.blocks
     key_scales, value_scales = store.key_scales, store.value_scales
     scales = (store.keys, store.values) if key_scales is None or value_scales is None else (key_scales, value_scales)
     options |= {"QUANTISED": key_scales is not None, "NIBBLES": store.keys.dtype == torch.uint8}
     scale_strides = store.key_scales.stride()[:2] if store.key_scales is not None else (0, 0)
-    tensors = (store.keys, store.values, *scales, far.counts, far.anchors)
-    return tensors, (*store.keys.stride()[:3], *store.values.stride()[:3], *scale_strides), options
+    return (store.keys, store.values, *scales), (*store.keys.stride()[:3], *store.values.stride()[:3], *scale_strides), options

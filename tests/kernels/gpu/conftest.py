@@ -94,7 +94,7 @@ def moved(batch: Any) -> Any:
 def placed(far: ChosenFar) -> ChosenFar:
     """Chosen far blocks on the device under test."""
     store = FarBlocks(*(None if tensor is None else tensor.to(DEVICE) for tensor in far.blocks))
-    return ChosenFar(store, *(tensor.to(DEVICE) for tensor in far[1:]))
+    return ChosenFar(store, *(tensor.to(DEVICE) for tensor in far[1:-1]), far.budget)
 
 
 def check_error(actual: Tensor, expected: Tensor, plain: Tensor, dtype: torch.dtype) -> None:

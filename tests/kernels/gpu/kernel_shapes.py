@@ -70,7 +70,7 @@ def attention_types(kind: str) -> dict[str, str]:
     types = data | dict.fromkeys(integers, "*i32") | dict.fromkeys(floats, "*fp32") | {"p_sinks": f"*{kind}"}
     types |= {"sequences": "i32", "scale": "fp32", "cap": "fp32"}
     parts = ("query_token", "query_head", "out_token", "out_head", "table")
-    parts += tuple(f"{store}_{part}" for store in ("key", "value") for part in ("block", "head", "token"))
+    parts += tuple(f"{store}_{part}" for store in ("key", "value") for part in ("block", "head"))
     return types | {f"stride_{part}": "i32" for part in parts}
 
 
@@ -81,7 +81,13 @@ def attention_constants(dim: int, group: int, window: int, **changes: Any) -> di
         "SEQUENCES": 256, "GROUP": group, "KEY_DIM": dim, "VALUE_DIM": dim, "BLOCK_KEY": block, "BLOCK_VALUE": block,
         "BLOCK_TOKENS": 64, "SPLIT_BLOCKS": 8, "WINDOW": window, "CAPPED": False, "SINKS": False, "PRECISION": "tf32",
     }  # fmt: skip
-    return constants | changes
+    return constants | token_strides(dim) | changes
+
+
+def token_strides(dim: int, store: str = "") -> dict[str, int]:
+    """Strides between the tokens of a block, near and far."""
+    far = dim // 2 if store == "int4" else dim
+    return {"stride_key_token": dim, "stride_value_token": dim, "stride_far_key_token": far, "stride_far_value_token": far}
 
 
 def dense_shapes() -> list[Shape]:
@@ -181,9 +187,11 @@ def sparse_shapes() -> list[Shape]:
             "REFRESH": 1,
             "SINK_BLOCKS": 1,
             "HAS_FAR": store != "none",
+            "BUDGET": 16,
             "QUANTISED": store in ("int8", "int4"),
             "NIBBLES": store == "int4",
         }
+        constants |= token_strides(dim, store)
         kept = ("*fp32", "fp32") if (kind, store) == ("fp32", "native") else STORES.get(store, STORES["native"])
         types, stack = attention_types(kind) | sparse_types(*kept), FLOAT32_STACK if kind == "fp32" else 0
         (tile, tokens), row = sparse_tile(TORCH_TYPES[kind], dim, group, chip, store != "none"), sparse_row(TORCH_TYPES[kind], dim, group)
@@ -193,7 +201,7 @@ def sparse_shapes() -> list[Shape]:
         shapes.append(Shape(f"sparse-prefill-{name}", "sparse_tiles", "sparse_tile_kernel", types, wide, *tile[1:], *limits))
         shapes.append(Shape(f"sparse-decode-{name}", "sparse_rows", "sparse_row_kernel", types, lone, *row[1:], stack, False, (chip,)))
     row = sparse_row(torch.bfloat16, 128, 4)
-    rule = {"ROWS": row.rows, "REFRESH": 1, "SINK_BLOCKS": 1, "HAS_FAR": True, "QUANTISED": True, "NIBBLES": False}
+    rule = {"ROWS": row.rows, "REFRESH": 1, "SINK_BLOCKS": 1, "HAS_FAR": True, "BUDGET": 16, "QUANTISED": True, "NIBBLES": False}
     types = attention_types("bf16") | sparse_types(*STORES["int8"]) | dict.fromkeys(("p_keys", "p_values"), "*fp8e4nv")
     constants = attention_constants(128, 4, 2048) | rule
     shapes.append(Shape("sparse-decode-fp8", "sparse_rows", "sparse_row_kernel", types, constants, *row[1:], capabilities=(90,)))
@@ -203,7 +211,7 @@ def sparse_shapes() -> list[Shape]:
 def visit_shapes() -> list[Shape]:
     """What tiles of prompts visit of the far store."""
     types = attention_types("bf16") | sparse_types(*STORES["int8"])
-    constants = {"SEQUENCES": 256, "TOKENS": 32, "SINK_BLOCKS": 1, "SPLIT_BLOCKS": 8, "MARKED": MARKED, "GATHERED": GATHERED, "CUTS": True}
+    constants = {"SEQUENCES": 256, "TOKENS": 32, "MARKED": MARKED, "GATHERED": GATHERED}
     return [Shape(f"visits-{part}", "tile_visits", f"{part}_kernel", types, constants, 1) for part in ("mark", "gather")]
 
 
@@ -234,8 +242,14 @@ def far_shapes() -> list[Shape]:
         for store, levels in (("int8", 127), ("int4", 7), ("native", 0)):
             types = attention_types("bf16") | sparse_types(*STORES[store])
             stack = WIDE_STACK if dim > 128 and store == "int8" else 0
-            shapes.append(Shape(f"demote-{store}{wide}", "far_store", "demote_kernel", types, sizes | {"LEVELS": levels}, 8, 3, stack))
-            how = {"BLOCK_TOKENS": 64, "QUANTISED": levels > 0, "NIBBLES": store == "int4", "TOKENS": TILE_ROWS // 4}
+            written = sizes | token_strides(dim, store) | {"LEVELS": levels}
+            shapes.append(Shape(f"demote-{store}{wide}", "far_store", "demote_kernel", types, written, 8, 3, stack))
+            how = token_strides(dim, store) | {
+                "BLOCK_TOKENS": 64,
+                "QUANTISED": levels > 0,
+                "NIBBLES": store == "int4",
+                "TOKENS": TILE_ROWS // 4,
+            }
             shapes.append(Shape(f"product-{store}{wide}", "choice_scores", "product_kernel", types, choose | how, 4))
             if levels > 0:
                 options = (types, choose | how | tile, 4)
@@ -247,7 +261,7 @@ def sparse_types(far: str, scales: str) -> dict[str, str]:
     """Types of what only the kernels of the two stores take."""
     types = dict.fromkeys(("p_far_keys", "p_far_values"), far) | dict.fromkeys(("p_key_scales", "p_value_scales"), f"*{scales}")
     types |= dict.fromkeys(("p_far_tables", "p_choices", "p_counts", "p_ends", "p_budgets", "p_kept"), "*i32")
-    types |= dict.fromkeys(("p_marks", "p_indices", "p_readers", "p_cuts", "p_visits"), "*i32")
+    types |= dict.fromkeys(("p_marks", "p_indices", "p_readers", "p_visits"), "*i32")
     types |= {"p_steps": "*i16", "p_units": "*fp32", "anchors": "i32"}
     types |= dict.fromkeys(("p_anchors", "p_near_ids", "p_far_ids", "p_sequences"), "*i64")
     types |= {
@@ -260,7 +274,7 @@ def sparse_types(far: str, scales: str) -> dict[str, str]:
         "compared": "i32",
         "most_visits": "i32",
     }
-    parts = tuple(f"far_{store}_{part}" for store in ("key", "value") for part in ("block", "head", "token"))
+    parts = tuple(f"far_{store}_{part}" for store in ("key", "value") for part in ("block", "head"))
     parts += ("scale_block", "scale_head", "far_table", "choice_anchor", "choice_head", "query_anchor")
     return types | {
         f"stride_{part}": "i32"

@@ -32,7 +32,7 @@ HOST = {"splits": (kernel.plan_attention, window_sparse.plan_sparse), "tiles": (
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Splits of two blocks, and products that compute each row by itself."""
-    for module in (kernel, window_sparse, decode_plan, splits):
+    for module in (kernel, decode_plan, splits):
         monkeypatch.setattr(module, "SPLIT_TOKENS", 32)
     if not COMPILED:
         monkeypatch.setattr(np, "matmul", lambda a, b, dtype: np.einsum("ij,jk->ik", a, b, dtype=dtype))
@@ -156,7 +156,7 @@ def test_a_replay_keeps_nothing_of_the_sequences_before(monkeypatch: pytest.Monk
         query, keys, values, near_tables, lengths, counts, ends, tables, *store = fixed
         blocks = FarBlocks(*store)
         choices, _ = choose_far.choose_far(query, blocks, tables, order, ends, budgets, sink_blocks=1, most=2)
-        plan, far = decode_plan.plan_decode(lengths, most_tokens=160, window=24), ChosenFar(blocks, tables, choices, counts, order)
+        plan, far = decode_plan.plan_decode(lengths, most_tokens=160, window=24), ChosenFar(blocks, tables, choices, counts, order, 2)
         here: dict[str, Any] = {"far": far, "scale": before.scale, "window": 24, "refresh": 1, "sink_blocks": 1, "plan": plan}
         return window_sparse.window_sparse_attention(query, keys, values, near_tables, starts, lengths, **here)
 

@@ -92,6 +92,7 @@ SCALARS: dict[str, Any] = {
     "cvt.s64.s32 %rd5, %r1; mul.hi.u64 %rd6, %rd5, -1; cvt.u32.u64 %r2, %rd6;": lambda x: x - (x != 0).int(),
     "popc.b32 %r2, %r1;": lambda x: torch.tensor([bin(int(one) & 0xFFFFFFFF).count("1") for one in x], dtype=torch.int32),
     "min.s32 %r2, %r1, %r9;": lambda x: x.clamp(max=13),
+    "rem.s32 %r2, %r1, %r9;": lambda x: torch.fmod(x, 13),
     "div.s32 %r2, %r1, %r9;": lambda x: torch.div(x, 13, rounding_mode="trunc"),
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from service.kernels import reference_sparse
+from service.kernels import reference_sparse, splits
 from service.kernels.gpu import paged_attention, tile_visits, window_sparse
 from service.kernels.gpu.paged_attention import FP8
 from tests.kernels.gpu.conftest import COMPILED, DEVICE, DTYPES, FarApart, check_error, moved, needs_e4m3, past_int32, placed
@@ -26,7 +26,7 @@ STORES = ("int8", "int4", "native", "evict")
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Splits of two blocks, and products that compute each row by itself: BLAS bits depend on where in a tile a row lies."""
     monkeypatch.setattr(paged_attention, "SPLIT_TOKENS", 32)
-    monkeypatch.setattr(window_sparse, "SPLIT_TOKENS", 32)
+    monkeypatch.setattr(splits, "SPLIT_TOKENS", 32)
     if not COMPILED:
         monkeypatch.setattr(np, "matmul", lambda a, b, dtype: np.einsum("ij,jk->ik", a, b, dtype=dtype))
         monkeypatch.setattr(paged_attention, "tile_of", lambda dtype, size, capability: paged_attention.Tile(16, 4, 1))
@@ -202,14 +202,14 @@ def test_only_chosen_blocks_are_read() -> None:
 def test_a_plan_made_ahead_gives_the_same() -> None:
     batch = batch_of(*MIXED, refresh=4)
     tile, tokens = window_sparse.sparse_tile(torch.float32, 16, 2, 90, True)
-    most = window_sparse.most_entries(40, 4, 16, 1, 2)
     rule: dict[str, Any] = {"window": 40, "refresh": 4, "sink_blocks": 1}
     plan = window_sparse.plan_sparse(
         batch.near_tables.to(DEVICE), batch.query_starts, batch.context_lengths, far=None, block_tokens=16, **rule
     )
-    work = plan.sparse(tokens, -(-most // 2))
-    # Rows 64 … 69 and 0 … 16 in runs of 8; three decoding rows, each with splits for 1 + 2 + 5 blocks.
-    assert (tile.rows, tokens, work.tile_ends.tolist(), work.split_ends.tolist()) == (16, 8, [0, 0, 1, 4, 4], [4, 8, 8, 8, 12])
+    most = splits.most_sparse_splits(40, 4, 16, 1, 2)
+    work = plan.sparse(tokens, most)
+    # Rows 64 … 69 and 0 … 16 in runs of 8; three decoding rows, each with two splits before and three in its window.
+    assert (tile.rows, tokens, work.tile_ends.tolist(), work.split_ends.tolist()) == (16, 8, [0, 0, 1, 4, 4], [5, 10, 10, 10, 15])
 
     assert torch.equal(run_planned(batch, plan), run(batch))
 
@@ -260,9 +260,11 @@ def test_tiles_are_as_wide_as_they_fit() -> None:
     assert found(torch.bfloat16, 64, 1) == ((32, 8, 3), 32)
     assert found(torch.bfloat16, 64, 7) == ((128, 8, 3), 16)
     assert found(torch.bfloat16, 64, 4, 80) == ((32, 8, 3), 8)
-    assert found(torch.bfloat16, 128, 4) == ((32, 8, 3), 8)
-    assert found(torch.bfloat16, 128, 32) == ((32, 8, 3), 1)
-    assert found(torch.bfloat16, 256, 4) == ((16, 8, 1), 4)
+    assert found(torch.bfloat16, 128, 4) == ((128, 8, 3), 32)
+    assert found(torch.bfloat16, 128, 32) == ((128, 8, 3), 4)
+    assert found(torch.bfloat16, 128, 4, 80) == ((64, 8, 3), 16)
+    assert found(torch.bfloat16, 256, 4) == ((64, 8, 2), 16)
+    assert found(torch.bfloat16, 256, 4, 80) == ((16, 8, 1), 4)
     assert found(torch.float32, 128, 4) == ((8, 8, 1), 2)
     assert found(torch.float32, 128, 16) == ((16, 8, 1), 1)
     # Where nothing is far, those of dense attention.
@@ -302,8 +304,18 @@ def test_whole_tiles_of_sixteen_bits_have_the_bits_of_single_rows() -> None:
     assert torch.equal(torch.cat([run(cut(batch, 0, row, row + 1)) for row in rows]), together[list(rows)])
 
 
-def test_most_entries_bounds_every_list() -> None:
+@pytest.mark.parametrize("sinks", [0, 1, 3])
+@pytest.mark.parametrize("budget", [None, 1, 2, 5, 16])
+def test_most_splits_bounds_those_of_every_row(budget: int | None, sinks: int) -> None:
+    """Counted from where they begin: two blocks of the context, and before the window of a row's block as many more as `far_span` says."""
     for window, refresh in ((40, 1), (40, 16), (64, 4), (33, 8)):
-        bound = window_sparse.most_entries(window, refresh, 16, 1, 2)
-        lists = [1 + 2 + p // 16 + 1 - reference_sparse.near_start(p, window, refresh, 16) for p in range(300)]
-        assert max(lists) <= bound <= max(lists) + 1
+        counts = []
+        for position in range(1500):
+            start, first = (reference_sparse.near_start(p, window, refresh, 16) for p in (position, position // 16 * 16))
+            span = 2
+            while budget is not None and first - sinks > budget and 4 * (first - sinks) > budget * span:
+                span *= 2
+            far = range(start if budget is not None else min(start, sinks))
+            counts.append(len({block // span * span for block in far} | {block // 2 * 2 for block in range(start, position // 16 + 1)}))
+        bound = splits.most_sparse_splits(window, refresh, 16, sinks, budget)
+        assert max(counts) <= bound <= max(counts) + 3

@@ -262,6 +262,7 @@ VALUES: dict[str, Value] = {
     "add": elementwise(np.add), "sub": elementwise(np.subtract), "neg": elementwise(np.negative), "abs": elementwise(np.abs),
     "and": elementwise(np.bitwise_and), "or": elementwise(np.bitwise_or), "xor": elementwise(np.bitwise_xor), "not": elementwise(np.invert),
     "min": extreme(np.minimum, np.fmin), "max": extreme(np.maximum, np.fmax), "div": elementwise(divide), "fma": elementwise(fused),
+    "rem": elementwise(np.fmod),
     "mul": multiply, "mad": multiply, "shl": shift, "shr": shift, "bfe": extract, "prmt": permute, "setp": compare, "selp": select,
     "mov": move, "cvt": convert, "ex2": elementwise(exponential), "lg2": elementwise(np.log2), "sqrt": elementwise(np.sqrt),
     "rsqrt": elementwise(lambda value: (1 / np.sqrt(value.astype(np.float64))).astype(np.float32)),
