@@ -247,7 +247,7 @@ class TwoStores:
         rule |= {"scale": shape.head_dim**-0.5, "plan": plan}
 
         def run() -> Tensor:
-            far = ChosenFar(self.store, tables, *self.choose(), self.of_rows)
+            far = ChosenFar(self.store, tables, *self.choose(), self.of_rows, shape.far_blocks)
             return window_sparse.window_sparse_attention(self.query, *self.near, *there, far=far, **rule)
 
         return run

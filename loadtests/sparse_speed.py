@@ -96,7 +96,7 @@ class Sides:
 
     def _chosen(self) -> ChosenFar:
         choices, counts = self._choose(self.query[self.asking], self.far, *self.asked, sink_blocks=SINKS, most=self.layer.budget)
-        return ChosenFar(self.far, self.tables, choices, counts, self.of_tokens)
+        return ChosenFar(self.far, self.tables, choices, counts, self.of_tokens, self.layer.budget)
 
     def dense(self) -> Tensor:
         """Plain attention over the whole context."""
