@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("triton")
 
 from service.kernels import reference_sparse
-from service.kernels.gpu import choose_far, far_store, window_sparse
+from service.kernels.gpu import choose_far, far_store, paged_attention, window_sparse
 from service.kernels.splits import SPLIT_TOKENS
 from tests.kernels.gpu.conftest import COMPILED, DEVICE, check_error, moved, placed
 from tests.kernels.sparse_batches import Choosing, SparseBatch, make_sparse, make_store
@@ -63,7 +63,7 @@ def run(batch: SparseBatch) -> torch.Tensor:
 
 def test_splits_are_those_that_are_served() -> None:
     """No other test of attention over two stores has them."""
-    assert SPLIT_TOKENS == window_sparse.SPLIT_TOKENS == 512
+    assert SPLIT_TOKENS == paged_attention.SPLIT_TOKENS == 512
 
 
 @on_device
