@@ -207,16 +207,14 @@ def emulated(capability: int, *arguments: str) -> None:
 
 
 PLACE = "tests/kernels/gpu"
-QUICK = (
-    f"{PLACE}/test_paged_attention.py::test_the_order_of_sums_is_the_same_in_every_kernel",
-    f"{PLACE}/test_window_sparse.py::test_sixteen_bits",
-)
+SUMS = f"{PLACE}/test_paged_attention.py::test_the_order_of_sums_is_the_same_in_every_kernel"
+TWO_STORES = f"{PLACE}/test_window_sparse.py::test_sixteen_bits"
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("capability", [80, 90])
-def test_a_few_compiled_kernels_compute_what_they_must(capability: int) -> None:
-    emulated(capability, *QUICK)
+@pytest.mark.parametrize(("capability", "tests"), [(80, (f"{SUMS}[64-4]",)), (90, (SUMS, f"{TWO_STORES}[int8-dtype1]"))])
+def test_a_few_compiled_kernels_compute_what_they_must(capability: int, tests: tuple[str, ...]) -> None:
+    emulated(capability, *tests)
 
 
 @pytest.mark.slow
