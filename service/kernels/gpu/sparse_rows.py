@@ -124,7 +124,7 @@ def sparse_row_kernel(
     BUDGET: tl.constexpr, QUANTISED: tl.constexpr, NIBBLES: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program owns one split of one decoding row and one K/V head; it leaves peaks and sums [items, Hq] and parts [items, Hq, Dv] for
-    `reduce_kernel`, empty where the list is shorter."""
+    `reduce_kernel`, empty where the row has fewer splits."""
     i_head = tl.program_id(1).to(tl.int64)
     i_sequence, i_first = find_sequence(p_ends, tl.program_id(0), sequences, SEQUENCES)
     i_item = tl.program_id(0) - i_first
