@@ -123,6 +123,11 @@ def window_sparse_attention(
     """
     check_attention(query, key_blocks, value_blocks, near_tables)
     heads, (kv_heads, block_tokens) = query.shape[1], key_blocks.shape[1:3]
+    if block_tokens % refresh or (far is not None and far.budget < 1):
+        budget = "none" if far is None else far.budget
+        raise ValueError(
+            f"refresh {refresh} must divide the block of {block_tokens} tokens, and a budget of far blocks be positive, not {budget}"
+        )
     size = max(query.shape[2], value_blocks.shape[3])
     tile, tokens = sparse_tile(query.dtype, size, heads // kv_heads, capability(query.device), far is not None)
     if far is not None:

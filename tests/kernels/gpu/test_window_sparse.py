@@ -304,6 +304,15 @@ def test_whole_tiles_of_sixteen_bits_have_the_bits_of_single_rows() -> None:
     assert torch.equal(torch.cat([run(cut(batch, 0, row, row + 1)) for row in rows]), together[list(rows)])
 
 
+def test_a_rule_without_an_order_of_sums_is_refused() -> None:
+    """A refresh across blocks would begin windows of one tile two blocks apart; splits of no choice would have no end."""
+    batch = batch_of([150], [1], heads=2, kv_heads=1)
+    assert batch.far is not None
+    for changes in ({"refresh": 7}, {"far": placed(batch.far._replace(budget=0))}):
+        with pytest.raises(ValueError, match="must divide the block"):
+            run(batch, **changes)
+
+
 @pytest.mark.parametrize("sinks", [0, 1, 3])
 @pytest.mark.parametrize("budget", [None, 1, 2, 5, 16])
 def test_most_splits_bounds_those_of_every_row(budget: int | None, sinks: int) -> None:

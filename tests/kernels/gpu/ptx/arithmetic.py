@@ -82,10 +82,6 @@ def narrow(value: Lanes, kind: str) -> Lanes:
     return round_bf16(value) if kind == "bf16" else np.asarray(value).astype(KINDS[kind], copy=False)
 
 
-def smaller(left: Lanes, right: Lanes, *, nan: bool) -> Lanes:
-    return (np.minimum if nan or left.dtype.kind != "f" else np.fmin)(left, right)
-
-
 def extreme(exact: Callable[[Any, Any], Any], number: Callable[[Any, Any], Any]) -> Value:
     """Minimum or maximum: of a number and NaN the number, unless the name says NaN."""
 

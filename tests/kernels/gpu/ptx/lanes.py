@@ -75,7 +75,7 @@ class Threads:
             value = np.full(self.count, value)
         if mask is not None:
             before = self.values.get(register)
-            value = np.where(mask, value, np.zeros_like(value) if before is None else before)
+            value = np.where(mask, value, np.full(self.count, -1).astype(value.dtype) if before is None else before)
         self.values[register] = value
 
     def addresses(self, operand: str) -> NDArray[np.int64]:
