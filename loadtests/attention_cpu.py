@@ -102,7 +102,7 @@ def sparse_cases(layers: Layers, context: int, store: str) -> list[Case]:
 
     def step(choose: Callable[..., tuple[Tensor, Tensor]], attend: Callable[..., Tensor]) -> Tensor:
         choices, counts = choose(layers.query, far, layers.tables, *asked, sink_blocks=SINKS, most=most)
-        chosen = ChosenFar(far, layers.tables, choices, counts, torch.zeros(1, dtype=torch.int64), most)
+        chosen = ChosenFar(far, layers.tables, choices, counts, torch.zeros(1, dtype=torch.int64), 16)
         return attend(*layers.next(), far=chosen, **rule)
 
     return [

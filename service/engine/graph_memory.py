@@ -62,7 +62,8 @@ def _splits(group: KvGroup, tokens: int, block_tokens: int) -> int:
         blocks, budget = SPLIT_TOKENS // block_tokens, far.budget(0)
         near = ((group.window or 0) - 1 + far.refresh + block_tokens - 1) // block_tokens + 1
         before = far.sink_blocks + (max(budget, -(-budget * blocks // 4)) + 1 if budget else 0)
-        return max(2, -(-before // blocks) + (near + blocks - 2) // blocks + 1)
+        whole = -(-tokens // SPLIT_TOKENS) + 1
+        return max(2, min(-(-before // blocks) + (near + blocks - 2) // blocks + 1, whole))
     whole = max(-(-tokens // SPLIT_TOKENS), 1)
     return whole if group.window is None else min(whole, (group.window + SPLIT_TOKENS - 2) // SPLIT_TOKENS + 1)
 

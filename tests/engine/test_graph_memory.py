@@ -44,10 +44,17 @@ def test_pieces_of_a_list_are_those_of_the_kernels() -> None:
     for group in sparse:
         far = group.far
         assert far is not None
-        for spec in (far, replace(far, blocks=40), replace(far, sink_blocks=9), replace(far, store=FarStore.EVICT)):
+        for spec in (
+            far,
+            replace(far, blocks=40),
+            replace(far, blocks=4000),
+            replace(far, sink_blocks=9),
+            replace(far, store=FarStore.EVICT),
+        ):
             alone, budget = KvLayout((replace(group, far=spec),)), spec.budget(0) or None
-            most = splits.most_sparse_splits(group.window or 0, spec.refresh, 64, spec.sink_blocks, budget)
-            assert splits_of(alone, 64) == most == splits_of(alone, 4096)
+            for blocks in (5, 64, 4096):
+                most = splits.most_sparse_splits(group.window or 0, spec.refresh, 64, spec.sink_blocks, budget, blocks)
+                assert splits_of(alone, blocks) == most
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])

@@ -53,7 +53,7 @@ def decode_kernel(
             KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, 0, WINDOW, CAPPED, PRECISION,
         )  # fmt: skip
         if splits == 1:
-            b_sinks = tl.load(p_sinks + o_head, mask=m_rows, other=0.0) * 1.4426950408889634 if SINKS else 0.0
+            b_sinks = tl.load(p_sinks + o_head, mask=m_rows, other=0.0) if SINKS else 0.0
             b_out = finish_rows(b_max, b_sum, b_acc, b_sinks, SINKS)
             b_out = tl.where(position < 0, 0.0, b_out)
             o_out = i_row * stride_out_token + o_head * stride_out_head
@@ -82,7 +82,7 @@ def reduce_kernel(
             o_part = (tl.zeros([1], tl.int64) + i_item) * heads + i_head
             b_part = tl.load(p_parts + o_part[:, None] * VALUE_DIM + o_value[None, :], mask=(o_value < VALUE_DIM)[None, :], other=0.0)
             b_max, b_sum, b_acc = merge_rows(b_max, b_sum, b_acc, tl.load(p_peaks + o_part), tl.load(p_sums + o_part), b_part)
-        b_sinks = tl.load(p_sinks + i_head + tl.zeros([1], tl.int64)) * 1.4426950408889634 if SINKS else 0.0
+        b_sinks = tl.load(p_sinks + i_head + tl.zeros([1], tl.int64)) if SINKS else 0.0
         b_out = finish_rows(b_max, b_sum, b_acc, b_sinks, SINKS)
         i_row = tl.load(p_query_starts + i_sequence).to(tl.int64)
         o_out = i_row * stride_out_token + i_head.to(tl.int64) * stride_out_head

@@ -127,7 +127,7 @@ def prefill_kernel(
     )  # fmt: skip
     b_max, b_sum, b_acc = merge_rows(b_all_max, b_all_sum, b_all_acc, b_max, b_sum, b_acc)
     o_row, m_rows, o_position, _, _ = tile_rows(p_query_starts, p_context_lengths, i_sequence, i_token, ROWS, GROUP)
-    b_sinks = tl.load(p_sinks + o_head) * 1.4426950408889634 if SINKS else 0.0
+    b_sinks = tl.load(p_sinks + o_head) if SINKS else 0.0
     b_out = tl.where((o_position >= 0)[:, None], finish_rows(b_max, b_sum, b_acc, b_sinks, SINKS), 0.0)
     o_out = o_row * stride_out_token + o_head * stride_out_head
     tl.store(p_out + o_out[:, None] + o_value[None, :], b_out, mask=m_rows[:, None] & (o_value < VALUE_DIM)[None, :])

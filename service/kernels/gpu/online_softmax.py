@@ -38,7 +38,7 @@ def sum_weights(b_weights):
 
     2 and a weight is a float32 that counts in these; the bits of 2 itself add up to a multiple of 2^32.
     """
-    tl.static_assert(b_weights.shape[1] % 4 == 0)
+    tl.static_assert(b_weights.shape[1] % 4 == 0 and b_weights.shape[1] <= 128)
     return tl.sum((b_weights + 2.0).to(tl.int32, bitcast=True), 1).to(tl.float32) * 2.384185791015625e-07
 
 
@@ -76,10 +76,11 @@ def merge_rows(b_max, b_sum, b_acc, b_split_max, b_split_sum, b_split_acc):
 
 @triton.jit
 def finish_rows(b_max, b_sum, b_acc, b_sinks, SINKS: tl.constexpr):
-    """Outputs [M, Dv] float32; a learned sink (its logit times log2(e), [M]) takes part in the sum. Rows that saw nothing give 0."""
+    """Outputs [M, Dv] float32; a learned sink (its logit [M], of any type) takes part in the sum. Rows that saw nothing give 0."""
     if SINKS:
-        b_peak = tl.maximum(b_max, b_sinks)
+        b_sinks = b_sinks.to(tl.float32)
+        b_peak = tl.maximum(b_max, b_sinks * 1.4426950408889634)
         b_shrink = tl.exp2(b_max - b_peak)
-        b_sum = tl.fma(b_sum, b_shrink, tl.exp2(b_sinks - b_peak))
+        b_sum = tl.fma(b_sum, b_shrink, tl.exp2(tl.fma(b_sinks, 1.4426950408889634, -b_peak)))
         b_acc = b_acc * b_shrink[:, None]
     return b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]

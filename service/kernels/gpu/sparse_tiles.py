@@ -245,6 +245,6 @@ def sparse_tile_kernel(
     _, i_origin, first_position, last_position = find_tile(p_ends, p_query_starts, p_context_lengths, i_tile, sequences, SEQUENCES, TOKENS)
     o_position = first_position + o_rows // GROUP
     m_out = (o_position <= last_position)[:, None] & (o_value < VALUE_DIM)[None, :]
-    b_sinks = tl.load(p_sinks + o_head) * 1.4426950408889634 if SINKS else 0.0
+    b_sinks = tl.load(p_sinks + o_head) if SINKS else 0.0
     o_out = ((i_origin + o_position).to(tl.int64) * stride_out_token + o_head * stride_out_head)[:, None] + o_value[None, :]
     tl.store(p_out + o_out, finish_rows(b_max, b_sum, b_acc, b_sinks, SINKS), mask=m_out)

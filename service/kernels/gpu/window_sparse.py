@@ -123,18 +123,18 @@ def window_sparse_attention(
     """
     check_attention(query, key_blocks, value_blocks, near_tables)
     heads, (kv_heads, block_tokens) = query.shape[1], key_blocks.shape[1:3]
-    if block_tokens % refresh or (far is not None and far.budget < 1):
-        budget = "none" if far is None else far.budget
-        raise ValueError(
-            f"refresh {refresh} must divide the block of {block_tokens} tokens, and a budget of far blocks be positive, not {budget}"
-        )
     size = max(query.shape[2], value_blocks.shape[3])
     tile, tokens = sparse_tile(query.dtype, size, heads // kv_heads, capability(query.device), far is not None)
     if far is not None:
         tokens = min(tokens, block_tokens)  # All of one block, see `far_span`.
     if plan is None:
         plan = AttentionPlan(query_starts, context_lengths, query.device, window)
-    splits = most_sparse_splits(window, refresh, block_tokens, sink_blocks, None if far is None else far.budget)
+    budget = None if far is None else far.budget
+    if block_tokens % refresh or budget == 0:
+        raise ValueError(
+            f"refresh {refresh} must divide the block of {block_tokens} tokens, and a budget of far blocks be positive, not {budget}"
+        )
+    splits = most_sparse_splits(window, refresh, block_tokens, sink_blocks, budget, near_tables.shape[1])
     work = plan.sparse(tokens, splits)
     shape = (query.shape[0], heads, value_blocks.shape[3])
     decoded = work.splits == splits * len(query)  # Every row; else some may see nothing and be written by nobody.

@@ -24,9 +24,7 @@ from loadtests.rows import keep, surroundings
 from service.kernels.gpu.choose_far import select_registers
 from service.kernels.gpu.paged_attention import REGISTERS
 from tests.kernels.gpu.kernel_shapes import SHAPES, Shape
-
-# `num_ctas`, tensor maps and the like add nothing here; shared memory that a block may have, by capability.
-SHARED_BYTES = {80: 163 << 10, 87: 163 << 10, 90: 227 << 10}
+from tests.kernels.gpu.ptx.driver import SHARED_BYTES
 
 # What kernels add and take off again to round half to even.
 ROUNDING = 12582912

@@ -15,8 +15,9 @@ pytest.importorskip("triton")
 
 from service.kernels.gpu.compiling import UNALIGNED, VARYING
 from tests.house.source import ROOT
-from tests.kernels.gpu.compile_gate import SHARED_BYTES, repeats, serialized
+from tests.kernels.gpu.compile_gate import repeats, serialized
 from tests.kernels.gpu.kernel_shapes import SHAPES, Shape
+from tests.kernels.gpu.ptx.driver import SHARED_BYTES
 
 # Registers of one multiprocessor.
 REGISTER_FILE = 65536

@@ -130,6 +130,14 @@ def test_a_tile_that_crosses_many_splits_has_the_bits_of_decoded_rows(
         assert torch.equal(run(replace(batch, query=batch.query[row : row + 1], **one)), expected[row : row + 1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_learned_sinks_of_sixteen_bits_count_as_what_they_are(dtype: torch.dtype) -> None:
+    """Widened before they are multiplied: 4.7 times log2(e) in bfloat16 would be a hundredth off."""
+    sinks = torch.tensor([4.7, -3.3, 6.1, 0.2]).to(dtype)
+    narrow, wide = (batch_of(*MIXED, dtype=dtype, sink_logits=logits) for logits in (sinks, sinks.float()))
+    assert torch.equal(run(narrow, sink_logits=sinks.to(DEVICE)), run(wide, sink_logits=sinks.float().to(DEVICE)))
+
+
 @pytest.mark.skipif(not COMPILED, reason="interpreted, all kernels sum in one order")
 @pytest.mark.parametrize(("size", "group"), [(64, 4), (128, 8)])
 def test_the_order_of_sums_is_the_same_in_every_kernel(size: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:

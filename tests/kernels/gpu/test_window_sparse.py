@@ -206,7 +206,7 @@ def test_a_plan_made_ahead_gives_the_same() -> None:
     plan = window_sparse.plan_sparse(
         batch.near_tables.to(DEVICE), batch.query_starts, batch.context_lengths, far=None, block_tokens=16, **rule
     )
-    most = splits.most_sparse_splits(40, 4, 16, 1, 2)
+    most = splits.most_sparse_splits(40, 4, 16, 1, 2, 12)
     work = plan.sparse(tokens, most)
     # Rows 64 … 69 and 0 … 16 in runs of 8; three decoding rows, each with two splits before and three in its window.
     assert (tile.rows, tokens, work.tile_ends.tolist(), work.split_ends.tolist()) == (16, 8, [0, 0, 1, 4, 4], [5, 10, 10, 10, 15])
@@ -326,5 +326,7 @@ def test_most_splits_bounds_those_of_every_row(budget: int | None, sinks: int) -
                 span *= 2
             far = range(start if budget is not None else min(start, sinks))
             counts.append(len({block // span * span for block in far} | {block // 2 * 2 for block in range(start, position // 16 + 1)}))
-        bound = splits.most_sparse_splits(window, refresh, 16, sinks, budget)
+        bound = splits.most_sparse_splits(window, refresh, 16, sinks, budget, 94)
         assert max(counts) <= bound <= max(counts) + 3
+        for position, count in enumerate(counts):  # a table may be no longer than the context
+            assert count <= splits.most_sparse_splits(window, refresh, 16, sinks, budget, position // 16 + 1)

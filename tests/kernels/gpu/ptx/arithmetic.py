@@ -105,6 +105,8 @@ def divide(left: Lanes, right: Lanes) -> Lanes:
 def multiply(threads: Threads, instruction: Instruction) -> Lanes:
     """Products, and with a third operand sums of them; of integers the low half, the high half, or all."""
     kind, sources = kinds(instruction)[-1], instruction.operands[1:]
+    if "hi" in instruction.name and len(sources) > 2:
+        return refuse(threads, instruction)
     if "hi" in instruction.name and kind == "u64":
         return high_half(*(threads.read(source, kind) for source in sources))
     if "wide" in instruction.name or "hi" in instruction.name:
@@ -162,6 +164,8 @@ def permute(threads: Threads, instruction: Instruction) -> Lanes:
 
 def compare(threads: Threads, instruction: Instruction) -> Lanes:
     """`setp`; names that end in u hold for NaN too."""
+    if len(instruction.operands) != 3:
+        return refuse(threads, instruction)
     kind, how = kinds(instruction)[-1], instruction.name[1]
     left, right = (read(threads, operand, kind) for operand in instruction.operands[1:3])
     if how in ("nan", "num"):

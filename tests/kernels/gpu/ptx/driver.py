@@ -21,6 +21,7 @@ from tests.kernels.gpu.ptx.machine import launch
 from tests.kernels.gpu.ptx.memory import Memory
 from tests.kernels.gpu.ptx.program import Program, parse
 
+# Shared memory that a program may have, by capability.
 SHARED_BYTES = {80: 163 << 10, 87: 163 << 10, 90: 227 << 10}
 FORMATS = {
     "i1": "b",
@@ -123,7 +124,10 @@ def loaded(module: Any, handle: Handle, name: str, files: Mapping[str, str], dig
 
 
 def use(capability: int) -> None:
-    """Make this driver the active one of the process, and host functions choose as for that chip. Before kernels are imported."""
+    """Make this driver the active one of the process, and host functions choose as for that chip. Before kernels are imported. Raises
+    ValueError for a chip that it does not know."""
+    if capability not in SHARED_BYTES:
+        raise ValueError(f"sm_{capability} is not known here: emulate one of {', '.join(map(str, SHARED_BYTES))}")
     from service.kernels.gpu import paged_attention
 
     paged_attention.capability = lambda device: capability  # type: ignore[assignment]

@@ -28,6 +28,8 @@ NOTHING = (
     *(("fence",), ("membar",), ("bar", "warp")),
 )
 ATOMIC: dict[str, Any] = {"add": np.add, "or": np.bitwise_or, "and": np.bitwise_and, "min": np.minimum, "max": np.maximum}
+# Modifiers that would change a value.
+UNKNOWN = {"sat", "relu", "cc"}
 # More than any kernel takes: one that never ends is a fault.
 MOST_BLOCKS = 1 << 22
 ALL = slice(None)
@@ -111,6 +113,8 @@ class Run:
         return following
 
     def _compute(self, instruction: Instruction, mask: Mask) -> None:
+        if not UNKNOWN.isdisjoint(instruction.name):
+            raise Refused("a modifier that is not known here")
         value = VALUES.get(instruction.name[0], refuse)(self._threads, instruction)
         targets = registers(instruction.operands[0])
         if len(targets) == 1:

@@ -1,7 +1,7 @@
 """What the 32 threads of a warp, or the 128 of four, do together: exchange registers, move tiles, multiply them.
 
 Fragments lie over the threads as the PTX manual draws them. A matrix product is summed in float64 and rounded to float32 once for each
-instruction: coarser than the order of a device's sums, but its bits depend on the same things, the values and the instruction's shape.
+instruction and 16 elements of K: how a device rounds inside one, and whether `mma` and `wgmma` do so alike, is not modelled.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ def shuffle(threads: Threads, instruction: Instruction, mask: Mask) -> None:
     """`shfl`: each thread takes the register of another of its warp, or its own where that lies beyond the clamp."""
     whole(threads, mask)
     target, source, by, clamp, _ = instruction.operands
+    if "|" in target:
+        raise Refused(f"a predicate besides the value: {instruction.text}")
     value = threads.read(source, "b32")
     lane = np.arange(threads.count) % WARP
     offset, limits = threads.read(by, "u32").astype(np.int64), threads.read(clamp, "u32").astype(np.int64)
@@ -48,7 +50,7 @@ def shuffle(threads: Threads, instruction: Instruction, mask: Mask) -> None:
     other = np.where(inside, other, lane)
     if (other < 0).any() or (other >= WARP).any():
         raise Refused(f"a lane beyond the warp: {instruction.text}")
-    threads.write(target.split("|")[0], value[np.arange(threads.count) - lane + other], mask)
+    threads.write(target, value[np.arange(threads.count) - lane + other], mask)
 
 
 def reduce_warp(threads: Threads, instruction: Instruction, mask: Mask) -> None:
@@ -139,6 +141,8 @@ def multiply_tiles(threads: Threads, instruction: Instruction, mask: Mask) -> No
 
 def _write_product(threads: Threads, targets: list[str], total: Lanes, out: str, warps: NDArray[np.int64], mask: Mask) -> None:
     """16 × N of each warp to registers: in each 8 columns two of a row, then two of the row 8 further down."""
+    if out not in ("f32", "s32"):
+        raise Refused(f"accumulators of {out}")
     columns = total.shape[2] // 8
     spread = total.reshape(len(warps), 2, 8, columns, 4, 2).transpose(3, 1, 5, 0, 2, 4).reshape(4 * columns, len(warps), WARP)
     kept = spread.astype(np.float32).view(np.uint32) if out == "f32" else spread.astype(np.int64).astype(np.uint32)
