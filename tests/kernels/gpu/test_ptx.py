@@ -151,6 +151,19 @@ def test_threads_wait_for_each_other_and_programs_share_nothing() -> None:
     assert torch.equal(run(TURN, x, threads=64, shared_bytes=256), x.view(4, 64).flip(1).flatten())
 
 
+def test_instructions_are_counted_by_warp() -> None:
+    """Eleven of each warp, a load, a copy and a return besides the frame's nine; the first warp of each program goes on for two more."""
+    before = machine.EXECUTED["small_kernel"]
+    run("mov.b32 %r2, %r1;\n", integers(128), threads=64)
+    plain = machine.EXECUTED["small_kernel"] - before
+    run(
+        "mov.b32 %r2, %r1; setp.ge.u32 %p1, %r8, 32; @%p1 bra $L__BB0_9; mov.b32 %r2, 1; mov.b32 %r2, 2;\n$L__BB0_9:\n",
+        integers(128),
+        threads=64,
+    )
+    assert machine.EXECUTED["small_kernel"] - before - plain == plain + 4 * 2 + 2 * 2
+
+
 def test_threads_part_and_meet() -> None:
     """Each counts down from its low bits; odd ones then take another way."""
     body = """	and.b32 	%r3, %r1, 15;

@@ -7,6 +7,7 @@ result is that of a device on which no warp and no copy is late, so a race betwe
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.kernels.gpu.ptx.arithmetic import VALUES, kinds, refuse
-from tests.kernels.gpu.ptx.lanes import Lanes, Mask, Threads
+from tests.kernels.gpu.ptx.lanes import WARP, Lanes, Mask, Threads
 from tests.kernels.gpu.ptx.memory import Memory, Refused
 from tests.kernels.gpu.ptx.program import Instruction, Program
 from tests.kernels.gpu.ptx.warps import TOGETHER, registers
@@ -33,6 +34,8 @@ UNKNOWN = {"sat", "relu", "cc"}
 # More than any kernel takes: one that never ends is a fault.
 MOST_BLOCKS = 1 << 22
 ALL = slice(None)
+# Instructions of warps that were executed since the process began, by kernel; those whose predicate is false count, since they are issued.
+EXECUTED: Counter[str] = Counter()
 
 
 def launch(program: Program, shared_bytes: int, grid: tuple[int, int, int], parameters: bytes, memory: Memory) -> None:
@@ -81,9 +84,11 @@ class Run:
         self._waiting[:] = False
 
     def _block(self, number: int, there: NDArray[np.bool_]) -> None:
+        block, warps = self._program.blocks[number], there.reshape(-1, WARP).any(1).sum()
+        EXECUTED[self._program.name] += int(warps) * len(block.instructions)
         following = np.full(self._threads.count, number + 1)
         mask = None if there.all() else there
-        for instruction in self._program.blocks[number].instructions:
+        for instruction in block.instructions:
             try:
                 with np.errstate(all="ignore"):
                     following = self._step(instruction, mask, following)
