@@ -137,19 +137,22 @@ def sparse_row_kernel(
     i_start = near_start(position, WINDOW, REFRESH, BLOCK_TOKENS)
     span = far_span(position, HAS_FAR, BUDGET, WINDOW, REFRESH, SINK_BLOCKS, BLOCK_TOKENS, SPLIT_BLOCKS)
     i_far, i_end, i_near, i_nears = find_split(i_item, position, i_start, span, HAS_FAR, SINK_BLOCKS, BLOCK_TOKENS, SPLIT_BLOCKS)
-    p_choices, i_choice, i_choices = p_choices + i_head * stride_choice_head, tl.cast(0, tl.int32), tl.cast(0, tl.int32)
-    if HAS_FAR:
-        p_choices, i_choice, i_choices = find_choices(p_anchors, p_counts, p_choices, i_row, i_far, i_end, stride_choice_anchor, 32)
-    b_max, b_sum, b_acc = attend_split(
-        p_keys + i_head * stride_key_head, p_values + i_head * stride_value_head, p_tables + i_sequence.to(tl.int64) * stride_table,
-        p_far_keys + i_head * stride_far_key_head, p_far_values + i_head * stride_far_value_head,
-        p_key_scales + i_head * stride_scale_head, p_value_scales + i_head * stride_scale_head,
-        p_far_tables + i_sequence.to(tl.int64) * stride_far_table, p_choices, b_query, tl.where(m_rows, position, -1), position,
-        i_far, tl.minimum(i_end, SINK_BLOCKS), i_choice, i_choices, i_near, i_nears, scale, cap,
-        stride_key_block, stride_key_token, stride_value_block, stride_value_token,
-        stride_far_key_block, stride_far_key_token, stride_far_value_block, stride_far_value_token, stride_scale_block,
-        ROWS, KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, CAPPED, QUANTISED, NIBBLES, PRECISION,
-    )  # fmt: skip
+    b_max, b_sum, b_acc = start_rows(ROWS, BLOCK_VALUE)
+    # A row may have fewer splits than are launched; what loops do before their first block is not little.
+    if (i_far < i_end) | (i_near < i_nears):
+        p_choices, i_choice, i_choices = p_choices + i_head * stride_choice_head, tl.cast(0, tl.int32), tl.cast(0, tl.int32)
+        if HAS_FAR:
+            p_choices, i_choice, i_choices = find_choices(p_anchors, p_counts, p_choices, i_row, i_far, i_end, stride_choice_anchor, 32)
+        b_max, b_sum, b_acc = attend_split(
+            p_keys + i_head * stride_key_head, p_values + i_head * stride_value_head, p_tables + i_sequence.to(tl.int64) * stride_table,
+            p_far_keys + i_head * stride_far_key_head, p_far_values + i_head * stride_far_value_head,
+            p_key_scales + i_head * stride_scale_head, p_value_scales + i_head * stride_scale_head,
+            p_far_tables + i_sequence.to(tl.int64) * stride_far_table, p_choices, b_query, tl.where(m_rows, position, -1), position,
+            i_far, tl.minimum(i_end, SINK_BLOCKS), i_choice, i_choices, i_near, i_nears, scale, cap,
+            stride_key_block, stride_key_token, stride_value_block, stride_value_token,
+            stride_far_key_block, stride_far_key_token, stride_far_value_block, stride_far_value_token, stride_scale_block,
+            ROWS, KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, CAPPED, QUANTISED, NIBBLES, PRECISION,
+        )  # fmt: skip
     o_part = tl.program_id(0).to(tl.int64) * (tl.num_programs(1) * GROUP) + o_head
     tl.store(p_peaks + o_part, b_max, mask=m_rows)
     tl.store(p_sums + o_part, b_sum, mask=m_rows)

@@ -17,7 +17,7 @@ from loadtests.rows import keep, surroundings
 from tests.kernels.gpu.ptx import driver
 from tests.kernels.gpu.ptx.machine import EXECUTED
 
-# One sequence and K/V head with four heads of random queries, blocks of 64: a window of 512, a sink and 16 of 38 far blocks in int8; or all.
+# One sequence and K/V head with four heads of random queries, blocks of 64: a window of 512, a sink and 16 of 38 far blocks; or all.
 CONTEXT, WINDOW, BUDGET, GROUP = 3008, 512, 16, 4
 
 
