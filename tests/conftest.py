@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ OPTIONAL = ("torch", "transformers")
 MISSING = tuple(name for name in OPTIONAL if importlib.util.find_spec(name) is None)
 # What needs torch without importing it in every file: their conftest imports it, or they start commands and workers that do.
 NEED_TORCH = ("engine", "kernels", "models", "train", "cli/test_serve.py", "cli/test_benchmark.py")
+
+COLLECTED = pytest.StashKey[Counter[str]]()
 
 # Children do not look into the current directory; those of the tests live in `tests`.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH"))))
@@ -36,6 +39,10 @@ if "torch" not in MISSING:
     else:
         # Read by triton when it is first imported: they are interpreted on CPU tensors.
         os.environ["TRITON_INTERPRET"] = "1"
+        if importlib.util.find_spec("triton") is not None:
+            from tests.interpreter import patch_once
+
+            patch_once()
 
 
 class FileWithLibraries(pytest.Module):
@@ -49,6 +56,11 @@ class FileWithLibraries(pytest.Module):
             if isinstance(cause, ModuleNotFoundError) and cause.name in MISSING:
                 pytest.skip(f"{cause.name} is not installed")
             raise
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """For the tests of the suite itself: how many tests each file has."""
+    item.session.stash.setdefault(COLLECTED, Counter())[item.location[0]] += 1
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module:

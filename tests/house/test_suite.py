@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import COLLECTED
 from tests.house.source import ROOT, SourceTree
 
 # Fewer collected tests than this means that a file no longer imports, was renamed away or was emptied.
@@ -76,19 +77,20 @@ def pytest_run(*arguments: str, flags: tuple[str, ...] = ()) -> subprocess.Compl
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=150)
 
 
-def collected() -> Counter[str]:
+def collected(session: pytest.Session) -> Counter[str]:
+    """Tests by file: of this run where it is one of the whole suite, else of one that only collects."""
+    if session.config.args == ["tests"]:
+        return session.stash[COLLECTED]
     done = pytest_run("--collect-only", "-qq", "tests")
     assert done.returncode == 0, done.stdout[-3000:]
+    lines = (re.fullmatch(r"(tests/\S+\.py): (\d+)", line) for line in done.stdout.splitlines())
+    return Counter({match[1]: int(match[2]) for match in lines if match})
+
+
+def test_enough_tests_are_collected(request: pytest.FixtureRequest) -> None:
     counts: Counter[str] = Counter()
-    for line in done.stdout.splitlines():
-        if match := re.fullmatch(r"(tests/\S+\.py): (\d+)", line):
-            path = match[1]
-            counts[path if path.count("/") == 1 else path.rpartition("/")[0]] += int(match[2])
-    return counts
-
-
-def test_enough_tests_are_collected() -> None:
-    counts = collected()
+    for path, count in collected(request.session).items():
+        counts[path if path.count("/") == 1 else path.rpartition("/")[0]] += count
     assert {place: counts[place] for place, least in LEAST.items() if counts[place] < least} == {}
 
 
