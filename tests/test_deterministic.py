@@ -19,7 +19,7 @@ from torch import Tensor
 
 from service.engine import torch_backend
 from service.engine.deterministic import require_deterministic
-from service.engine.drawing import draw_tokens
+from service.engine.drawing import Drawing
 from service.inputs.tokens import TokenCodec
 from service.kernels.dispatch import require_steady
 from service.schedulers.router import Model, Router
@@ -125,13 +125,14 @@ def served(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     """One of CASES with steady kernels, its logits recorded where tokens are drawn."""
     made = make(request.param, tmp_path)
 
-    def draw(sampler: Any, logits: Tensor, rows: Any, positions: Any, tokens: Any) -> Any:
-        if made.spoil is not None:
-            made.spoil(logits)
-        made.record(logits, rows, positions)
-        return draw_tokens(sampler, logits, rows, positions, tokens)
+    class Recorded(Drawing):
+        def tokens(self, logits: Tensor, table: Any) -> Any:
+            if made.spoil is not None:
+                made.spoil(logits)
+            made.record(logits, self._rows, self._positions)
+            return super().tokens(logits, table)
 
-    monkeypatch.setattr(torch_backend, "draw_tokens", draw)
+    monkeypatch.setattr(torch_backend, "Drawing", Recorded)
     yield made
     require_steady(False)
 

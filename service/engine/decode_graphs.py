@@ -21,6 +21,7 @@ from service.engine.fixed_step import FixedStep
 from service.engine.graph_memory import MOST_GRAPHS, MOST_SPLITS, Shape, far_groups, fixed_values, rows_for, splits_of, tables_for
 from service.engine.kv_pool import KvPool
 from service.engine.paged_attend import PagedAttend, Rule
+from service.engine.upload import FixedRoom
 from service.kernels.dispatch import again, apart, resolve
 from service.kernels.reference_sparse import ChosenFar
 from service.models.decoder import Decoder
@@ -73,9 +74,7 @@ class DecodeGraphs:
         self._decoder, self._pool, self._recorder, self._on_layer = decoder, pool, recorder, on_layer
         self._layout = pool.layout
         most = Shape(rows_for(rows), tables_for(-(-context_tokens // pool.layout.block_tokens)))
-        device, size = decoder.device, fixed_values(pool.layout, most)
-        self._device = torch.zeros(size, dtype=torch.int32, device=device)
-        self._host = torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._room = FixedRoom(fixed_values(pool.layout, most), decoder.device)
         self._recorded: dict[Shape, Recorded] = {}
         self._failed = False
         self._counts: Counter[str] = Counter()
@@ -121,7 +120,7 @@ class DecodeGraphs:
 
     def _replayed(self, batch: Batch, shape: Shape, anchors: Mapping[int, Anchors]) -> Tensor:
         known = self._recorded.get(shape)
-        step = FixedStep(self._layout, shape, self._host, self._device) if known is None else known.step
+        step = FixedStep(self._layout, shape, self._room) if known is None else known.step
         step.fill(batch, anchors)
         if known is None:
             # The step itself is computed as it will be recorded, which also lets the libraries allocate and compile what they need.

@@ -1,11 +1,10 @@
 """Where a step's tokens are drawn: on a GPU for rows that need no more than filters and a draw, on the host for all others.
 
-It does not know models or blocks. Invariant: what crosses to the host are the tokens of the first kind and the logits of the second only.
+It does not know models or blocks. Invariant: what crosses to the host are the tokens of the first kind and the logits of the second only;
+what crosses to the device does so before the step is computed.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,37 +13,47 @@ from torch import Tensor
 
 from service.engine.distribution import Ints
 from service.engine.sampler import GREEDY_BELOW, Sampler, Samples
+from service.engine.upload import upload
 from service.kernels.dispatch import resolve
 
 
-def draw_tokens(sampler: Sampler, logits: Tensor, rows: Ints, positions: Ints, tokens: NDArray[np.int32]) -> Samples:
-    """`Sampler.sample` of logits [R, V] on any device; `tokens` is the worker's table."""
-    if logits.device.type == "cpu":
-        return sampler.sample(logits.float().numpy(), rows, positions, tokens)
-    return draw_on_device(sampler, logits, rows, positions, tokens)
+def draws_on(device: torch.device) -> bool:
+    """Whether tokens are drawn where their logits lie."""
+    return device.type != "cpu"
 
 
-def draw_on_device(sampler: Sampler, logits: Tensor, rows: Ints, positions: Ints, tokens: NDArray[np.int32]) -> Samples:
-    """The same where the logits lie: plain rows by the device's sampling, the others on the host."""
-    plain = sampler.is_plain(rows, positions)
-    chosen = np.empty(len(rows), np.int64)
-    there = None
-    if plain.any():
-        picked = logits if plain.all() else logits.index_select(0, _tensor(np.flatnonzero(plain), logits.device))
-        columns = sampler.draw_parameters(rows[plain], positions[plain])
-        sample = resolve("sample", logits.device, logits.dtype)
-        there = sample(picked, *(_tensor(column, logits.device) for column in columns), GREEDY_BELOW)
-    logprobs = {}
-    if not plain.all():
-        others = np.flatnonzero(~plain)
-        wide = logits.index_select(0, _tensor(others, logits.device)).float().cpu().numpy()
-        found = sampler.sample(wide, rows[others], positions[others], tokens)
-        chosen[others] = found.tokens
-        logprobs = {int(others[index]): entry for index, entry in found.logprobs.items()}
-    if there is not None:
-        chosen[plain] = there.cpu().numpy()
-    return Samples(chosen, logprobs)
+class Drawing:
+    """The tokens that a step draws for positions [R] of table rows [R], from the states at `last` [R] of its rows. Made before the step is
+    computed: between its states and its tokens nothing is waited for.
+    """
 
+    def __init__(self, sampler: Sampler, rows: Ints, positions: Ints, last: Ints, device: torch.device) -> None:
+        self._sampler, self._rows, self._positions = sampler, rows, positions
+        self._plain = sampler.is_plain(rows, positions) if draws_on(device) else np.zeros(len(rows), np.bool_)
+        self._others, plain = np.flatnonzero(~self._plain), np.flatnonzero(self._plain)
+        self._mixed = bool(len(self._others) and len(plain))
+        columns = sampler.draw_parameters(rows[plain], positions[plain]) if len(plain) else ()
+        picks = (plain, self._others) if self._mixed else ()
+        self._last, *there = upload((last, *columns, *picks), device)
+        self._columns, self._picks = there[: len(columns)], there[len(columns) :]
 
-def _tensor(array: NDArray[Any], device: torch.device) -> Tensor:
-    return torch.from_numpy(array).to(device)
+    def states(self, hidden: Tensor) -> Tensor:
+        """The states [R, dim] that are drawn from, of the step's [T, dim]."""
+        return hidden.index_select(0, self._last)
+
+    def tokens(self, logits: Tensor, table: NDArray[np.int32]) -> Samples:
+        """What `Sampler.sample` gives for logits [R, V] of those states, which may be overwritten; `table` is the worker's of tokens."""
+        chosen = np.empty(len(self._rows), np.int64)
+        mixed = self._mixed
+        logprobs, there = {}, None
+        if self._columns:
+            sample = resolve("sample", logits.device, logits.dtype)
+            there = sample(logits.index_select(0, self._picks[0]) if mixed else logits, *self._columns, GREEDY_BELOW)
+        if len(self._others):
+            wide = (logits.index_select(0, self._picks[1]) if mixed else logits).float().cpu().numpy()
+            found = self._sampler.sample(wide, self._rows[self._others], self._positions[self._others], table)
+            chosen[self._others] = found.tokens
+            logprobs = {int(self._others[index]): entry for index, entry in found.logprobs.items()}
+        if there is not None:
+            chosen[self._plain] = there.cpu().numpy()
+        return Samples(chosen, logprobs)

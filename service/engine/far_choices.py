@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from service.engine.batch import Batch
+from service.engine.upload import upload
 from service.kernels.choices import Kernel
 from service.kernels.native.decoder import FarStep
 from service.kernels.reference_sparse import ChosenFar, FarBlocks
@@ -96,11 +97,6 @@ class StepChoices:
     """
 
     def __init__(self, anchors: Anchors, group: int, kept: FarChoices, batch: Batch, tables: Tensor, choose: Kernel) -> None:
-        device = tables.device
-
-        def tensor(array: Ints, kind: torch.dtype = torch.int64) -> Tensor:
-            return torch.from_numpy(array).to(device, kind)
-
         self.read = anchors.read
         self._group, self._kept, self._tables, self._choose = group, kept, tables, choose
         self._places = {layer: at for at, layer in enumerate(kept.layout.groups[group].layers)}
@@ -109,27 +105,24 @@ class StepChoices:
         # Who may choose all candidates has nothing to ask.
         whole = anchors.counts == np.maximum(anchors.ends - sink_blocks, 0)
         fresh, stale = np.flatnonzero(anchors.fresh & ~whole), np.flatnonzero(~anchors.fresh)
-        self._fresh, self._query_rows = tensor(fresh), tensor(anchors.tokens[fresh])
-        self._arguments = (
-            tensor(anchors.sequences[fresh]),
-            tensor(anchors.ends[fresh], torch.int32),
-            tensor(anchors.budgets[fresh], torch.int32),
-        )
-        self._counts = tensor(anchors.counts, torch.int32)
-        self._of_tokens = tensor(anchors.of_tokens)
-        self._last, self._rows = tensor(anchors.last), tensor(batch.rows)
+        ends, budgets, counts = (ints.astype(np.int32) for ints in (anchors.ends, anchors.budgets, anchors.counts))
+        made_now = fresh, anchors.tokens[fresh], anchors.sequences[fresh], ends[fresh], budgets[fresh]
+        made_before = np.flatnonzero(whole), stale, batch.rows[anchors.sequences[stale]]
+        there = upload((*made_now, *made_before, counts, anchors.of_tokens, anchors.last, batch.rows), tables.device)
+        self._fresh, self._query_rows, *self._arguments = there[:5]
+        all_at, kept_at, kept_rows, self._counts, self._of_tokens, self._last, self._rows = there[5:]
         most = max(int(anchors.budgets.max()), int(anchors.counts.max()))
         shape = (len(self._places), len(anchors.tokens), kept.layout.groups[group].kv_heads, most)
         self._most = int(anchors.budgets[fresh].max()) if len(fresh) else 0
-        self._made = torch.full(shape, -1, dtype=torch.int32, device=device)
-        if whole.any():
-            places, indices = tensor(np.flatnonzero(whole)), torch.arange(most, dtype=torch.int32, device=device)
-            counts = self._counts[places, None, None]
-            self._made[:, places] = torch.where(indices < counts, indices + sink_blocks, -1)
-        if len(stale):
-            before = kept.of(group, tensor(batch.rows[anchors.sequences[stale]]))
+        self._made = torch.full(shape, -1, dtype=torch.int32, device=tables.device)
+        if len(all_at):
+            indices = torch.arange(most, dtype=torch.int32, device=tables.device)
+            among = indices < self._counts[all_at, None, None]
+            self._made[:, all_at] = torch.where(among, indices + sink_blocks, -1)
+        if len(kept_at):
+            before = kept.of(group, kept_rows)
             width = min(before.shape[3], most)
-            self._made[:, tensor(stale), :, :width] = before[..., :width]
+            self._made[:, kept_at, :, :width] = before[..., :width]
 
     def of(self, layer: int, query: Tensor, blocks: FarBlocks, sink_blocks: int) -> ChosenFar:
         """What the step's query rows [T, Hq, D] read of the layer's far blocks."""

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from service.engine.batch import Batch
 from service.engine.far_choices import Anchors
 from service.engine.graph_memory import Shape, far_groups, fixed_values
 from service.engine.paged_attend import StepTensors
+from service.engine.upload import FixedRoom
 from service.types.kv_layout import KvLayout
 
 
@@ -33,15 +33,15 @@ class Fields(NamedTuple):
 
 
 class FixedStep:
-    """One step's arrays within `host` and `device`, flat tensors of int32 with room for them; other shapes may use the same room."""
+    """One step's arrays within a room that is large enough for them; other shapes may use the same one."""
 
-    def __init__(self, layout: KvLayout, shape: Shape, host: Tensor, device: Tensor) -> None:
-        size = fixed_values(layout, shape)
+    def __init__(self, layout: KvLayout, shape: Shape, room: FixedRoom) -> None:
+        self._size = fixed_values(layout, shape)
         self.shape = shape
-        self._host, self._device = host[:size], device[:size]
-        self._filled = _cut(self._host.numpy(), layout, shape)
-        self.fields = _cut(self._device, layout, shape)
-        starts = torch.arange(shape.rows + 1, dtype=torch.int32, device=device.device)
+        self._room = room
+        self._filled = _cut(room.host[: self._size].numpy(), layout, shape)
+        self.fields = _cut(room.device[: self._size], layout, shape)
+        starts = torch.arange(shape.rows + 1, dtype=torch.int32, device=room.device.device)
         fields = self.fields
         self.where = StepTensors(fields.tables, fields.block_ids, fields.offsets, starts, fields.context_lengths)
 
@@ -50,6 +50,7 @@ class FixedStep:
         count = len(batch.rows)
         take = np.full(self.shape.rows, batch.context_lengths.argmin())
         take[:count] = np.arange(count)
+        self._room.wait()
         to = self._filled
         for name in ("tokens", "positions", "offsets", "context_lengths"):
             getattr(to, name)[:] = getattr(batch, name)[take]
@@ -61,8 +62,7 @@ class FixedStep:
         for group, (ends, budgets, counts) in to.far.items():
             of = anchors[group]
             ends[:], budgets[:], counts[:] = of.ends[take], of.budgets[take], of.counts[take]
-        # Waited for: the next step may fill these arrays before the device has come to this one.
-        self._device.copy_(self._host)
+        self._room.send(self._size)
 
 
 def _cut(flat: Any, layout: KvLayout, shape: Shape) -> Fields:

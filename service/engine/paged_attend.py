@@ -15,6 +15,7 @@ from torch import Tensor
 from service.engine.batch import Batch, Ints
 from service.engine.far_choices import FarChoices, StepChoices, find_anchors
 from service.engine.kv_pool import KvPool
+from service.engine.upload import upload
 from service.kernels.dispatch import chosen_name, resolve
 from service.kernels.native.decoder import PagedStep
 from service.kernels.reference_sparse import ChosenFar, FarBlocks
@@ -34,9 +35,9 @@ class StepTensors(NamedTuple):
     @classmethod
     def of(cls, batch: Batch, device: torch.device) -> StepTensors:
         """The step of these slices."""
-        tables, block_ids = ([torch.from_numpy(ints).to(device) for ints in groups] for groups in (batch.block_tables, batch.block_ids))
-        alone = (torch.from_numpy(ints).to(device) for ints in (batch.offsets, batch.query_starts, batch.context_lengths))
-        return cls(tables, block_ids, *alone)
+        groups, alone = len(batch.block_tables), (batch.offsets, batch.query_starts, batch.context_lengths)
+        there = upload((*batch.block_tables, *batch.block_ids, *alone), device)
+        return cls(there[:groups], there[groups : 2 * groups], *there[2 * groups :])
 
 
 class Rule(NamedTuple):

@@ -17,7 +17,7 @@ from torch import Tensor
 from service.engine.batch import Batch, Tables
 from service.engine.decode_graphs import DecodeGraphs, Recorder
 from service.engine.distribution import log_probs
-from service.engine.drawing import draw_tokens
+from service.engine.drawing import Drawing
 from service.engine.far_choices import FarChoices
 from service.engine.idle_batches import idle_batch, idle_batches
 from service.engine.images import ImageStore
@@ -26,10 +26,11 @@ from service.engine.memory import SCORED_ROWS
 from service.engine.paged_attend import HostPlans, PagedAttend, StepTensors, choose
 from service.engine.sampler import Sampler
 from service.engine.scores import joined, prompt_scores, sampled_tokens
+from service.engine.upload import upload
 from service.kernels.dispatch import take_counts
 from service.models.decoder import Decoder
 from service.processor import worthwhile_threads
-from service.types.plan import BatchPlan, PromptLogprobs, SampledToken, Slice, StepResult, Want
+from service.types.plan import BatchPlan, BlockDemote, PromptLogprobs, SampledToken, Slice, StepResult, Want
 from service.types.request import Sampling, Stop, TokenLogprob
 
 
@@ -69,9 +70,7 @@ class TorchBackend:
         self._images.apply(plan)
         for sequence in plan.open:
             self._sampler.open(sequence.row, sequence.sampling, sequence.stop, sequence.prompt_tokens)
-        for _, group, sources, targets in plan.demote:
-            near, far = (torch.tensor(ids, dtype=torch.int64, device=self._device) for ids in (sources, targets))
-            self._pool.demote(group, near, far)
+        self._demote(plan.demote)
         tokens: list[SampledToken] = []
         scores: list[PromptLogprobs] = []
         self._far_blocks_read = 0
@@ -83,6 +82,14 @@ class TorchBackend:
         work, far_blocks_read = self._images.take_work(), self._far_blocks_read
         forwards = () if self._graphs is None else self._graphs.take_counts()
         return StepResult(plan.step, tuple(tokens), joined(scores), time.perf_counter() - began_s, counts, far_blocks_read, work, forwards)
+
+    def _demote(self, demotes: Sequence[BlockDemote]) -> None:
+        """The blocks of all rows at once, layer by layer."""
+        for group in dict.fromkeys(demote.group for demote in demotes):
+            those = [demote for demote in demotes if demote.group == group]
+            sources = np.concatenate([demote.sources for demote in those], dtype=np.int64)
+            targets = np.concatenate([demote.targets for demote in those], dtype=np.int64)
+            self._pool.demote(group, *upload((sources, targets), self._device))
 
     def rest(self) -> None:
         """No step is at hand: what can wait may be done in the background until the next one."""
@@ -107,7 +114,8 @@ class TorchBackend:
         hidden = [self._hidden(batch)[-1:] for batch in idle_batches(layout, self._tables.tokens.shape[1] - 1)]
         logits = torch.zeros_like(self._decoder.logits(hidden[-1]))
         self._sampler.open(0, Sampling(), Stop(max_tokens=1), 0)
-        draw_tokens(self._sampler, logits, np.zeros(1, np.int64), np.ones(1, np.int64), self._tables.tokens)
+        zero = np.zeros(1, np.int64)
+        Drawing(self._sampler, zero, zero + 1, zero, self._device).tokens(logits, self._tables.tokens)
         self._forget_counts()
 
     def _forget_counts(self) -> None:
@@ -136,18 +144,17 @@ class TorchBackend:
             self._compute(half, tokens, scores)
 
     def _forward(self, batch: Batch) -> tuple[list[SampledToken], list[PromptLogprobs]]:
+        rows = batch.rows[batch.sampled]
+        positions = batch.starts[batch.sampled] + batch.lengths[batch.sampled]
+        last = batch.query_starts[1:][batch.sampled].astype(np.int64) - 1
+        drawing = Drawing(self._sampler, rows, positions, last, self._device) if len(rows) else None
         hidden = self._hidden(batch)
         scores = [self._score(batch, index, hidden) for index in batch.scored.tolist()]
-        tokens: list[SampledToken] = []
-        if len(batch.sampled):
-            last = torch.from_numpy(batch.query_starts[1:][batch.sampled].astype(np.int64) - 1).to(self._device)
-            logits = self._decoder.logits(hidden.index_select(0, last))
-            rows = batch.rows[batch.sampled]
-            positions = batch.starts[batch.sampled] + batch.lengths[batch.sampled]
-            samples = draw_tokens(self._sampler, logits, rows, positions, self._tables.tokens)
-            self._tables.record(rows, positions, samples.tokens)
-            tokens = sampled_tokens(rows, samples)
-        return tokens, scores
+        if drawing is None:
+            return [], scores
+        samples = drawing.tokens(self._decoder.logits(drawing.states(hidden)), self._tables.tokens)
+        self._tables.record(rows, positions, samples.tokens)
+        return sampled_tokens(rows, samples), scores
 
     def _hidden(self, batch: Batch) -> Tensor:
         images, device, pool = self._images.context(batch), self._device, self._pool
@@ -159,7 +166,7 @@ class TorchBackend:
         chosen, read = choose(pool, batch, where.tables, self._choices)
         plans = HostPlans(batch, pool.place)
         attend = PagedAttend(self._decoder.spec, pool, where, plans, chosen, self._count_layer)
-        tokens, positions = (torch.from_numpy(array).to(device) for array in (batch.tokens, batch.positions))
+        tokens, positions = upload((batch.tokens, batch.positions), device)
         hidden = self._decoder.hidden(tokens, positions, attend, images, attend.step(self._done))
         attend.keep_choices()
         self._far_blocks_read += read

@@ -7,9 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-from service.engine.drawing import draw_on_device, draw_tokens
-from service.engine.sampler import Sampler
+from service.engine import drawing
+from service.engine.distribution import Ints
+from service.engine.drawing import Drawing
+from service.engine.sampler import Sampler, Samples
 from service.kernels.dispatch import take_counts
 from service.types.request import Sampling, Stop
 
@@ -31,6 +35,17 @@ def filled(kinds: tuple[Sampling, ...], stop: Stop) -> Sampler:
     return sampler
 
 
+def draw(sampler: Sampler, logits: Tensor, rows: Ints, positions: Ints, table: NDArray[np.int32]) -> Samples:
+    return Drawing(sampler, rows, positions, np.arange(len(rows)), logits.device).tokens(logits, table)
+
+
+@pytest.fixture
+def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens are drawn as on a device."""
+    monkeypatch.setattr(drawing, "draws_on", lambda device: True)
+
+
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("kinds", [PLAIN, OTHERS, PLAIN + OTHERS, OTHERS[:1] + PLAIN])
 @pytest.mark.parametrize("min_tokens", [0, 3])
 def test_every_mixture_gives_the_host_s_tokens(kinds: tuple[Sampling, ...], min_tokens: int) -> None:
@@ -41,27 +56,29 @@ def test_every_mixture_gives_the_host_s_tokens(kinds: tuple[Sampling, ...], min_
         logits = torch.randn(len(kinds), VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 2
         logits[0, 5] = 9.0 if seed == 0 else logits[0, 5]
         expected = sampler.sample(logits.numpy().copy(), rows, positions, table)
-        found = draw_on_device(sampler, logits, rows, positions, table)
+        found = draw(sampler, logits, rows, positions, table)
         assert found.tokens.tolist() == expected.tokens.tolist() and found.logprobs == expected.logprobs
 
 
+@pytest.mark.usefixtures("on_device")
 def test_rows_without_a_finite_peak_fail_alone() -> None:
     sampler = filled(PLAIN, Stop(8))
     logits = torch.randn(5, VOCABULARY)
     logits[1, 7], logits[3] = torch.nan, -torch.inf
-    tokens = draw_on_device(sampler, logits, np.arange(5), np.full(5, 6), np.zeros((5, 8), np.int32)).tokens
+    tokens = draw(sampler, logits, np.arange(5), np.full(5, 6), np.zeros((5, 8), np.int32)).tokens
     assert [token >= 0 for token in tokens] == [True, False, True, False, True]
 
 
+@pytest.mark.usefixtures("on_device")
 def test_only_what_needs_the_host_goes_there() -> None:
     sampler = filled(PLAIN + OTHERS, Stop(8, end_ids=(5,), min_tokens=3))
     assert sampler.is_plain(np.arange(8), np.full(8, 7)).tolist() == [True] * 5 + [False] * 3
     assert not sampler.is_plain(np.arange(8), np.full(8, 6)).any()
     take_counts()
     logits, table = torch.randn(3, VOCABULARY), np.zeros((8, 8), np.int32)
-    draw_on_device(sampler, logits, np.array([5, 6, 7]), np.full(3, 7), table)
+    draw(sampler, logits, np.array([5, 6, 7]), np.full(3, 7), table)
     assert not any(operation == "sample" for operation, _ in take_counts())
-    draw_on_device(sampler, logits, np.array([5, 1, 7]), np.full(3, 7), table)
+    draw(sampler, logits, np.array([5, 1, 7]), np.full(3, 7), table)
     assert take_counts()["sample", "reference"] == 1
 
 
@@ -69,5 +86,11 @@ def test_on_a_cpu_the_host_samples() -> None:
     sampler = filled((replace(PLAIN[1], seed=11),), Stop(8))
     logits, table = torch.randn(1, VOCABULARY), np.zeros((1, 8), np.int32)
     take_counts()
-    token = draw_tokens(sampler, logits.clone(), np.array([0]), np.array([6]), table).tokens
+    token = draw(sampler, logits.clone(), np.array([0]), np.array([6]), table).tokens
     assert not take_counts() and token.tolist() == sampler.sample(logits.numpy(), np.array([0]), np.array([6]), table).tokens.tolist()
+
+
+def test_states_are_those_that_are_drawn_from() -> None:
+    drawn = Drawing(filled(PLAIN[:2], Stop(8)), np.array([1, 0]), np.array([6, 7]), np.array([4, 2]), torch.device("cpu"))
+    hidden = torch.arange(15.0).view(5, 3)
+    assert drawn.states(hidden).tolist() == [hidden[4].tolist(), hidden[2].tolist()]
