@@ -66,6 +66,7 @@ class InlineBackend(Inline):
         dtype: str = "float32",
         quantize: str = "none",
         kept: str = "auto",
+        device: torch.device | None = None,
         recorder: Recorder | None = None,
     ) -> None:
         super().__init__(lose_at)
@@ -73,7 +74,8 @@ class InlineBackend(Inline):
         read = read_manifest(directory)
         self.manifest = replace(read, spec=adapt(read.spec, attention or AttentionSettings()))
         self._dtype, self._kept = getattr(torch, dtype), getattr(torch, dtype if kept == "auto" else kept)
-        self._decoder = load(self.manifest, torch.device("cpu"), self._dtype, lambda done, total: None, quantisation=Quantisation(quantize))
+        self._device = device or torch.device("cpu")
+        self._decoder = load(self.manifest, self._device, self._dtype, lambda done, total: None, quantisation=Quantisation(quantize))
         self.blocks = blocks
         self.max_rows = max_rows
         self.image_tokens = image_tokens
@@ -83,7 +85,7 @@ class InlineBackend(Inline):
         spec = self.manifest.spec
         layout = spec.kv_layout().in_eight_bits() if self._kept == torch.int8 else spec.kv_layout()
         group_blocks = (self.blocks,) * len(layout.groups) if isinstance(self.blocks, int) else self.blocks
-        pool = KvPool(layout, group_blocks, self._kept, torch.device("cpu"), self._dtype)
+        pool = KvPool(layout, group_blocks, self._kept, self._device, self._dtype)
         for layer in range(len(spec.layers)):
             far = pool.far_of(layer) if pool.far_group_of(layer) is not None else ()
             for tensor in (*pool.blocks_of(layer), *far):

@@ -52,7 +52,7 @@ class Tables:
 
     def __init__(self, layout: KvLayout, group_blocks: Sequence[int], max_rows: int, context_tokens: int, vocab_size: int) -> None:
         self._layout = layout
-        self._group_blocks = tuple(group_blocks)
+        self.group_blocks = tuple(group_blocks)
         self._vocab_size = vocab_size
         # Untouched pages of these arrays take no memory, so a row costs what its sequence needs.
         self.tokens: Table = np.zeros((max_rows, context_tokens + 1), np.int32)
@@ -151,7 +151,7 @@ class Tables:
             table[row] = 0
 
     def _check_blocks(self, row: int, group: int, blocks: Sequence[int]) -> None:
-        if not all(0 < block <= self._group_blocks[group] for block in blocks):
+        if not all(0 < block <= self.group_blocks[group] for block in blocks):
             raise PlanError(f"row {row}: no such blocks in group {group}")
 
     def _check_row(self, row: int, group: int = 0) -> None:

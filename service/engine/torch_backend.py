@@ -109,7 +109,7 @@ class TorchBackend:
         """Use every kernel once that is compiled when it is first met: a step that met them all would take as long as a deadline."""
         layout, ones = self._pool.layout, torch.ones(1, dtype=torch.int64, device=self._device)
         for index, group in enumerate(layout.groups):
-            if group.source is not None:
+            if group.source is not None and self._tables.group_blocks[index]:  # none where the context ends within the window
                 self._pool.demote(index, ones, ones)
         hidden = [self._hidden(batch)[-1:] for batch in idle_batches(layout, self._tables.tokens.shape[1] - 1)]
         logits = torch.zeros_like(self._decoder.logits(hidden[-1]))

@@ -1,4 +1,5 @@
-"""The GPU kernels run on the device where there is one, else in Triton's interpreter on CPU tensors: same tests, smaller shapes.
+"""The GPU kernels run on the device where there is one, else on a fake one (`tests/fake_cuda`), in Triton's interpreter: same tests,
+smaller shapes.
 
 The interpreter (tests/conftest.py chooses it before triton is imported) computes bfloat16 wrongly and sums in another order than compiled
 kernels: what needs them runs on a device, or with EMULATE_SM, where they are compiled and what was compiled runs without one.
@@ -16,13 +17,14 @@ import torch
 from torch import Tensor
 
 from service.kernels.reference_sparse import ChosenFar, FarBlocks
+from tests.fake_cuda.install import device_or_fake
 
-ON_DEVICE = torch.cuda.is_available()
+REAL = torch.cuda.is_available()
 # EMULATE_SM=80, 87 or 90, see `ptx/driver.py`.
-EMULATED = 0 if ON_DEVICE else int(os.environ.get("EMULATE_SM", "0"))
-COMPILED = ON_DEVICE or EMULATED > 0
-CAPABILITY = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1] if ON_DEVICE else EMULATED or 90
-DEVICE = torch.device("cuda" if ON_DEVICE else "cpu")
+EMULATED = 0 if REAL else int(os.environ.get("EMULATE_SM", "0"))
+COMPILED = REAL or EMULATED > 0
+CAPABILITY = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1] if REAL else EMULATED or 90
+DEVICE = torch.device("cuda:0")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if COMPILED else (torch.float32, torch.float16)
 # The first block whose elements int32 cannot count where blocks stand APART_BYTES from each other, and how many there are of its kind.
 FAR_BLOCK, APART_BYTES, FAR_BLOCKS = 32768, 131072, 64
@@ -33,6 +35,13 @@ needs_e4m3 = pytest.mark.skipif(CAPABILITY < 89, reason="8-bit floats come with 
 def pytest_configure(config: pytest.Config) -> None:
     """A GPU machine may lack the plugin that knows this mark; there it means nothing."""
     config.addinivalue_line("markers", "timeout(seconds): the longest that a test may take")
+
+
+@pytest.fixture(autouse=True, scope="package")
+def device() -> Iterator[None]:
+    """What torch finds there."""
+    with device_or_fake(divmod(CAPABILITY, 10)):
+        yield
 
 
 @pytest.fixture(autouse=True)

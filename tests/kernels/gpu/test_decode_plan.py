@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,14 +14,14 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from service.engine.cuda_graph import CudaRecorder
 from service.kernels import splits
 from service.kernels.gpu import choose_far, decode_plan, kv_store, window_sparse
 from service.kernels.gpu import paged_attention as kernel
 from service.kernels.reference_sparse import ChosenFar, FarBlocks
 from tests.kernels.conftest import PagedBatch, make_batch
-from tests.kernels.gpu.conftest import COMPILED, DEVICE, ON_DEVICE, moved
+from tests.kernels.gpu.conftest import COMPILED, DEVICE, moved
 from tests.kernels.sparse_batches import SparseBatch, make_sparse
-from tests.tape import Tape
 
 CONTEXTS = [150, 1, 70, 33, 17]
 PLANS = {"splits": decode_plan.plan_decode, "tiles": decode_plan.plan_decode_tiles}
@@ -82,15 +81,6 @@ def test_no_context_has_more_splits_than_there_is_room_for(most: int, window: in
     assert int(found.split_ends[-1]) <= found.splits == len(contexts) * splits.most_splits(most, window)
 
 
-def recorder() -> Callable[[Callable[[], Tensor]], Callable[[], Tensor]]:
-    """A real graph on a device, a tape without one."""
-    if not ON_DEVICE:
-        return Tape().record
-    from service.engine.cuda_graph import CudaRecorder
-
-    return CudaRecorder().record
-
-
 @pytest.mark.parametrize("name", PLANS)
 def test_a_replay_is_right_for_other_lengths(name: str) -> None:
     """A step's write and its attention, recorded for one set of lengths and replayed for two others."""
@@ -128,7 +118,7 @@ def test_a_replay_is_right_for_other_lengths(name: str) -> None:
         fixed.block_tables.zero_()[:, : step.block_tables.shape[1]] = step.block_tables
         if replay is None:
             work()
-            replay = recorder()(work)
+            replay = CudaRecorder().record(work)
         assert torch.equal(replay(), expected), "what is replayed depends on the lengths of the recording"
 
 
@@ -162,7 +152,7 @@ def test_a_replay_keeps_nothing_of_the_sequences_before(monkeypatch: pytest.Monk
 
     work()
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    replay = recorder()(work)
+    replay = CudaRecorder().record(work)
     for here, there in zip(fixed, arrays(after), strict=True):
         here.copy_(there)
     expected = after.run(window_sparse.window_sparse_attention)

@@ -32,7 +32,7 @@ def placed(store: FarBlocks) -> FarBlocks:
 
 def same(one: FarBlocks, other: FarBlocks) -> bool:
     pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
-    return all(torch.equal(a.cpu().nan_to_num(nan=9.0), b.nan_to_num(nan=9.0)) for a, b in pairs)
+    return all(torch.equal(a.cpu().nan_to_num(nan=9.0), b.cpu().nan_to_num(nan=9.0)) for a, b in pairs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

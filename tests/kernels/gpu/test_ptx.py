@@ -82,6 +82,7 @@ SCALARS: dict[str, Any] = {
     "shr.s32 %r2, %r1, 40;": lambda x: x >> 31,
     "bfe.u32 %r2, %r1, 3, 5;": lambda x: (x >> 3) & 31,
     "bfe.s32 %r2, %r1, 3, 5;": lambda x: ((x >> 3 & 31) ^ 16) - 16,
+    "bfi.b32 %r2, %r1, 0x12345678, 8, 5;": lambda x: (x & 31) << 8 | (0x12345678 & ~0x1F00),
     "prmt.b32 %r2, %r1, 0, 0x3120U;": lambda x: (x & 255) | (x >> 16 & 255) << 8 | (x >> 8 & 255) << 16 | (x & -(1 << 24)),
     "prmt.b32 %r2, %r1, 0, 0xaaa2U;": lambda x: (x >> 16 & 255) | torch.where(x >> 23 & 1 == 1, -256, 0).int(),
     "setp.lt.u32 %p1, %r1, %r9; selp.b32 %r2, 1, 7, %p1;": lambda x: torch.where((x.long() & 0xFFFFFFFF) < 13, 1, 7).int(),

@@ -149,6 +149,15 @@ def extract(threads: Threads, instruction: Instruction) -> Lanes:
     return (value << np.asarray(width - start - length, value.dtype)) >> np.asarray(width - length, value.dtype)
 
 
+def insert(threads: Threads, instruction: Instruction) -> Lanes:
+    """`bfi`: the low bits of one value in the place of a field of another."""
+    kind = kinds(instruction)[-1]
+    field, value = (threads.read(operand, kind) for operand in instruction.operands[1:3])
+    start, length = (int(operand, 0) for operand in instruction.operands[3:])
+    mask = np.asarray(((1 << length) - 1) << start, value.dtype)
+    return (value & ~mask) | (field << np.asarray(start, value.dtype) & mask)
+
+
 def permute(threads: Threads, instruction: Instruction) -> Lanes:
     """`prmt`: four bytes picked from eight, or a byte's sign repeated."""
     low, high = (threads.read(operand, "b32").astype(np.uint64) for operand in instruction.operands[1:3])
@@ -260,8 +269,8 @@ VALUES: dict[str, Value] = {
     "and": elementwise(np.bitwise_and), "or": elementwise(np.bitwise_or), "xor": elementwise(np.bitwise_xor), "not": elementwise(np.invert),
     "min": extreme(np.minimum, np.fmin), "max": extreme(np.maximum, np.fmax), "div": elementwise(divide), "fma": elementwise(fused),
     "rem": elementwise(np.fmod),
-    "mul": multiply, "mad": multiply, "shl": shift, "shr": shift, "bfe": extract, "prmt": permute, "setp": compare, "selp": select,
-    "mov": move, "cvt": convert, "ex2": elementwise(exponential), "lg2": elementwise(np.log2), "sqrt": elementwise(np.sqrt),
+    "mul": multiply, "mad": multiply, "shl": shift, "shr": shift, "bfe": extract, "bfi": insert, "prmt": permute, "setp": compare,
+    "selp": select, "mov": move, "cvt": convert, "ex2": elementwise(exponential), "lg2": elementwise(np.log2), "sqrt": elementwise(np.sqrt),
     "rsqrt": elementwise(lambda value: (1 / np.sqrt(value.astype(np.float64))).astype(np.float32)),
     "rcp": elementwise(lambda value: np.float32(1) / value), "popc": lambda threads, instruction: count_bits(
         threads.read(instruction.operands[1], kinds(instruction)[-1])),

@@ -1,0 +1,158 @@
+"""The device of `device.py` put into torch for a while: factories, `torch.cuda`, graphs and Triton's launches.
+
+What imports it can then use `cuda` everywhere. It does not know kernels: they are interpreted, or compiled and emulated, as the process has
+chosen (`tests/conftest.py`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.fake_cuda.device import CUDA, DEVICE, Device, Graph, OnDevice, held_by, poison
+
+if "EMULATE_SM" in os.environ:
+    from tests.kernels.gpu.ptx.driver import Launcher as Launching
+else:
+    from triton.runtime.interpreter import GridExecutor as Launching
+
+FREE_BYTES, TOTAL_BYTES = 1 << 30, 2 << 30
+# Values and number of c10::DeviceType.
+CUDA_TYPE, META_TYPE, DEVICE_TYPES = 1, 14, 22
+# Factories that torch has for each device alone, or that resize what another made.
+FACTORIES = ("empty.memory_format", "empty_strided.default", "arange.default", "arange.start", "arange.start_step")
+LIBRARY = torch.library.Library("aten", "IMPL")
+
+
+class Capture:
+    """torch.cuda.graph"""
+
+    def __init__(self, graph: Graph, pool: object = None, stream: object = None, capture_error_mode: str = "global") -> None:
+        self._graph = graph
+
+    def __enter__(self) -> None:
+        DEVICE.begin(self._graph)
+
+    def __exit__(self, *error: object) -> None:
+        DEVICE.end()
+
+
+class Event:
+    """torch.cuda.Event"""
+
+    def record(self) -> None:
+        """There is one stream."""
+
+    def synchronize(self) -> None:
+        DEVICE.land()
+
+
+def _factory(name: str) -> Callable[..., Tensor]:
+    packet, overload = name.split(".")
+    on_cpu = getattr(getattr(torch.ops.aten, packet), overload)
+
+    def make(*args: Any, **kwargs: Any) -> Tensor:
+        kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"} | {"device": "cpu"}
+        with torch.inference_mode(False), torch.no_grad():
+            held = on_cpu(*args, **kwargs)
+            if packet.startswith("empty"):
+                poison(held)
+            DEVICE.note(on_cpu, (args, kwargs), [held], [])
+            return OnDevice(held)
+
+    return make
+
+
+for _name in FACTORIES:
+    LIBRARY.impl(_name.removesuffix(".default"), _factory(_name), "CUDA")
+
+
+@contextmanager
+def fake_cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[Device]:
+    """torch with a device of `capability`, on which nothing lies yet."""
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    guards = (ctypes.c_void_p * DEVICE_TYPES).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+    before, torch_only_lifts = guards[CUDA_TYPE], torch._C._only_lift_cpu_tensors()
+    # A build for CPUs has no guard for CUDA devices: the one of `meta`, which does nothing, stands for it.
+    guards[CUDA_TYPE] = guards[META_TYPE]
+    torch._C._set_only_lift_cpu_tensors(True)
+    DEVICE.reset()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            _put_into_torch(patch, capability)
+            patch.setattr(Launching, "__call__", _checked(Launching.__call__))
+            yield DEVICE
+    finally:
+        DEVICE.reset()
+        torch._C._set_only_lift_cpu_tensors(torch_only_lifts)
+        guards[CUDA_TYPE] = before
+
+
+def _put_into_torch(patch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    zeros, to = torch.zeros, Tensor.to
+
+    def pinned_zeros(*size: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        made = zeros(*size, **options)
+        if pin_memory:
+            DEVICE.pinned.add(made.untyped_storage().data_ptr())
+        return made
+
+    patch.setattr(torch, "zeros", pinned_zeros)
+    patch.setattr(
+        Tensor, "to", lambda tensor, *args, **kwargs: to(tensor, *map(_numbered, args), **{k: _numbered(v) for k, v in kwargs.items()})
+    )
+    properties = SimpleNamespace(multi_processor_count=1, total_memory=TOTAL_BYTES)
+    for name, value in {
+        "_lazy_init": lambda: None,
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "current_device": lambda: 0,
+        "device_count": lambda: 1,
+        "get_device_capability": lambda device=None: capability,
+        "get_device_name": lambda device=None: "a device that is not there",
+        "get_device_properties": lambda device=None: properties,
+        "mem_get_info": lambda device=None: (FREE_BYTES, TOTAL_BYTES),
+        "is_bf16_supported": lambda including_emulation=True: True,
+        "synchronize": lambda device=None: DEVICE.wait("synchronize"),
+        "graph_pool_handle": lambda: (0, 0),
+        "Event": Event,
+        "CUDAGraph": Graph,
+        "graph": Capture,
+    }.items():
+        patch.setattr(torch.cuda, name, value)
+
+
+def _numbered(value: Any) -> Any:
+    """The device by its number, as its guard would say."""
+    return CUDA if value == "cuda" or (isinstance(value, torch.device) and value.type == "cuda") else value
+
+
+def _checked(launch: Callable[..., None]) -> Callable[..., None]:
+    """A launch takes tensors of the device only."""
+
+    def held(value: Any) -> Any:
+        if isinstance(value, Tensor) and not isinstance(value, OnDevice):
+            raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
+        return held_by(value)
+
+    def checked(launcher: Any, *args: Any, **kwargs: Any) -> None:
+        on_values = [held(value) for value in args], {name: held(value) for name, value in kwargs.items()}
+        DEVICE.launch(lambda: launch(launcher, *on_values[0], **on_values[1]))
+
+    return checked
+
+
+@contextmanager
+def device_or_fake(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
+    """The machine's own device where it has one."""
+    with nullcontext() if torch.cuda.is_available() else fake_cuda(capability):
+        yield
