@@ -1,6 +1,6 @@
 """Speed of the GPU's kernels and of whole serving on this machine's GPU, each beside its limit and its peers; --keep appends rows.
 
-    python -m loadtests.gpu_bench [--cases attention sparse far linear elementwise write sample serving] [--rounds 30] [--keep]
+    python -m loadtests.gpu_bench [--cases attention sparse far linear elementwise write images sample serving] [--rounds 30] [--keep]
         [--serving FLAGS]
 
 It needs torch, triton and numpy; the last case, whole serving (see `gpu_serving`), also msgspec and prometheus_client. Limits are

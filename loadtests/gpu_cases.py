@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -126,6 +127,25 @@ def write_cases() -> Iterator[Case]:
         yield write_case(GPU, rows, 32, 8, 128)
 
 
+def image_case(place: Place, rows: int, heads: int, kv_heads: int, size: int, images: int) -> Case:
+    """Rows of a sequence that all see its image tokens, beside torch's einsum and softmax."""
+    from service.kernels import cross_attention as plain
+    from service.kernels.gpu import cross_attention as ours
+
+    query, keys, values = place.drawn(rows, heads, size), place.drawn(images, kv_heads, size), place.drawn(images, kv_heads, size)
+    arguments = query, keys, values, None, size**-0.5
+    moved, flops = 2.0 * query.nbytes + 2 * keys.nbytes, 4.0 * rows * heads * images * size
+    shape = {"rows": rows, "images": images, "size": size}
+    beside = partial(partial, plain.attend_images, *arguments)
+    return Case("attend_images", shape, partial(ours.attend_images, *arguments), moved, flops, peers={"torch": beside})
+
+
+def image_cases() -> Iterator[Case]:
+    """16 query heads and 4 of keys and values; a decoding row and a prompt's slice, behind one image and behind several."""
+    for rows, images in product((1, 512), (64, 1024)):
+        yield image_case(GPU, rows, 16, 4, 64, images)
+
+
 def sample_case(place: Place, rows: int, vocabulary: int, top_k: int, top_p: float) -> Case:
     """One token a row, beside torch with a sort. The limit is one pass over the logits, whatever is filtered."""
     from service.kernels import reference_sampling
@@ -163,5 +183,6 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "linear": linear_cases,
     "elementwise": elementwise_cases,
     "write": write_cases,
+    "images": image_cases,
     "sample": sample_cases,
 }

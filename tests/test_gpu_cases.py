@@ -93,6 +93,7 @@ CASES: dict[str, Callable[[], Case]] = {
         for op in ("rms_norm", "add_rms_norm", "rotate", "swiglu", "head_gate")
     },
     "rotate_write": lambda: gpu_cases.write_case(CPU, 5, 4, 2, 32),
+    "images": lambda: gpu_cases.image_case(CPU, 5, 6, 2, 16, 70),
     "sample": lambda: gpu_cases.sample_case(CPU, 3, 700, 0, 1.0),
     "sample filtered": lambda: gpu_cases.sample_case(CPU, 3, 700, 5, 0.9),
 }
@@ -136,7 +137,7 @@ def test_several_rows_move_what_one_of_them_does_at_least() -> None:
 
 
 def test_shapes_of_the_device_are_sound_and_differ() -> None:
-    assert list(gpu_bench.CASES) == ["attention", "sparse", "total", "far", "linear", "elementwise", "write", "sample"]
+    assert list(gpu_bench.CASES) == ["attention", "sparse", "total", "far", "linear", "elementwise", "write", "images", "sample"]
     assert len(set(attention.DENSE)) == len(attention.DENSE) and len(set(attention.SPARSE)) == len(attention.SPARSE)
     for dense in attention.DENSE:
         assert dense.heads % dense.kv_heads == 0 and dense.read_tokens <= dense.context

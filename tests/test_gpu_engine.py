@@ -66,6 +66,7 @@ SLOW = {
     "far-evict": Case("llama", {"attention_window": 64, "kv_far": "evict"}),
     "far-dense-prompts": Case("llama", {**FAR, "prefill": "dense"}),
     "deterministic": Case("llama", FAR, {"deterministic": True}),
+    "deterministic-v5.2": Case("5.2", FAR, {"deterministic": True}),
     "float16": Case("llama", FAR, {"dtype": "float16"}),
     "without-graphs": Case("llama", FAR, {"cuda_graphs": "off"}),
 }

@@ -168,6 +168,7 @@ TABLE: Mapping[str, tuple[Implementation, ...]] = {
         Implementation("reference", reference.head_gate, _anywhere),
     ),
     "attend_images": (
+        _gpu(cross_attention.attend_images, "cross_attention"),
         Implementation("torch", cross_attention.attend_images, _anywhere),
         Implementation("native", native_cross_attention.attend_images, _native, steady=True),
     ),

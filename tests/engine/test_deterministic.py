@@ -13,6 +13,7 @@ from service.engine.loading import load_backend
 from service.kernels import dispatch
 from service.kernels.dispatch import TABLE, chosen, require_steady, resolve
 from service.kernels.native import binding
+from service.models.layers import Kernels
 from service.types.catalog import V2_3, V3_5
 from service.types.errors import CapacityError
 from service.types.plan import LoadRequest
@@ -55,8 +56,9 @@ def test_a_gpu_can_where_every_kernel_is_ours(monkeypatch: pytest.MonkeyPatch) -
     require_deterministic(TEXT, CUDA, torch.bfloat16, "int8")
     with pytest.raises(CapacityError, match="4-bit weights go through torch's own product"):
         require_deterministic(TEXT, CUDA, torch.bfloat16, "int4")
-    with pytest.raises(CapacityError, match="attend_images"):
-        require_deterministic(IMAGES, CUDA, torch.bfloat16, "none")
+    require_deterministic(IMAGES, CUDA, torch.bfloat16, "none")
+    Kernels.resolve(CUDA, torch.bfloat16)
+    require_steady(False)
     monkeypatch.setattr(dispatch, "_triton", lambda: False)
     with pytest.raises(CapacityError, match="triton is not installed"):
         require_deterministic(TEXT, CUDA, torch.bfloat16, "none")

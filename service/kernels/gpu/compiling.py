@@ -15,7 +15,7 @@ import triton
 
 # Lengths, counts and strides of a step's arrays.
 VARYING = (
-    *("rows", "sequences", "anchors", "width", "most", "most_visits", "compared"),
+    *("rows", "images", "sequences", "anchors", "width", "most", "most_visits", "compared"),
     *("stride_table", "stride_far_table", "stride_choice_anchor", "stride_choice_head"),
 )
 # Arrays that lie in others, at any element.

@@ -15,6 +15,7 @@ import torch
 
 from service.kernels.gpu.choice_scores import LARGEST_STEP
 from service.kernels.gpu.choose_far import FEWEST_ANCHORS, TILE_ROWS, tile_candidates
+from service.kernels.gpu.cross_attention import image_tile
 from service.kernels.gpu.int8_linear import product_tile
 from service.kernels.gpu.ordered_linear import ordered_tile
 from service.kernels.gpu.paged_attention import decode_tile, tile_of
@@ -313,6 +314,22 @@ def linear_shapes() -> list[Shape]:
     return shapes
 
 
+def image_shapes() -> list[Shape]:
+    """Attention to image tokens, with and without counts."""
+    shapes = []
+    strides = ("query_row", "query_head", "key_image", "key_head", "value_image", "value_head")
+    types = {f"stride_{name}": "i32" for name in strides} | {"rows": "i32", "images": "i32", "scale": "fp32", "p_counts": "*i64"}
+    for kind, size, counted in product(TORCH_TYPES, (64, 128), (True, False)):
+        pairs, tokens, padded = image_tile(TORCH_TYPES[kind], size)
+        constants = {"GROUP": 2, "ROWS": pairs, "IMAGES": tokens, "DIM": size, "BLOCK_DIM": padded, "COUNTED": counted}
+        constants["PRECISION"] = "ieee" if kind == "fp32" else "tf32"
+        pointers = {name: f"*{kind}" for name in ("p_query", "p_keys", "p_values", "p_out")}
+        limits = (FLOAT32_STACK if kind == "fp32" else 0, pairs >= 64)
+        name = f"images-{kind}-d{size}" + ("-counted" if counted else "")
+        shapes.append(Shape(name, "cross_attention", "images_kernel", types | pointers, constants, 4, 2, *limits))
+    return shapes
+
+
 def sampling_shapes() -> list[Shape]:
     """The sampling kernel over logits of two types."""
     types = dict.fromkeys(("p_temperature", "p_min_p"), "*fp32") | dict.fromkeys(("p_top_k", "p_tokens"), "*i64")
@@ -323,4 +340,5 @@ def sampling_shapes() -> list[Shape]:
     ]
 
 
-SHAPES: list[Shape] = [*dense_shapes(), *elementwise_shapes(), *sparse_shapes(), *far_shapes(), *linear_shapes(), *sampling_shapes()]
+GROUPS = (dense_shapes, elementwise_shapes, sparse_shapes, far_shapes, linear_shapes, image_shapes, sampling_shapes)
+SHAPES: list[Shape] = [shape for shapes in GROUPS for shape in shapes()]
