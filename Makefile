@@ -58,7 +58,7 @@ gpu-check: ## run the kernels' tests on the GPU; GPU_PYTHON needs torch, triton,
 
 SM ?= 90
 gpu-emulate: $(VENV)/.test ## compile the kernels for a GPU (SM=80, 87 or 90) and run their tests on what was compiled, without the GPU
-	@EMULATE_SM=$(SM) $(BIN)/python -m pytest -n 2 -m "not slow" tests/kernels/gpu tests/test_graph_parity.py --deselect tests/kernels/gpu/test_compile_gate.py $(ARGS)
+	@EMULATE_SM=$(SM) $(BIN)/python -m pytest -n 2 -m "not slow" tests/kernels/gpu tests/test_graph_parity.py tests/test_gpu_engine.py --deselect tests/kernels/gpu/test_compile_gate.py $(ARGS)
 
 gpu-bench: ## speed of the kernels and of serving on the GPU beside limits and peers, rows in loadtests/results (needs torch, triton and numpy in GPU_PYTHON; serving also msgspec and prometheus_client)
 	@$(GPU_PYTHON) -m loadtests.gpu_bench --keep $(ARGS)
