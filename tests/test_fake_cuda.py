@@ -45,7 +45,8 @@ def test_it_goes_when_it_is_no_longer_wanted() -> None:
     [
         lambda: torch.zeros(3, device=CUDA),
         lambda: torch.full((3,), 0.0, device="cuda"),
-        lambda: torch.tensor([0.0, 0.0, 0.0], device=CUDA),
+        lambda: torch.tensor([0.0, 0.0, 0.0], device="cuda"),
+        lambda: torch.as_tensor(np.zeros(3), device="cuda"),
         lambda: torch.arange(3, device=CUDA) * 0.0,
         lambda: torch.from_numpy(np.zeros(3, np.float32)).to("cuda"),
         lambda: torch.nn.Parameter(torch.zeros(3)).to(torch.device("cuda")),

@@ -1,4 +1,5 @@
-"""Cases of `gpu_bench` at small shapes in the interpreter: what they count is what their kernels load and store, by address."""
+"""Cases of `gpu_bench` at small shapes, interpreted on a fake device: what they count is what their kernels load and store, by address, and
+they can be recorded and timed."""
 
 from __future__ import annotations
 
@@ -20,11 +21,19 @@ from loadtests import gpu_bench, gpu_cases
 from loadtests.gpu_attention_cases import Dense, Sparse
 from loadtests.gpu_cases import Case, Place
 from loadtests.gpu_peers import LIBRARIES
+from tests.fake_cuda.device import DEVICE
+from tests.fake_cuda.install import fake_cuda
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted without a device only")
-CPU = Place("cpu", torch.float16)
+HERE = Place("cuda", torch.float16)
 DENSE = Dense(32, 2, 192, heads=4, kv_heads=2)
 SPARSE = Sparse(32, 2, 1, 576, 1, window=100)
+
+
+@pytest.fixture
+def device() -> Iterator[None]:
+    with fake_cuda():
+        yield
 
 
 class Traffic:
@@ -75,30 +84,31 @@ def counted() -> Iterator[Traffic]:
 
 
 CASES: dict[str, Callable[[], Case]] = {
-    "decode": lambda: attention.dense_case(CPU, DENSE),
-    "decode of a window": lambda: attention.dense_case(CPU, replace(DENSE, window=100)),
-    "decode of 8 bits": lambda: attention.dense_case(CPU, replace(DENSE, fp8=True)),
-    "prefill": lambda: attention.dense_case(CPU, replace(DENSE, context=100, prefill=True)),
-    "prefill of a window": lambda: attention.dense_case(CPU, replace(DENSE, context=100, prefill=True, window=50)),
-    "int8": lambda: attention.sparse_case(CPU, replace(SPARSE, sequences=2)),
-    "int4": lambda: attention.sparse_case(CPU, replace(SPARSE, store="int4")),
-    "native": lambda: attention.sparse_case(CPU, replace(SPARSE, store="native")),
-    "choice": lambda: attention.choice_case(CPU, SPARSE),
-    "demotion": lambda: attention.demote_case(CPU, 3, 2, 32, "int8"),
-    "demotion to 4 bits": lambda: attention.demote_case(CPU, 3, 2, 32, "int4"),
-    "native demotion": lambda: attention.demote_case(CPU, 3, 2, 32, "native"),
-    **{op: lambda op=op: gpu_cases.linear_case(CPU, op, 5, 70, 90) for op in ("int8_linear", "weight_only_linear", "ordered_linear")},  # type: ignore[misc]
+    "decode": lambda: attention.dense_case(HERE, DENSE),
+    "decode of a window": lambda: attention.dense_case(HERE, replace(DENSE, window=100)),
+    "decode of 8 bits": lambda: attention.dense_case(HERE, replace(DENSE, fp8=True)),
+    "prefill": lambda: attention.dense_case(HERE, replace(DENSE, context=100, prefill=True)),
+    "prefill of a window": lambda: attention.dense_case(HERE, replace(DENSE, context=100, prefill=True, window=50)),
+    "int8": lambda: attention.sparse_case(HERE, replace(SPARSE, sequences=2)),
+    "int4": lambda: attention.sparse_case(HERE, replace(SPARSE, store="int4")),
+    "native": lambda: attention.sparse_case(HERE, replace(SPARSE, store="native")),
+    "choice": lambda: attention.choice_case(HERE, SPARSE),
+    "demotion": lambda: attention.demote_case(HERE, 3, 2, 32, "int8"),
+    "demotion to 4 bits": lambda: attention.demote_case(HERE, 3, 2, 32, "int4"),
+    "native demotion": lambda: attention.demote_case(HERE, 3, 2, 32, "native"),
+    **{op: lambda op=op: gpu_cases.linear_case(HERE, op, 5, 70, 90) for op in ("int8_linear", "weight_only_linear", "ordered_linear")},  # type: ignore[misc]
     **{
-        op: lambda op=op: gpu_cases.elementwise_case(CPU, op, 5, 4, 32)  # type: ignore[misc]
+        op: lambda op=op: gpu_cases.elementwise_case(HERE, op, 5, 4, 32)  # type: ignore[misc]
         for op in ("rms_norm", "add_rms_norm", "rotate", "swiglu", "head_gate")
     },
-    "rotate_write": lambda: gpu_cases.write_case(CPU, 5, 4, 2, 32),
-    "images": lambda: gpu_cases.image_case(CPU, 5, 6, 2, 16, 70),
-    "sample": lambda: gpu_cases.sample_case(CPU, 3, 700, 0, 1.0),
-    "sample filtered": lambda: gpu_cases.sample_case(CPU, 3, 700, 5, 0.9),
+    "rotate_write": lambda: gpu_cases.write_case(HERE, 5, 4, 2, 32),
+    "images": lambda: gpu_cases.image_case(HERE, 5, 6, 2, 16, 70),
+    "sample": lambda: gpu_cases.sample_case(HERE, 3, 700, 0, 1.0),
+    "sample filtered": lambda: gpu_cases.sample_case(HERE, 3, 700, 5, 0.9),
 }
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("name", CASES)
 def test_a_case_counts_the_bytes_that_its_kernels_cannot_do_without(name: str) -> None:
     case = CASES[name]()
@@ -112,9 +122,19 @@ def test_a_case_counts_the_bytes_that_its_kernels_cannot_do_without(name: str) -
             make()()
 
 
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("name", ["decode", "int8", "choice", "demotion", "int8_linear", "images", "sample"])
+def test_a_case_is_timed_as_a_replay(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_bench, "FLUSH_BYTES", 1 << 10)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    row = gpu_bench.row_of(CASES[name](), gpu_bench.Clock(1), {"bytes_us": 1e3, "flops_us": 1e3, "int8_us": 1e3})
+    assert "failed" not in row and row["us"]["median"] == 1e3 == row["eager_us"]["median"] and len(DEVICE.graphs) >= 1, row
+    assert all(isinstance(row[peer], dict) or "No module" in row[peer] for peer in row if peer.startswith(("torch", "ours"))), row
+
+
 def test_flex_attention_sees_the_same_window(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    case = attention.dense_case(CPU, replace(DENSE, sequences=1, context=100, prefill=True, window=50))
+    case = attention.dense_case(Place("cpu", torch.float16), replace(DENSE, sequences=1, context=100, prefill=True, window=50))
     gpu_cases.check(case.run, case.peers["flex_attention_in_order"]())
 
 
@@ -127,9 +147,10 @@ def test_tokens_that_rows_see_are_counted() -> None:
     assert SPARSE.seen_tokens(99) == 100 and SPARSE.seen_tokens(227) == 2 * 64 + 228 - 2 * 64
 
 
+@pytest.mark.usefixtures("device")
 def test_several_rows_move_what_one_of_them_does_at_least() -> None:
     shape = replace(SPARSE, context=580, rows=4, refresh=2)
-    case = attention.sparse_case(CPU, shape)
+    case = attention.sparse_case(HERE, shape)
     with counted() as traffic:
         assert case.run().isfinite().all()
     assert case.op == "sparse_prefill" and 0.5 * traffic.outer_bytes < case.moved_bytes <= traffic.outer_bytes

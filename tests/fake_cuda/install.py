@@ -49,6 +49,12 @@ class Capture:
 class Event:
     """torch.cuda.Event"""
 
+    def __init__(self, enable_timing: bool = False) -> None:
+        """There is no time."""
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1.0
+
     def record(self) -> None:
         """There is one stream."""
 
@@ -98,7 +104,7 @@ def fake_cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[Device]:
 
 
 def _put_into_torch(patch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
-    zeros, to = torch.zeros, Tensor.to
+    zeros = torch.zeros
 
     def pinned_zeros(*size: Any, pin_memory: bool = False, **options: Any) -> Tensor:
         made = zeros(*size, **options)
@@ -107,9 +113,8 @@ def _put_into_torch(patch: pytest.MonkeyPatch, capability: tuple[int, int]) -> N
         return made
 
     patch.setattr(torch, "zeros", pinned_zeros)
-    patch.setattr(
-        Tensor, "to", lambda tensor, *args, **kwargs: to(tensor, *map(_numbered, args), **{k: _numbered(v) for k, v in kwargs.items()})
-    )
+    for place, name in ((Tensor, "to"), (torch, "tensor"), (torch, "as_tensor")):
+        patch.setattr(place, name, _with_number(getattr(place, name)))
     properties = SimpleNamespace(multi_processor_count=1, total_memory=TOTAL_BYTES)
     for name, value in {
         "_lazy_init": lambda: None,
@@ -131,9 +136,16 @@ def _put_into_torch(patch: pytest.MonkeyPatch, capability: tuple[int, int]) -> N
         patch.setattr(torch.cuda, name, value)
 
 
-def _numbered(value: Any) -> Any:
-    """The device by its number, as its guard would say."""
-    return CUDA if value == "cuda" or (isinstance(value, torch.device) and value.type == "cuda") else value
+def _with_number(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same, told the device by its number, for which it would ask a guard that does not know."""
+
+    def numbered(value: Any) -> Any:
+        return CUDA if isinstance(value, str | torch.device) and str(value) == "cuda" else value
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        return function(*map(numbered, args), **{name: numbered(value) for name, value in kwargs.items()})
+
+    return call
 
 
 def _checked(launch: Callable[..., None]) -> Callable[..., None]:

@@ -36,7 +36,7 @@ LEAST = {
     "tests/test_docs_examples.py": 12,
     "tests/test_launch.py": 7,
     "tests/test_fake_cuda.py": 28,
-    "tests/test_gpu_cases.py": 27,
+    "tests/test_gpu_cases.py": 34,
     "tests/test_gpu_engine.py": 17,
     "tests/test_gpu_peers.py": 8,
     "tests/test_gpu_serving.py": 11,
