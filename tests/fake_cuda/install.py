@@ -62,6 +62,13 @@ class Event:
         DEVICE.land()
 
 
+class Numbers(torch.Generator):
+    """torch.Generator of any device: those of the CPU."""
+
+    def __new__(cls, device: object = "cpu") -> Numbers:
+        return super().__new__(cls)
+
+
 def _factory(name: str) -> Callable[..., Tensor]:
     packet, overload = name.split(".")
     on_cpu = getattr(getattr(torch.ops.aten, packet), overload)
@@ -113,6 +120,7 @@ def _put_into_torch(patch: pytest.MonkeyPatch, capability: tuple[int, int]) -> N
         return made
 
     patch.setattr(torch, "zeros", pinned_zeros)
+    patch.setattr(torch, "Generator", Numbers)
     for place, name in ((Tensor, "to"), (torch, "tensor"), (torch, "as_tensor")):
         patch.setattr(place, name, _with_number(getattr(place, name)))
     properties = SimpleNamespace(multi_processor_count=1, total_memory=TOTAL_BYTES)
@@ -128,6 +136,7 @@ def _put_into_torch(patch: pytest.MonkeyPatch, capability: tuple[int, int]) -> N
         "mem_get_info": lambda device=None: (FREE_BYTES, TOTAL_BYTES),
         "is_bf16_supported": lambda including_emulation=True: True,
         "synchronize": lambda device=None: DEVICE.wait("synchronize"),
+        "empty_cache": lambda: None,
         "graph_pool_handle": lambda: (0, 0),
         "Event": Event,
         "CUDAGraph": Graph,
