@@ -43,17 +43,15 @@ class Drawing:
 
     def tokens(self, logits: Tensor, table: NDArray[np.int32]) -> Samples:
         """What `Sampler.sample` gives for logits [R, V] of those states, which may be overwritten; `table` is the worker's of tokens."""
-        chosen = np.empty(len(self._rows), np.int64)
-        mixed = self._mixed
-        logprobs, there = {}, None
-        if self._columns:
-            sample = resolve("sample", logits.device, logits.dtype)
-            there = sample(logits.index_select(0, self._picks[0]) if mixed else logits, *self._columns, GREEDY_BELOW)
-        if len(self._others):
-            wide = (logits.index_select(0, self._picks[1]) if mixed else logits).float().cpu().numpy()
+        if not self._columns:
+            return self._sampler.sample(logits.float().cpu().numpy(), self._rows, self._positions, table)
+        mixed, chosen, logprobs = self._mixed, np.empty(len(self._rows), np.int64), {}
+        sample = resolve("sample", logits.device, logits.dtype)
+        there = sample(logits.index_select(0, self._picks[0]) if mixed else logits, *self._columns, GREEDY_BELOW)
+        if mixed:
+            wide = logits.index_select(0, self._picks[1]).float().cpu().numpy()
             found = self._sampler.sample(wide, self._rows[self._others], self._positions[self._others], table)
             chosen[self._others] = found.tokens
             logprobs = {int(self._others[index]): entry for index, entry in found.logprobs.items()}
-        if there is not None:
-            chosen[self._plain] = there.cpu().numpy()
+        chosen[self._plain] = there.cpu().numpy()
         return Samples(chosen, logprobs)
