@@ -52,9 +52,9 @@ check: $(VENV)/.test ## lint, types, import contracts, and the measures of the c
 arm-check: $(VENV)/.test ## run the compiled kernels' tests for aarch64 under emulation (apt-get install gcc-aarch64-linux-gnu qemu-user-static)
 	@tests/kernels/arm64.sh $(ARGS)
 
-gpu-check: ## run the kernels' tests on the GPU; GPU_PYTHON needs torch, triton, numpy, pytest and hypothesis, nothing else of ours
+gpu-check: ## run the kernels' tests on the GPU; GPU_PYTHON needs torch, triton, numpy, pytest and hypothesis; with what serving needs (and transformers) the engine runs there too
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "make: $(GPU_PYTHON) finds no CUDA device; name an interpreter whose torch does with GPU_PYTHON="; exit 2; }
-	@$(GPU_PYTHON) -m pytest -p no:cacheprovider -m "not slow" tests/kernels/gpu tests/kernels/test_dispatch.py $(ARGS)
+	@$(GPU_PYTHON) -m pytest -p no:cacheprovider -m "not slow" tests/kernels/gpu tests/kernels/test_dispatch.py tests/test_graph_parity.py tests/test_gpu_engine.py $(ARGS)
 
 SM ?= 90
 gpu-emulate: $(VENV)/.test ## compile the kernels for a GPU (SM=80, 87 or 90) and run their tests on what was compiled, without the GPU

@@ -17,6 +17,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+pytest.importorskip("msgspec")
+pytest.importorskip("prometheus_client")
 
 from service.engine import limits
 from service.engine.loaded import read_as_served

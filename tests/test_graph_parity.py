@@ -16,6 +16,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+pytest.importorskip("msgspec")
+pytest.importorskip("prometheus_client")
 
 from service.engine import decode_graphs, torch_backend
 from service.engine.cuda_graph import CudaRecorder

@@ -21,7 +21,6 @@ from service.engine.fixed_step import FixedStep
 from service.engine.graph_memory import MOST_GRAPHS, MOST_SPLITS, Shape, far_groups, fixed_values, rows_for, splits_of, tables_for
 from service.engine.kv_pool import KvPool
 from service.engine.paged_attend import PagedAttend, Rule
-from service.engine.upload import FixedRoom
 from service.kernels.dispatch import again, apart, resolve
 from service.kernels.reference_sparse import ChosenFar
 from service.models.decoder import Decoder
@@ -74,7 +73,7 @@ class DecodeGraphs:
         self._decoder, self._pool, self._recorder, self._on_layer = decoder, pool, recorder, on_layer
         self._layout = pool.layout
         most = Shape(rows_for(rows), tables_for(-(-context_tokens // pool.layout.block_tokens)))
-        self._room = FixedRoom(fixed_values(pool.layout, most), decoder.device)
+        self._room = torch.zeros(fixed_values(pool.layout, most), dtype=torch.int32, device=decoder.device)
         self._recorded: dict[Shape, Recorded] = {}
         self._failed = False
         self._counts: Counter[str] = Counter()

@@ -11,23 +11,20 @@ import torch
 
 from service.kernels.dispatch import TABLE, require_steady, unsteady
 from service.types.errors import CapacityError
-from service.types.model_spec import ModelSpec
 
 # Served otherwise: rotations go through `rotate`, and a CPU samples with numpy, row by row.
 _ELSEWHERE = {"apply_rope", "sample"}
 
 
-def require_deterministic(spec: ModelSpec, device: torch.device, dtype: torch.dtype, quantize: str) -> None:
+def require_deterministic(device: torch.device, dtype: torch.dtype, quantize: str) -> None:
     """Have this process choose steady implementations only. Raises CapacityError with the reason where there are none."""
     needed = set(TABLE) - (_ELSEWHERE if device.type == "cpu" else {"apply_rope"})
     if quantize == "none":
         needed.discard("pack_quantised")
-    if spec.fusion is None:
-        needed.discard("attend_images")
     missing = unsteady(device, dtype, sorted(needed))
     if quantize == "int4" and device.type != "cpu":
         missing["pack_quantised"] = "4-bit weights go through torch's own product there"
     if missing:
         reasons = "; ".join(f"{operation}: {reason}" for operation, reason in missing.items())
-        raise CapacityError(f"--deterministic cannot hold for this model on {device.type} ({reasons}): leave it out.")
+        raise CapacityError(f"--deterministic cannot hold on {device.type} ({reasons}): leave it out.")
     require_steady(True)

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from service.engine.batch import Batch
 from service.engine.far_choices import Anchors
 from service.engine.graph_memory import Shape, far_groups, fixed_values
 from service.engine.paged_attend import StepTensors
-from service.engine.upload import FixedRoom
+from service.engine.upload import sendable
 from service.types.kv_layout import KvLayout
 
 
@@ -33,15 +34,14 @@ class Fields(NamedTuple):
 
 
 class FixedStep:
-    """One step's arrays within a room that is large enough for them; other shapes may use the same one."""
+    """One step's arrays within a `room`, a flat tensor of int32 that is large enough for them; other shapes may use the same one."""
 
-    def __init__(self, layout: KvLayout, shape: Shape, room: FixedRoom) -> None:
-        self._size = fixed_values(layout, shape)
+    def __init__(self, layout: KvLayout, shape: Shape, room: Tensor) -> None:
         self.shape = shape
-        self._room = room
-        self._filled = _cut(room.host[: self._size].numpy(), layout, shape)
-        self.fields = _cut(room.device[: self._size], layout, shape)
-        starts = torch.arange(shape.rows + 1, dtype=torch.int32, device=room.device.device)
+        self._layout = layout
+        self._room = room[: fixed_values(layout, shape)]
+        self.fields = _cut(self._room, layout, shape)
+        starts = torch.arange(shape.rows + 1, dtype=torch.int32, device=room.device)
         fields = self.fields
         self.where = StepTensors(fields.tables, fields.block_ids, fields.offsets, starts, fields.context_lengths)
 
@@ -50,8 +50,8 @@ class FixedStep:
         count = len(batch.rows)
         take = np.full(self.shape.rows, batch.context_lengths.argmin())
         take[:count] = np.arange(count)
-        self._room.wait()
-        to = self._filled
+        sent = sendable(len(self._room), torch.int32, self._room.device)
+        to = _cut(sent.numpy(), self._layout, self.shape)
         for name in ("tokens", "positions", "offsets", "context_lengths"):
             getattr(to, name)[:] = getattr(batch, name)[take]
         for ids, found in zip(to.block_ids, batch.block_ids, strict=True):
@@ -59,10 +59,11 @@ class FixedStep:
                 ids[:] = found[take]
         for table, entries in zip(to.tables, batch.block_tables, strict=True):
             table[:, : entries.shape[1]] = entries[take]
+            table[:, entries.shape[1] :] = 0
         for group, (ends, budgets, counts) in to.far.items():
             of = anchors[group]
             ends[:], budgets[:], counts[:] = of.ends[take], of.budgets[take], of.counts[take]
-        self._room.send(self._size)
+        self._room.copy_(sent, non_blocking=True)
 
 
 def _cut(flat: Any, layout: KvLayout, shape: Shape) -> Fields:

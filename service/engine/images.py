@@ -13,6 +13,7 @@ from torch import Tensor
 
 from service.engine.batch import Batch, PlanError
 from service.engine.kept_images import Encoded, KeptImages
+from service.engine.upload import upload
 from service.models.decoder import Decoder
 from service.models.fusion import ImageContext, SeenImages
 from service.types.plan import ImageWork
@@ -36,7 +37,7 @@ class ImageStore(KeptImages[Tensor]):
             return None
         weight = self._decoder.norm.weight
         at, embeddings = [np.zeros(0, np.int64)], [weight.new_empty(0, len(weight))]
-        rows, seen = [], []
+        rows, seen, partial = [], [], []
         bounds = zip(batch.rows.tolist(), batch.starts.tolist(), batch.lengths.tolist(), batch.query_starts.tolist(), strict=False)
         for row, start, length, first_row in bounds:
             looks = self.looks(row, start, start + length)
@@ -47,12 +48,15 @@ class ImageStore(KeptImages[Tensor]):
                 embeddings.append(shown.encoded.embeddings[shown.first : shown.end])
             seeing = np.flatnonzero(looks.counts)
             counts = looks.counts[seeing]
-            partial = None if counts[0] == len(looks.keys) else torch.from_numpy(counts).to(self._device)
             rows.append(seeing + first_row)
-            seen.append(SeenImages(len(seeing), looks.keys, looks.values, partial))
+            partial.append(None if counts[0] == len(looks.keys) else counts)
+            seen.append(SeenImages(len(seeing), looks.keys, looks.values))
         if not seen:
             return None
-        flat, places = (torch.from_numpy(np.concatenate(parts)).to(self._device) for parts in (rows, at))
+        counted = [counts for counts in partial if counts is not None]
+        flat, places, *there = upload((np.concatenate(rows), np.concatenate(at), *counted), self._device)
+        sent = iter(there)
+        seen = [part if counts is None else part._replace(counts=next(sent)) for part, counts in zip(seen, partial, strict=True)]
         return ImageContext(places, torch.cat(embeddings), flat, seen, self._gates)
 
     def take_work(self) -> ImageWork | None:
@@ -65,10 +69,16 @@ class ImageStore(KeptImages[Tensor]):
         return super().take_work()
 
     def warm_up(self) -> None:
-        """Encode a small image, so that no request pays for the first use of the libraries."""
-        if self._decoder.vision is not None and self._decoder.fusion is not None:
-            side = self._decoder.vision.spec.unit
-            self._encode(ImageInput(0, 1, 1, "", bytes(side * side * 3)))
+        """Encode a small image and have a row see it, with a count and without, so that no request pays for the first use of libraries and
+        kernels.
+        """
+        vision, fusion = self._decoder.vision, self._decoder.fusion
+        if vision is None or fusion is None:
+            return
+        encoded = self._encode(ImageInput(0, 1, 1, "", bytes(vision.spec.unit**2 * 3)))
+        row, first = encoded.embeddings[:1], torch.zeros(1, dtype=torch.int64, device=self._device)
+        for counts in (None, first + 1):
+            fusion(row, row, ImageContext(first, row, first, [SeenImages(1, encoded.keys, encoded.values, counts)]))
 
     def _encode(self, image: ImageInput) -> Encoded[Tensor]:
         vision, fusion = self._decoder.vision, self._decoder.fusion

@@ -118,7 +118,7 @@ def _choose_place(request: LoadRequest, manifest: Manifest) -> tuple[torch.devic
     dtype = choose_dtype(request.dtype, spec, device, manifest.stored_dtype, quantize)
     require_steady(False)
     if request.deterministic:
-        require_deterministic(spec, device, getattr(torch, dtype), quantize)
+        require_deterministic(device, getattr(torch, dtype), quantize)
     return device, quantize, dtype, choose_kept(request.kv_cache_dtype, dtype, quantize, device)
 
 

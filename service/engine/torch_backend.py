@@ -87,8 +87,8 @@ class TorchBackend:
         """The blocks of all rows at once, layer by layer."""
         for group in dict.fromkeys(demote.group for demote in demotes):
             those = [demote for demote in demotes if demote.group == group]
-            sources = np.concatenate([demote.sources for demote in those], dtype=np.int64)
-            targets = np.concatenate([demote.targets for demote in those], dtype=np.int64)
+            sources = np.array([block for demote in those for block in demote.sources], np.int64)
+            targets = np.array([block for demote in those for block in demote.targets], np.int64)
             self._pool.demote(group, *upload((sources, targets), self._device))
 
     def rest(self) -> None:
@@ -151,6 +151,8 @@ class TorchBackend:
         hidden = self._hidden(batch)
         scores = [self._score(batch, index, hidden) for index in batch.scored.tolist()]
         if drawing is None:
+            if self._device.type == "cuda":  # Else a later step would be charged with its time, and with its errors.
+                torch.cuda.synchronize(self._device)
             return [], scores
         samples = drawing.tokens(self._decoder.logits(drawing.states(hidden)), self._tables.tokens)
         self._tables.record(rows, positions, samples.tokens)

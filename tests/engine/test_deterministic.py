@@ -14,13 +14,11 @@ from service.kernels import dispatch
 from service.kernels.dispatch import TABLE, chosen, require_steady, resolve
 from service.kernels.native import binding
 from service.models.layers import Kernels
-from service.types.catalog import V2_3, V3_5
 from service.types.errors import CapacityError
 from service.types.plan import LoadRequest
 from tests.kernels.conftest import needs_native
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-TEXT, IMAGES = V2_3.spec(V2_3.shapes[0][1]), V3_5.spec(V3_5.shapes[0][1])
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -34,7 +32,7 @@ def freely() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
 def test_a_cpu_with_compiled_kernels_can(dtype: torch.dtype, quantize: str) -> None:
-    require_deterministic(IMAGES, CPU, dtype, quantize)
+    require_deterministic(CPU, dtype, quantize)
     for operation in ("linear", "pack_linear", "pack_small_linear", "head_gate", "attend_images", "paged_attention"):
         resolve(operation, CPU, dtype)
     kind = str(dtype).removeprefix("torch.")
@@ -43,25 +41,23 @@ def test_a_cpu_with_compiled_kernels_can(dtype: torch.dtype, quantize: str) -> N
     assert names["linear"] == "ordered" and all(names[operation] in steady[operation] for operation in names)
 
 
-@pytest.mark.parametrize("spec", [TEXT, IMAGES])
-def test_without_compiled_kernels_it_is_refused(spec: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_compiled_kernels_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(binding, "absent", lambda: "the compiled kernels were not built")
     with pytest.raises(CapacityError, match=r"--deterministic cannot hold.*linear: the compiled kernels were not built.*leave it out"):
-        require_deterministic(spec, CPU, torch.float32, "none")  # type: ignore[arg-type]
+        require_deterministic(CPU, torch.float32, "none")
 
 
 def test_a_gpu_can_where_every_kernel_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_triton", lambda: True)
-    require_deterministic(TEXT, CUDA, torch.bfloat16, "none")
-    require_deterministic(TEXT, CUDA, torch.bfloat16, "int8")
+    require_deterministic(CUDA, torch.bfloat16, "none")
+    require_deterministic(CUDA, torch.bfloat16, "int8")
     with pytest.raises(CapacityError, match="4-bit weights go through torch's own product"):
-        require_deterministic(TEXT, CUDA, torch.bfloat16, "int4")
-    require_deterministic(IMAGES, CUDA, torch.bfloat16, "none")
+        require_deterministic(CUDA, torch.bfloat16, "int4")
     Kernels.resolve(CUDA, torch.bfloat16)
     require_steady(False)
     monkeypatch.setattr(dispatch, "_triton", lambda: False)
     with pytest.raises(CapacityError, match="triton is not installed"):
-        require_deterministic(TEXT, CUDA, torch.bfloat16, "none")
+        require_deterministic(CUDA, torch.bfloat16, "none")
 
 
 @needs_native

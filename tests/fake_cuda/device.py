@@ -163,11 +163,11 @@ class Device:
         return tree_map(lambda value: _again_or_new(value, known) if isinstance(value, Tensor) else value, found)
 
     def _send(self, name: str, host: Tensor, waits_not: bool) -> None:
-        """From memory that is not pinned it is copied aside at once."""
-        if not waits_not:
-            self.wait(name)
-        elif host.untyped_storage().data_ptr() in self.pinned:
+        """Only from pinned memory is a copy not waited for, where that is asked."""
+        if waits_not and host.untyped_storage().data_ptr() in self.pinned:
             self._flying.append((host, host.clone()))
+        else:
+            self.wait(name)
 
     def note(self, func: Any, held: tuple[Any, Any], outputs: Sequence[Tensor], tensors: Iterable[Tensor]) -> None:
         """Write down, where a graph is recorded, how to do it again into the same memory. Views follow what they look at."""

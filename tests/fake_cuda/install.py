@@ -30,7 +30,6 @@ FREE_BYTES, TOTAL_BYTES = 1 << 30, 2 << 30
 CUDA_TYPE, META_TYPE, DEVICE_TYPES = 1, 14, 22
 # Factories that torch has for each device alone, or that resize what another made.
 FACTORIES = ("empty.memory_format", "empty_strided.default", "arange.default", "arange.start", "arange.start_step")
-LIBRARY = torch.library.Library("aten", "IMPL")
 
 
 class Capture:
@@ -59,7 +58,7 @@ class Event:
         """There is one stream."""
 
     def synchronize(self) -> None:
-        DEVICE.land()
+        DEVICE.wait("event")
 
 
 class Numbers(torch.Generator):
@@ -85,10 +84,6 @@ def _factory(name: str) -> Callable[..., Tensor]:
     return make
 
 
-for _name in FACTORIES:
-    LIBRARY.impl(_name.removesuffix(".default"), _factory(_name), "CUDA")
-
-
 @contextmanager
 def fake_cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[Device]:
     """torch with a device of `capability`, on which nothing lies yet."""
@@ -99,27 +94,32 @@ def fake_cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[Device]:
     guards[CUDA_TYPE] = guards[META_TYPE]
     torch._C._set_only_lift_cpu_tensors(True)
     DEVICE.reset()
+    factories = torch.library.Library("aten", "IMPL")
+    for name in FACTORIES:
+        factories.impl(name.removesuffix(".default"), _factory(name), "CUDA")
     try:
         with pytest.MonkeyPatch.context() as patch:
             _put_into_torch(patch, capability)
             patch.setattr(Launching, "__call__", _checked(Launching.__call__))
             yield DEVICE
     finally:
+        factories._destroy()
         DEVICE.reset()
         torch._C._set_only_lift_cpu_tensors(torch_only_lifts)
         guards[CUDA_TYPE] = before
 
 
 def _put_into_torch(patch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
-    zeros = torch.zeros
+    empty = torch.empty
 
-    def pinned_zeros(*size: Any, pin_memory: bool = False, **options: Any) -> Tensor:
-        made = zeros(*size, **options)
+    def pinned(*size: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        made = empty(*size, **options)
         if pin_memory:
             DEVICE.pinned.add(made.untyped_storage().data_ptr())
         return made
 
-    patch.setattr(torch, "zeros", pinned_zeros)
+    patch.setattr(torch, "empty", pinned)
+    patch.setattr(Tensor, "pin_memory", lambda tensor: pinned(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor))
     patch.setattr(torch, "Generator", Numbers)
     for place, name in ((Tensor, "to"), (torch, "tensor"), (torch, "as_tensor")):
         patch.setattr(place, name, _with_number(getattr(place, name)))

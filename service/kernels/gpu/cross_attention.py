@@ -1,7 +1,7 @@
 """Attention of text rows to the image tokens that their sequence has seen, in one launch.
 
-It does not know sequences, prompts or gates. Invariant: a row's image tokens are summed upwards, IMAGES at a time, and a tile of which it
-sees nothing changes nothing: it has the same bits alone, among others, and before later images are there.
+It does not know sequences, prompts or gates. Invariant: a row's image tokens are summed upwards, IMAGES at a time, and a tile of finite
+values of which it sees nothing changes nothing: it has the same bits alone, among others, and before later images are there.
 """
 
 from __future__ import annotations

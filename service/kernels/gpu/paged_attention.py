@@ -107,7 +107,9 @@ class AttentionPlan:
     def _work(self, tiles: Tensor, splits: Tensor) -> Work:
         in_tiles, in_splits = self._counts > self._alone, (self._counts == 1) & (self._alone == 1)
         totals = torch.stack((torch.where(in_tiles, tiles, 0).cumsum(0), torch.where(in_splits, splits, 0).cumsum(0)))
-        ends = totals.to(torch.int32).to(self._device, non_blocking=True)
+        ends = totals.to(torch.int32)
+        if self._device.type == "cuda":  # Only from pinned memory is a copy not waited for.
+            ends = ends.pin_memory().to(self._device, non_blocking=True)
         return Work(ends[0], ends[1], int(totals[0, -1]), int(totals[1, -1]))
 
 
