@@ -31,9 +31,8 @@ class Drawing:
         self._sampler, self._rows, self._positions = sampler, rows, positions
         self._plain = sampler.is_plain(rows, positions) if draws_on(device) else np.zeros(len(rows), np.bool_)
         self._others, plain = np.flatnonzero(~self._plain), np.flatnonzero(self._plain)
-        self._mixed = bool(len(self._others) and len(plain))
         columns = sampler.draw_parameters(rows[plain], positions[plain]) if len(plain) else ()
-        picks = (plain, self._others) if self._mixed else ()
+        picks = (plain, self._others) if len(plain) and len(self._others) else ()
         self._last, *there = upload((last, *columns, *picks), device)
         self._columns, self._picks = there[: len(columns)], there[len(columns) :]
 
@@ -45,7 +44,7 @@ class Drawing:
         """What `Sampler.sample` gives for logits [R, V] of those states, which may be overwritten; `table` is the worker's of tokens."""
         if not self._columns:
             return self._sampler.sample(logits.float().cpu().numpy(), self._rows, self._positions, table)
-        mixed, chosen, logprobs = self._mixed, np.empty(len(self._rows), np.int64), {}
+        mixed, chosen, logprobs = len(self._picks) > 0, np.empty(len(self._rows), np.int64), {}
         sample = resolve("sample", logits.device, logits.dtype)
         there = sample(logits.index_select(0, self._picks[0]) if mixed else logits, *self._columns, GREEDY_BELOW)
         if mixed:
